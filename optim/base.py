@@ -1,0 +1,234 @@
+"""The optimizer that every subspace method shares: groups, state, the refresh clock and ``step`` in three phases."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .rules import adam, adam_state, check_adam
+from .shards import Whole, WholeMatrix, shard_of
+from .subspaces.basis import PROJ_TYPES, Lifted, first_columns
+from .subspaces.singular import leading_singular_vectors
+from ..validation import is_real, is_whole, nearest, require
+
+Group = dict[str, Any]
+State = dict[str, Tensor]
+
+# Keys that other code puts into groups: torch's named parameters, its LR schedulers, and a label for humans.
+FOREIGN_KEYS = {"params", "param_names", "initial_lr", "name"}
+
+
+class Work(NamedTuple):
+    """One parameter of this step."""
+
+    shard: Whole
+    group: Group
+    state: State
+
+
+class SubspaceOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers whose moments live in a subspace of each matrix.
+
+    A group with a ``rank`` holds matrices only; a group without one gets the plain rule. A method says three
+    things: ``validate`` (its own group keys), ``init_state`` (its tensors) and ``direction`` (its paper).
+
+    State per parameter, tensors only: ``step`` (fp32 scalar, always on the CPU so that reading it never stops a
+    device), the rule's moments, and for a matrix ``basis``, r orthonormal columns in the parameter's dtype. All of
+    it is born at the first ``step()``, for every trainable parameter, so that all processes have the same keys.
+    """
+
+    _told_non_finite = False  # a class attribute: torch's __getstate__ keeps no others through pickle
+
+    def __init__(self, params: ParamsT, defaults: Group) -> None:
+        super().__init__(params, defaults)
+
+    # ---- what a method says -------------------------------------------------------------------------------------
+
+    def validate(self, group: Group) -> None:
+        """Refuse bad values of the method's own keys. Called for every group, late ones too."""
+
+    def init_state(self, shard: Whole, group: Group) -> State:
+        return adam_state(shard.coordinates_shape, shard.state_dtype(group), shard.parameter.device)
+
+    def direction(self, shard: WholeMatrix, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
+        """The method's direction for one matrix and the factor on the learning rate."""
+        raise NotImplementedError
+
+    def plain_direction(self, shard: Whole, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
+        return adam(shard.grad, state, group)
+
+    # ---- groups -------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As ``torch.optim.Optimizer.add_param_group``; a group that is refused leaves the optimizer as it was."""
+        group = dict(param_group)
+        if isinstance(group["params"], Tensor):
+            group["params"] = [group["params"]]
+        elif not isinstance(group["params"], set):  # sets are torch's to refuse
+            group["params"] = list(group["params"])
+        self._check_group({**self.defaults, **group})
+        super().add_param_group(group)
+
+    def _check_group(self, group: Group) -> None:
+        for key in group.keys() - self.defaults.keys() - FOREIGN_KEYS:
+            raise ValueError(f"unknown parameter group key {key!r} = {group[key]!r}; {nearest(key, self.defaults)}")
+        for key in ("lr", "weight_decay"):
+            require(is_real(group[key]) and group[key] >= 0, f"{key} must be a number >= 0", group[key])
+        check_adam(group)
+        rank, dtype = group["rank"], group["state_dtype"]
+        require(rank is None or (is_whole(rank) and rank >= 1), "rank must be a whole number >= 1 or None", rank)
+        gap = group["update_proj_gap"]
+        require(is_whole(gap) and gap >= 1, "update_proj_gap must be a whole number >= 1", gap)
+        require(is_real(group["scale"]), "scale must be a finite number", group["scale"])
+        known = group["proj_type"] in PROJ_TYPES
+        require(known, f"proj_type must be one of {', '.join(PROJ_TYPES)}", group["proj_type"])
+        floating = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+        require(floating, "state_dtype must be a floating point torch.dtype or None", dtype)
+        self._check_parameters(group)
+        self.validate(group)
+
+    def _check_parameters(self, group: Group) -> None:
+        parameters = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+        tensors = [p for p in parameters if isinstance(p, Tensor)]  # what is not a tensor is torch's to refuse
+        require(len({id(p) for p in tensors}) == len(tensors), "params must hold each parameter once", len(tensors))
+        for p in tensors:
+            require(p.is_floating_point(), "parameters must be real floating point tensors", p.dtype)
+            shape = tuple(getattr(p, "ds_shape", p.shape))  # DeepSpeed's zero.Init leaves p.shape empty
+            if group["rank"] is not None and len(shape) != 2:
+                raise ValueError(
+                    f"rank={group['rank']} needs matrices, got a parameter of shape {shape}; "
+                    "put it into a group without a rank (gracile.optim.param_groups does)"
+                )
+
+    # ---- one step, in three phases ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient. Returns the closure's loss, if there is a closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.autocast(self._device_type(), enabled=False):  # a step inside autocast must not round its products
+            work = self._collect()
+            self._refresh(work)
+            self._update(work)
+        return loss
+
+    def _device_type(self) -> str:
+        return next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
+
+    def _collect(self) -> list[Work]:
+        """Phase 1: state for every trainable parameter, work for those with a gradient."""
+        work = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not p.requires_grad and p.grad is None:
+                    continue
+                shard = shard_of(p, group)
+                if not self.state[p]:
+                    self.state[p] = self._new_state(shard, group)
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise RuntimeError(f"{type(self).__name__} needs dense gradients; build nn.Embedding(sparse=False)")
+                work.append(Work(shard, group, self.state[p]))
+        return work
+
+    def _new_state(self, shard: Whole, group: Group) -> State:
+        device = shard.parameter.device
+        state = {"step": torch.zeros((), dtype=torch.float32, device="meta" if device.type == "meta" else "cpu")}
+        if isinstance(shard, WholeMatrix):
+            state["basis"] = first_columns(shard.frame, shard.parameter.dtype, device)
+        return state | self.init_state(shard, group)
+
+    def _refresh(self, work: list[Work]) -> None:
+        """Phase 2: a new subspace for each matrix whose clock struck (steps 0, T, 2T, ... of that matrix)."""
+        finite = []
+        for shard, group, state in work:
+            if isinstance(shard, WholeMatrix) and int(state["step"].item()) % group["update_proj_gap"] == 0:
+                G = shard.grad
+                # A non-finite gradient has no singular vectors: keep the old ones, without asking the device.
+                usable = torch.isfinite(G).all()
+                fresh = leading_singular_vectors(torch.where(usable, G, 0), shard.frame)
+                state["basis"].copy_(torch.where(usable, fresh, state["basis"]))
+                finite.append(usable)
+        if not finite or self._told_non_finite:
+            return
+        if not torch.stack([flag.to(finite[0].device) for flag in finite]).all():  # one host read for all matrices
+            self._told_non_finite = True
+            warnings.warn("a gradient was not finite at a refresh; its matrix keeps its old subspace", stacklevel=4)
+
+    def _update(self, work: list[Work]) -> None:
+        """Phase 3: the method's direction for matrices, the plain rule for the rest, and the weights written."""
+        for shard, group, state in work:
+            state["step"] += 1
+            if isinstance(shard, WholeMatrix):
+                direction, correction = self.direction(shard, group, state)
+            else:
+                direction, correction = self.plain_direction(shard, group, state)
+            shard.write(direction, group["lr"] * correction, group["lr"] * group["weight_decay"])
+
+    # ---- saving and loading -------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer.load_state_dict``, but every tensor keeps its own dtype and is a copy.
+
+        torch casts state to the parameter's dtype, which would round fp32 moments of bf16 parameters, and shares
+        tensors with ``state_dict``. Raises ValueError, before anything is changed, where the state is not one of
+        this optimizer for parameters of these shapes.
+        """
+        saved_state: dict[int, State] = {}  # by position among all parameters
+
+        def withhold(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            ids = [i for group in saved["param_groups"] for i in group["params"]]
+            saved_state.update({ids.index(i): state for i, state in saved["state"].items()})
+            self._check_state(saved_state, saved["param_groups"])
+            return {**saved, "state": {}}
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            for number, state in saved_state.items():
+                p = parameters[number]
+                self.state[p] = {k: v.to("cpu" if k == "step" else p.device, copy=True) for k, v in state.items()}
+
+        before = self.register_load_state_dict_pre_hook(withhold)  # runs after the user's own
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)  # runs before the user's own
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _check_state(self, saved_state: dict[int, State], saved_groups: list[Group]) -> None:
+        """Compare saved tensors with those this optimizer would create, on the meta device: nothing is allocated."""
+        owners = [
+            (p, {**self.defaults, **saved})  # the saved rank counts: loading restores the saved groups too
+            for group, saved in zip(self.param_groups, saved_groups, strict=False)  # torch refuses unequal lengths
+            for p in group["params"]
+        ]
+        for number, state in saved_state.items():
+            if number >= len(owners):
+                return  # torch refuses this too, with its own message
+            p, group = owners[number]
+            expected = self._new_state(shard_of(torch.empty_like(p, device="meta"), group), group)
+            saved = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in state.items()}
+            wanted = {k: tuple(v.shape) for k, v in expected.items()}
+            if saved != wanted:
+                raise ValueError(
+                    f"the saved state of parameter {number} does not fit {type(self).__name__} on a parameter of "
+                    f"shape {tuple(p.shape)}: it holds {saved}, expected {wanted}; load it into the optimizer and "
+                    "model that saved it"
+                )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also reached by unpickling and loading: groups saved before a key existed get its default."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)

@@ -1,0 +1,96 @@
+"""A model's parameters as groups: matrices with a rank, and the rest. Every trainable parameter is owned once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..validation import nearest
+
+# The linear layers of a transformer block in the LLaMA and GPT-2 families, as the GaLore papers choose them.
+DEFAULT_TARGETS = ("attn", "mlp")
+
+
+def param_groups(
+    model: nn.Module,
+    rank: int | None = None,
+    target_modules: str | Iterable[str] = DEFAULT_TARGETS,
+    *,
+    weight_decay: float | None = None,
+    **matrix_keys: Any,
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer of this package: target matrices with a rank, other weights, norms and biases.
+
+    Args:
+        model: any module; frozen parameters are left out, tied ones are owned once.
+        rank: of the target matrices. None makes no ranked group: the groups suit ``torch.optim`` too.
+        target_modules: a list of patterns, each a part of a module's name or a regular expression for all of it;
+            or one regular expression for all of the name; or ``"all-linear"``, every matrix but embeddings and the
+            output layer. Each pattern must match.
+        weight_decay: for the two groups of weights; None leaves it to the optimizer. Norms and biases get 0.
+        matrix_keys: further keys of the ranked group, such as ``update_proj_gap`` or ``scale``; the optimizer
+            checks them.
+
+    Raises:
+        ValueError: for a pattern that matches no trainable matrix, or matrix keys without a rank.
+    """
+    if rank is None and matrix_keys:
+        raise ValueError(f"{', '.join(sorted(matrix_keys))} need a rank, got rank=None")
+    matrices = {} if rank is None else dict(_targets(model, target_modules))
+    chosen = {id(p) for p in matrices.values()}
+    trainable = [p for p in model.parameters() if p.requires_grad]  # lists a tied parameter once
+    others = [p for p in trainable if id(p) not in chosen]
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    groups = [
+        {"params": [p for p in trainable if id(p) in chosen], "rank": rank, **matrix_keys, **decay},
+        {"params": [p for p in others if _dim(p) > 1], **decay},
+        {"params": [p for p in others if _dim(p) <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _dim(parameter: Tensor) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed's zero.Init leaves shape empty
+
+
+def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    candidates = dict(_matrices(model))
+    if isinstance(target_modules, str):
+        patterns = [target_modules]
+        all_linear = target_modules == "all-linear"
+    else:
+        patterns, all_linear = list(target_modules), False
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if all_linear:
+        yield from ((name, p) for name, p in candidates.items() if output is None or p is not output.weight)
+        return
+    if not patterns:
+        raise ValueError("target_modules is empty; name the layers to project, or leave out the rank")
+    found = {pattern: _matching(pattern, candidates, isinstance(target_modules, str)) for pattern in patterns}
+    for pattern, names in found.items():
+        if not names:
+            parts = {part for name in candidates for part in name.split(".") if not part.isdigit()}
+            hint = nearest(pattern, parts)
+            raise ValueError(f"target_modules: {pattern!r} matches no trainable linear layer; {hint}")
+    for name in candidates:
+        if any(name in names for names in found.values()):
+            yield name, candidates[name]
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Layers with a trainable matrix of their own: nn.Linear and its like (GPT-2's Conv1D), not embeddings."""
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.requires_grad and _dim(weight) == 2 and not isinstance(module, nn.Embedding):
+            yield name, weight
+
+
+def _matching(pattern: str, names: Iterable[str], whole_name: bool) -> set[str]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"target_modules: {pattern!r} is not a regular expression ({error})") from None
+    return {name for name in names if expression.fullmatch(name) or (not whole_name and pattern in name)}

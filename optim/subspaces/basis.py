@@ -1,0 +1,75 @@
+"""A basis of r orthonormal columns spanning part of one side of a matrix: project onto it, lift from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PROJ_TYPES = ("std", "reverse_std", "left", "right")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Which side of an m x n matrix is replaced by r coordinates. Decided once, from the shape alone.
+
+    ``right``: P is n x r and R = G P is m x r.  ``left``: P is m x r and R = P^T G is r x n.
+    A rank above ``min(m, n)`` is capped there, as GaLore's code does.
+    """
+
+    shape: tuple[int, int]
+    rank: int
+    right: bool
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], rank: int, proj_type: str) -> Frame:
+        m, n = shape
+        right = {"std": m >= n, "reverse_std": m < n, "left": False, "right": True}[proj_type]
+        return cls((m, n), min(rank, m, n), right)
+
+    @property
+    def basis_shape(self) -> tuple[int, int]:
+        return (self.shape[1] if self.right else self.shape[0], self.rank)
+
+    @property
+    def projected_shape(self) -> tuple[int, int]:
+        return (self.shape[0], self.rank) if self.right else (self.rank, self.shape[1])
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """``factor * N P^T`` (right) or ``factor * P N`` (left), m x n, kept as its factors until it is written."""
+
+    left: Tensor
+    right: Tensor
+    factor: float = 1.0
+
+    def __rmul__(self, factor: float) -> Lifted:
+        return Lifted(self.left, self.right, factor * self.factor)
+
+    def add_to_(self, weight: Tensor, alpha: float) -> None:
+        """weight += alpha * this, with no m x n temporary."""
+        weight.addmm_(self.left.to(weight.dtype), self.right.to(weight.dtype), alpha=alpha * self.factor)
+
+
+class Basis:
+    """P in the role of its frame: ``project`` an m x n gradient to its coordinates, ``lift`` coordinates back."""
+
+    def __init__(self, columns: Tensor, frame: Frame) -> None:
+        self.columns, self.frame = columns, frame
+
+    def project(self, gradient: Tensor) -> Tensor:
+        P = self.columns
+        G = gradient.to(P.dtype)
+        return G @ P if self.frame.right else P.t() @ G
+
+    def lift(self, coordinates: Tensor) -> Lifted:
+        P = self.columns
+        N = coordinates.to(P.dtype)
+        return Lifted(N, P.t()) if self.frame.right else Lifted(P, N)
+
+
+def first_columns(frame: Frame, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The basis before any gradient was seen: the first r unit vectors, orthonormal like every later one."""
+    return torch.eye(*frame.basis_shape, dtype=dtype, device=device)

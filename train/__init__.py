@@ -1,0 +1,1 @@
+"""Training: the command line, data, and runs on the Hugging Face Trainer."""

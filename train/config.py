@@ -1,0 +1,208 @@
+"""The configuration of a run: flat keys from a YAML file, overridden from the command line.
+
+Four dataclasses through ``transformers.HfArgumentParser``: the model, the data, the optimizer, and everything of
+``transformers.TrainingArguments`` under its own names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..optim.groups import DEFAULT_TARGETS
+from ..validation import nearest
+from .errors import BadInput
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model: str = field(default="2m", metadata={"help": "A size name (2m, 9m, ... 7b) or the path of a saved model."})
+    model_overrides: str | None = field(
+        default=None, metadata={"help": 'Fields of a size changed, as a mapping: {"num_hidden_layers": 2}.'}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Dtype of the weights: float32, bfloat16 or float16."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that a saved model, tokenizer or data set brings along."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it reads."""
+
+    dataset: str = field(
+        default="stdlib",
+        metadata={
+            "help": "stdlib (the source text of this Python's standard library), a txt / jsonl / parquet file, "
+            "folder or glob, or a hub name such as allenai/c4 (streamed)."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set: en for c4."})
+    text_column: str = field(default="text", metadata={"help": "Column of jsonl, parquet and hub data."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read local files as a stream instead of packing them first."}
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Name or path; by default the saved model's, else a BPE trained on the data and cached."},
+    )
+    block_size: int = field(default=256, metadata={"help": "Tokens per training example."})
+    validation_blocks: int = field(
+        default=200, metadata={"help": "Examples held out for validation, at most a tenth of a corpus."}
+    )
+
+
+@dataclass
+class OptimizerArguments:
+    """How it is optimized."""
+
+    optimizer: str = field(default="galore_adamw", metadata={"help": "adamw or galore_adamw."})
+    rank: int = field(default=128, metadata={"help": "Rank of the subspace of each target matrix."})
+    update_proj_gap: int = field(default=200, metadata={"help": "Steps between refreshes of the subspace."})
+    scale: float = field(default=0.25, metadata={"help": "Factor on the update of the target matrices."})
+    proj_type: str = field(default="std", metadata={"help": "Side projected: std, reverse_std, left or right."})
+    target_modules: list[str] = field(
+        default_factory=lambda: list(DEFAULT_TARGETS),
+        metadata={"help": "Parts of, or regular expressions for, the names of the layers that get a rank."},
+    )
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """``TrainingArguments`` with the defaults of a run that reports: TensorBoard on, bad losses never hidden."""
+
+    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where metrics are logged."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between logged losses."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Kept off: a non-finite loss stops the run instead of being averaged away."}
+    )
+    evaluate_at: list[int] | None = field(
+        default=None, metadata={"help": "Single steps to evaluate at, besides eval_strategy."}
+    )
+
+
+GROUPS = (ModelArguments, DataArguments, OptimizerArguments, RunArguments)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A resolved configuration."""
+
+    name: str
+    model: ModelArguments
+    data: DataArguments
+    optimizer: OptimizerArguments
+    run: RunArguments
+    given: dict[str, Any]
+
+    def identity(self) -> dict[str, Any]:
+        """The keys that make two runs the same run: what cannot change between a run and its resumption."""
+        return {k: v for part in (self.model, self.data, self.optimizer) for k, v in dataclasses.asdict(part).items()}
+
+    def resolved(self) -> dict[str, Any]:
+        """Flat keys that reproduce the run, in a form that YAML can hold."""
+        return {**self.given, **self.identity()}
+
+
+class _Parser(HfArgumentParser):
+    """argparse whose complaints are one line and no usage screen."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.match(r"argument --([a-z_0-9]+)\S*: invalid (\S+) value: (.*)", message)
+        if found:
+            kind = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
+            message = f"{found[1]} must be {kind.get(found[2], 'of type ' + found[2])}, got {found[3]}"
+        raise BadInput(message)
+
+
+def field_names() -> set[str]:
+    return {f.name for group in GROUPS for f in dataclasses.fields(group) if f.init}
+
+
+def load_config(argv: Sequence[str]) -> Config:
+    """``[CONFIG.yaml] [--key value ...]`` to a configuration; without a file, the embedded quickstart.
+
+    Raises:
+        BadInput: for a file that cannot be read, an unknown key or a value of the wrong type.
+    """
+    argv = list(argv)
+    source = argv.pop(0) if argv and not argv[0].startswith("-") else "quickstart"
+    settings = _read_yaml(source)
+    _check_keys(settings, f"in {source}")
+    _check_keys([re.split("=", a[2:])[0].replace("-", "_") for a in argv if a.startswith("--")], "on the command line")
+    parser = _Parser(GROUPS, allow_abbrev=False, add_help=False)
+    arguments = _as_flags(settings) + argv
+    namespace, stray = parser.parse_known_args(arguments)
+    if stray:
+        raise BadInput(f"unexpected argument {stray[0]!r}; give values as --key value")
+    if not _was_given("output_dir", arguments):
+        raise BadInput("output_dir is not set; choose one with --output_dir")
+    given = {k: v for k, v in vars(namespace).items() if _was_given(k, arguments) and k != "local_rank"}
+    try:
+        model, data, optimizer, run = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    except (ValueError, ImportError, OSError) as error:  # TrainingArguments checks its own values
+        raise BadInput(" ".join(str(error).split())) from None
+    return Config(Path(source).stem, model, data, optimizer, run, _plain(given))
+
+
+def _read_yaml(source: str) -> dict[str, Any]:
+    embedded = resources.files(f"{__package__.split('.')[0]}.configs")
+    path = Path(source)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif embedded.joinpath(f"{source}.yaml").is_file():
+        text = embedded.joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+    else:
+        names = [entry.name.removesuffix(".yaml") for entry in embedded.iterdir() if entry.name.endswith(".yaml")]
+        raise BadInput(f"no configuration {source!r}: neither a file nor an embedded one; {nearest(source, names)}")
+    try:
+        settings = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise BadInput(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise BadInput(f"{source} must hold `key: value` lines, got a {type(settings).__name__}")
+    return settings
+
+
+def _check_keys(keys: Any, where: str) -> None:
+    known = field_names()
+    for key in keys:
+        plain = str(key).removeprefix("no_") if str(key).startswith("no_") else str(key)
+        if key not in known and plain not in known:
+            raise BadInput(f"unknown key {str(key)!r} {where}; {nearest(key, known)}")
+
+
+def _as_flags(settings: dict[str, Any]) -> list[str]:
+    """YAML values as command-line flags, so that both are converted and checked by the same parser.
+
+    YAML 1.1 reads ``1e-3`` as a string; as a flag it is a number again.
+    """
+    flags: list[str] = []
+    for key, value in settings.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            flags += [f"--{key}", *(str(item) for item in value)]
+        else:
+            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
+
+
+def _was_given(key: str, arguments: list[str]) -> bool:
+    dashed = key.replace("_", "-")
+    return any(a.split("=")[0] in (f"--{key}", f"--{dashed}", f"--no_{key}", f"--no-{dashed}") for a in arguments)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in values.items()}
