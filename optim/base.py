@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..validation import is_real, is_whole, nearest, require
 from .rules import adam, adam_state, check_adam
 from .shards import Whole, WholeMatrix, shard_of
 from .subspaces.basis import PROJ_TYPES, Lifted, first_columns
 from .subspaces.singular import leading_singular_vectors
-from ..validation import is_real, is_whole, nearest, require
 
 Group = dict[str, Any]
 State = dict[str, Tensor]

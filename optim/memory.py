@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -14,3 +16,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         for value in state.values()
         if isinstance(value, Tensor)
     )
+
+
+def adamw_state_bytes(parameters: Iterable[Tensor]) -> int:
+    """Bytes that ``torch.optim.AdamW`` would hold for ``parameters``: two moments in their dtype, a fp32 counter."""
+    return sum(2 * p.numel() * p.element_size() + 4 for p in parameters)

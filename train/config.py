@@ -82,13 +82,16 @@ class OptimizerArguments:
 class RunArguments(TrainingArguments):
     """``TrainingArguments`` with the defaults of a run that reports: TensorBoard on, bad losses never hidden."""
 
-    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where metrics are logged."})
+    # HfArgumentParser reads unions by position: None must come first here.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="tensorboard", metadata={"help": "Where metrics are logged."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between logged losses."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Kept off: a non-finite loss stops the run instead of being averaged away."}
     )
-    evaluate_at: list[int] | None = field(
-        default=None, metadata={"help": "Single steps to evaluate at, besides eval_strategy."}
+    evaluate_at: list[int] = field(
+        default_factory=list, metadata={"help": "Single steps to evaluate at, besides eval_strategy."}
     )
 
 

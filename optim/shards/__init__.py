@@ -3,6 +3,6 @@
 ``whole`` is a parameter held entirely by one process: plain PyTorch and DistributedDataParallel.
 """
 
-from .whole import Whole, WholeMatrix, shard_of
+from .whole import UnsupportedLayout, Whole, WholeMatrix, shard_of
 
-__all__ = ["Whole", "WholeMatrix", "shard_of"]
+__all__ = ["UnsupportedLayout", "Whole", "WholeMatrix", "shard_of"]

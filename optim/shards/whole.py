@@ -10,6 +10,10 @@ from torch import Tensor
 from ..subspaces.basis import Basis, Frame, Lifted
 
 
+class UnsupportedLayout(RuntimeError):
+    """A matrix is split over processes in a way that its method cannot handle."""
+
+
 class Whole:
     """A tensor of any shape whose moments live in its own coordinates."""
 
@@ -61,7 +65,7 @@ class WholeMatrix(Whole):
 def shard_of(parameter: Tensor, group: dict[str, Any]) -> Whole:
     """What this process holds of ``parameter``.
 
-    Raises RuntimeError where a matrix with a rank is not whole here (DeepSpeed ZeRO, FSDP): its rows would be
+    Raises UnsupportedLayout where a matrix with a rank is not whole here (DeepSpeed ZeRO, FSDP): its rows would be
     projected as if they were the matrix, and the result would be something else.
     """
     if group["rank"] is None:
@@ -69,7 +73,7 @@ def shard_of(parameter: Tensor, group: dict[str, Any]) -> Whole:
     split = hasattr(parameter, "device_mesh")  # a DTensor; importing its class would double the import time
     if split or parameter.dim() != 2:
         held = "a DTensor (FSDP2)" if split else f"{parameter.dim()}-D here (DeepSpeed ZeRO?)"
-        raise RuntimeError(
+        raise UnsupportedLayout(
             f"rank={group['rank']} needs whole matrices, but a parameter of its group is {held}; "
             "train on one process or with DistributedDataParallel, or leave rank out of the group"
         )

@@ -1,0 +1,223 @@
+"""``gracile pretrain``: a causal language model from scratch, on the Hugging Face Trainer.
+
+python -m gracile.train.pretrain CONFIG.yaml [--key value ...]
+torchrun --nproc-per-node 2 -m gracile.train.pretrain CONFIG.yaml
+deepspeed --module gracile.train.pretrain CONFIG.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.trainer_utils import align_special_tokens
+
+from .. import __version__
+from ..models.llama import SIZES, build_llama, llama_config
+from ..optim.shards import UnsupportedLayout
+from ..validation import nearest
+from . import checkpoints, report
+from .checks import DTYPES, RUN_FILE, check_same_run, check_values, resuming, starting_point
+from .config import Config, ModelArguments, load_config
+from .data import Blocks, Corpus, collate, make_blocks, open_corpus, tokenizer_identity
+from .errors import BadInput, RunStopped
+from .optimizers import build_optimizer
+from .tokenizer import get_tokenizer
+from .trainer import Moments, PretrainTrainer
+from .usage import usage
+
+
+def pretrain(config: Config) -> dict[str, Any]:
+    """Run ``config`` to its end and return what ``metrics.json`` holds.
+
+    Raises:
+        BadInput: before anything is written, for input that cannot be used.
+        RunStopped: when the loss or the weights turn non-finite.
+    """
+    run = config.run
+    output_dir = Path(run.output_dir)
+    checkpoint = starting_point(run)
+    check_values(config)
+    architecture = _architecture(config.model)
+    _check_optimizer(config, architecture)
+    with run.main_process_first(desc="reading the data"):
+        corpus = open_corpus(config.data, config.model.trust_remote_code)
+        name = config.data.tokenizer or _saved_tokenizer(config.model)
+        tokenizer = get_tokenizer(name, corpus, architecture.vocab_size, config.model.trust_remote_code)
+        blocks = make_blocks(corpus, tokenizer, config.data)
+    data_identity = f"{corpus.fingerprint}-{tokenizer_identity(tokenizer)}"
+    if resuming(run):
+        check_same_run(config, output_dir if checkpoint is None else checkpoint.parent, data_identity)
+
+    set_seed(run.seed)
+    model = _model(config.model)
+    trainer = _trainer(config, model, tokenizer, blocks)
+    if run.should_save:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump({"gracile": __version__, "data": data_identity, "config": config.resolved()})
+        checkpoints.write_atomically(output_dir / RUN_FILE, text)
+        _announce(config, model, corpus, blocks, checkpoint)
+
+    steps_per_second = _train(trainer, checkpoint)
+    return _finish(config, trainer, output_dir, steps_per_second)
+
+
+def _train(trainer: PretrainTrainer, checkpoint: Path | None) -> float | None:
+    """Train to the end; steps per second, or None where the checkpoint was the end already."""
+    if checkpoint is not None and trainer.is_finished(checkpoint):
+        trainer.load_finished(checkpoint)
+        return None
+    output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return output.metrics["train_steps_per_second"]
+
+
+def _finish(config: Config, trainer: PretrainTrainer, output_dir: Path, speed: float | None) -> dict[str, Any]:
+    """The last evaluation, the saved model, metrics.json, loss.png and the table."""
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(output_dir))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    tokens_per_step = trainer.get_total_train_batch_size(config.run) * config.data.block_size
+    steps = trainer.state.global_step
+    metrics = {
+        "name": config.name,
+        "model": config.model.model,
+        "optimizer": config.optimizer.optimizer,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": steps,
+        "tokens": steps * tokens_per_step,
+        "tokens_per_second": None if speed is None else speed * tokens_per_step,
+        "validation_loss": loss,
+        "validation_perplexity": report.perplexity(loss),
+        **report.memory(model, trainer.optimizer),
+        "history": report.history_of(trainer.state),
+    }
+    if config.run.should_save:
+        title = f"{config.model.model} LLaMA, {config.data.dataset}, {config.optimizer.optimizer}"
+        report.plot_losses(output_dir, metrics["history"], tokens_per_step, title)
+        report.write_metrics(output_dir, metrics)
+        print(f"\n{report.closing_table(metrics)}\n\n  {output_dir}/ holds the model, its tokenizer, checkpoints,")
+        print(f"  {RUN_FILE}, metrics.json, loss.png and TensorBoard logs (tensorboard --logdir {output_dir})")
+    return metrics
+
+
+# ---- building --------------------------------------------------------------------------------------------------------
+
+
+def _architecture(chosen: ModelArguments) -> PreTrainedConfig:
+    """The model's configuration; nothing is allocated."""
+    overrides = _overrides(chosen)
+    if chosen.model in SIZES:
+        try:
+            return llama_config(chosen.model, **overrides)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+    if overrides:
+        raise BadInput(f"model_overrides {overrides} need a size name as model, got {chosen.model!r}")
+    if not Path(chosen.model).is_dir() and "/" not in chosen.model:
+        raise BadInput(
+            f"unknown model {chosen.model!r}: no size name and no saved model; {nearest(chosen.model, SIZES)}"
+        )
+    try:
+        return AutoConfig.from_pretrained(chosen.model, trust_remote_code=chosen.trust_remote_code)
+    except Exception as error:  # every kind of network, hub and file error means the same to the user
+        raise BadInput(f"model {chosen.model!r} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def _overrides(chosen: ModelArguments) -> dict[str, Any]:
+    if chosen.model_overrides is None:
+        return {}
+    try:
+        overrides = json.loads(chosen.model_overrides)
+    except ValueError:
+        overrides = None
+    if not isinstance(overrides, dict):
+        raise BadInput(
+            f'model_overrides must be a mapping such as {{"num_hidden_layers": 2}}, got {chosen.model_overrides}'
+        )
+    return overrides
+
+
+def _check_optimizer(config: Config, architecture: PreTrainedConfig) -> None:
+    """Build the optimizer on a model without memory: bad values show before any data is read."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
+    build_optimizer(model, config.optimizer, config.run)
+
+
+def _saved_tokenizer(chosen: ModelArguments) -> str | None:
+    return None if chosen.model in SIZES else chosen.model
+
+
+def _model(chosen: ModelArguments) -> PreTrainedModel:
+    dtype = DTYPES[chosen.dtype]
+    if chosen.model in SIZES:
+        return build_llama(chosen.model, dtype=dtype, **_overrides(chosen))
+    return AutoModelForCausalLM.from_pretrained(chosen.model, dtype=dtype, trust_remote_code=chosen.trust_remote_code)
+
+
+def _trainer(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, blocks: Blocks
+) -> PretrainTrainer:
+    align_special_tokens(model, tokenizer)
+    return PretrainTrainer(
+        chosen=config.optimizer,
+        model=model,
+        args=config.run,
+        train_dataset=blocks.train,
+        eval_dataset=blocks.validation,
+        data_collator=collate,
+        processing_class=tokenizer,
+        callbacks=[Moments(config.run.evaluate_at)],
+    )
+
+
+def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks, checkpoint: Path | None) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    train = "streamed" if corpus.streamed else f"{len(blocks.train):,}"
+    print(
+        f"{config.name}: {config.model.model} LLaMA of {parameters:,} parameters, {config.optimizer.optimizer}, "
+        f"{corpus.name}\n"
+        f"{train} training and {len(blocks.validation):,} validation blocks of {config.data.block_size} tokens"
+    )
+    if checkpoint is not None:
+        print(f"continuing from {checkpoint}")
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0; 2 for bad input; 1 for a run that had to stop. Both say why in one line."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if any(a in ("-h", "--help", "--help-all") for a in arguments):
+        print(usage(everything="--help-all" in arguments))
+        return 0
+    try:
+        pretrain(load_config(arguments))
+    except BadInput as error:
+        if os.environ.get("RANK", "0") == "0":  # every process meets the same input
+            print(f"gracile pretrain: {error}", file=sys.stderr)
+        return 2
+    except (RunStopped, UnsupportedLayout) as error:
+        print(f"gracile pretrain: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""What a run tells when it ends: metrics.json, loss.png and a table."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from torch import nn
+from transformers import TrainerState
+
+from ..optim.memory import adamw_state_bytes, state_bytes
+from .checkpoints import write_atomically
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
+    """Bytes of this process, counted from the tensors; AdamW's are what ``torch.optim.AdamW`` would hold."""
+    parameters = list(model.parameters())
+    trainable = [p for p in parameters if p.requires_grad]
+    return {
+        "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "gradient_bytes": sum(p.numel() * p.element_size() for p in trainable),
+        "optimizer_state_bytes": 0 if optimizer is None else state_bytes(optimizer),
+        "adamw_state_bytes": adamw_state_bytes(trainable),
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def peak_memory() -> int:
+    """The most this process has held: allocated on the GPU where there is one, else resident in RAM."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def write_metrics(output_dir: Path, metrics: dict[str, Any]) -> None:
+    write_atomically(output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+
+def plot_losses(output_dir: Path, history: list[dict[str, float]], tokens_per_step: int, title: str) -> None:
+    """loss.png: training and validation loss over steps, with tokens along the top."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    top = axes.secondary_xaxis(
+        "top", functions=(lambda step: step * tokens_per_step / 1e6, lambda tokens: tokens * 1e6 / tokens_per_step)
+    )
+    top.set_xlabel("million tokens")
+    figure.savefig(output_dir / "loss.png", dpi=120)
+    pyplot.close(figure)
+
+
+def closing_table(metrics: dict[str, Any]) -> str:
+    state, dense = metrics["optimizer_state_bytes"], metrics["adamw_state_bytes"]
+    speed = metrics["tokens_per_second"]
+    rows = [
+        ("parameters", f"{metrics['parameters']:,}"),
+        ("tokens", f"{metrics['tokens']:,} in {metrics['steps']:,} steps"),
+        ("tokens / s", "nothing left to train" if speed is None else f"{speed:,.0f} (evaluations and saves included)"),
+        ("validation loss", f"{metrics['validation_loss']:.4f}"),
+        ("validation perplexity", f"{metrics['validation_perplexity']:.2f}"),
+        ("peak memory", _size(metrics["peak_memory_bytes"])),
+        ("weights", _size(metrics["weight_bytes"])),
+        ("gradients", _size(metrics["gradient_bytes"])),
+        ("optimizer state", f"{_size(state)} ({metrics['optimizer']}); plain AdamW {_size(dense)}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def _size(count: int) -> str:
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.1f} {unit}" if unit != "B" else f"{count} B"
+        amount /= 1024
+    return f"{amount:.2f} GiB"
+
+
+def history_of(state: TrainerState) -> list[dict[str, float]]:
+    """Losses by step, as metrics.json keeps them."""
+    kept = ("step", "loss", "eval_loss", "grad_norm", "learning_rate")
+    return [
+        {key: entry[key] for key in kept if key in entry}
+        for entry in state.log_history
+        if "loss" in entry or "eval_loss" in entry
+    ]

@@ -1,0 +1,108 @@
+"""The Hugging Face Trainer with our optimizers, sealed checkpoints and a stop at the first non-finite loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from . import checkpoints
+from .config import OptimizerArguments
+from .errors import RunStopped
+from .optimizers import build_optimizer
+
+
+class PretrainTrainer(Trainer):
+    """``transformers.Trainer``; only what it cannot be told through its arguments is overridden."""
+
+    def __init__(self, *, chosen: OptimizerArguments, **kwargs: Any) -> None:
+        self.chosen = chosen
+        super().__init__(**kwargs)
+        self._first_bad_step = torch.full((), -1, dtype=torch.long, device=self.args.device)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.model if model is None else model, self.chosen, self.args)
+        return self.optimizer
+
+    # ---- non-finite losses --------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # Remembered on the device and read where the Trainer reads it anyway: no stop of a GPU per step.
+        bad = ~torch.isfinite(loss) & (self._first_bad_step < 0)
+        self._first_bad_step = torch.where(bad, self.state.global_step + 1, self._first_bad_step)
+        return loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        due = self.control.should_log or self.control.should_save or self.control.should_evaluate
+        if (due or tr_loss.device.type == "cpu") and (step := int(self._first_bad_step)) >= 0:
+            raise RunStopped(f"the loss at step {step} is not finite; {self._what_stays()}")
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def _refuse_broken_weights(self) -> None:
+        """A finite loss can still be followed by an update that breaks the weights: never save those."""
+        broken = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+        if broken:
+            step = self.state.global_step
+            raise RunStopped(f"after step {step} {broken[0]} holds non-finite values; {self._what_stays()}")
+
+    def _what_stays(self) -> str:
+        kept, _ = checkpoints.newest_whole(Path(self.args.output_dir))
+        return f"the last good checkpoint is {kept}" if kept else "no checkpoint had been saved"
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._refuse_broken_weights()
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoints.unseal(checkpoint)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # nothing is deleted before the seal
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # every process writes files of its own
+        if self.args.should_save:
+            checkpoints.seal(checkpoint)
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def is_finished(self, checkpoint: Path) -> bool:
+        """Whether the checkpoint is the end of this run: the Trainer's loop would train one step more."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.args.max_steps > 0:
+            return state.global_step >= self.args.max_steps
+        return state.global_step >= state.max_steps and state.num_train_epochs >= self.args.num_train_epochs
+
+    def load_finished(self, checkpoint: Path) -> None:
+        """Take the weights and the history of a finished run; there is nothing left to train."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.create_optimizer()
+
+
+class Moments(TrainerCallback):
+    """When to evaluate and log beyond the Trainer's own strategies."""
+
+    def __init__(self, evaluate_at: list[int]) -> None:
+        self.evaluate_at = set(evaluate_at)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if state.global_step in self.evaluate_at:
+            control.should_evaluate = True
+        if control.should_save:
+            # A logged loss is a mean since the last log: starting anew at each save, a resumed run logs the same.
+            control.should_log = True
+        return control
