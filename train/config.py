@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -94,6 +96,14 @@ class RunArguments(TrainingArguments):
         default_factory=list, metadata={"help": "Single steps to evaluate at, besides eval_strategy."}
     )
 
+    def __post_init__(self) -> None:
+        # Without this, processes launched together on CPUs would each train alone, into one folder.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.world_size:
+            raise ValueError(f"WORLD_SIZE is {launched} but only {self.world_size} process(es) found each other")
+
 
 GROUPS = (ModelArguments, DataArguments, OptimizerArguments, RunArguments)
 
@@ -139,7 +149,7 @@ def load_config(argv: Sequence[str]) -> Config:
     Raises:
         BadInput: for a file that cannot be read, an unknown key or a value of the wrong type.
     """
-    argv = list(argv)
+    argv = [a for a in argv if not a.startswith("--local_rank=")]  # DeepSpeed's launcher puts it before the file
     source = argv.pop(0) if argv and not argv[0].startswith("-") else "quickstart"
     settings = _read_yaml(source)
     _check_keys(settings, f"in {source}")
@@ -151,7 +161,7 @@ def load_config(argv: Sequence[str]) -> Config:
         raise BadInput(f"unexpected argument {stray[0]!r}; give values as --key value")
     if not _was_given("output_dir", arguments):
         raise BadInput("output_dir is not set; choose one with --output_dir")
-    given = {k: v for k, v in vars(namespace).items() if _was_given(k, arguments) and k != "local_rank"}
+    given = {k: v for k, v in vars(namespace).items() if _was_given(k, arguments)}
     try:
         model, data, optimizer, run = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except (ValueError, ImportError, OSError) as error:  # TrainingArguments checks its own values

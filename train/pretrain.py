@@ -25,7 +25,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.trainer_utils import align_special_tokens
 
 from .. import __version__
 from ..models.llama import SIZES, build_llama, llama_config
@@ -173,7 +172,9 @@ def _model(chosen: ModelArguments) -> PreTrainedModel:
 def _trainer(
     config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, blocks: Blocks
 ) -> PretrainTrainer:
-    align_special_tokens(model, tokenizer)
+    for settings in (model.config, model.generation_config):
+        for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(settings, token, getattr(tokenizer, token))
     return PretrainTrainer(
         chosen=config.optimizer,
         model=model,
@@ -192,7 +193,8 @@ def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks, 
     print(
         f"{config.name}: {config.model.model} LLaMA of {parameters:,} parameters, {config.optimizer.optimizer}, "
         f"{corpus.name}\n"
-        f"{train} training and {len(blocks.validation):,} validation blocks of {config.data.block_size} tokens"
+        f"{train} training and {len(blocks.validation):,} validation blocks of {config.data.block_size} tokens",
+        flush=True,
     )
     if checkpoint is not None:
         print(f"continuing from {checkpoint}")

@@ -96,10 +96,11 @@ def _size(count: int) -> str:
 
 
 def history_of(state: TrainerState) -> list[dict[str, float]]:
-    """Losses by step, as metrics.json keeps them."""
+    """Losses by step, as metrics.json keeps them; of two evaluations at one step, the later."""
     kept = ("step", "loss", "eval_loss", "grad_norm", "learning_rate")
-    return [
-        {key: entry[key] for key in kept if key in entry}
+    entries = {
+        (entry["step"], "loss" in entry): {key: entry[key] for key in kept if key in entry}
         for entry in state.log_history
         if "loss" in entry or "eval_loss" in entry
-    ]
+    }
+    return list(entries.values())

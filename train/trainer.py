@@ -85,10 +85,13 @@ class PretrainTrainer(Trainer):
         return state.global_step >= state.max_steps and state.num_train_epochs >= self.args.num_train_epochs
 
     def load_finished(self, checkpoint: Path) -> None:
-        """Take the weights and the history of a finished run; there is nothing left to train."""
+        """Take weights, optimizer state and history of a finished run; there is nothing left to train."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        self.create_optimizer()
+        optimizer = self.create_optimizer()
+        saved = checkpoint / "optimizer.pt"
+        if saved.is_file():
+            optimizer.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
 
 
 class Moments(TrainerCallback):

@@ -1,0 +1,46 @@
+# Everything runs in .venv, installed against constraints.txt. Needs Python 3.10 or later, pip and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: help pretrain test lint kill clean
+
+help:
+	@echo "make pretrain   train a small LLaMA with GaLore (runs/quickstart); ARGS='--key value ...' changes it"
+	@echo "make test       the test suite"
+	@echo "make lint       ruff and mypy"
+	@echo "make kill       kill a run ten times at random and compare it with an undisturbed one"
+
+pretrain: $(VENV)/.run
+	$(BIN)/gracile pretrain $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	ln -sfn ../.. $(VENV)/types/gracile
+	MYPYPATH=$(VENV)/types $(BIN)/mypy -p gracile
+
+kill: $(VENV)/.dev
+	$(BIN)/python tests/train/kill_and_resume.py --kills 10
+
+# torch first: what follows then finds it and looks no further
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(VENV)/types
+	$(BIN)/pip install --disable-pip-version-check --quiet torch -c constraints.txt
+	touch $@
+
+$(VENV)/.run: $(VENV)/.torch setup.cfg pyproject.toml
+	$(BIN)/pip install --disable-pip-version-check --quiet -e . -c constraints.txt
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[dev]' -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
