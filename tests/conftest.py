@@ -1,13 +1,81 @@
-"""Every test run has its own, empty Hugging Face cache and no network."""
+"""Every test run has its own, empty Hugging Face cache and no network; fixtures of tiny runs on real text."""
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
+from importlib import util
+from pathlib import Path
+
+import pytest
+import yaml
 
 _cache = tempfile.mkdtemp(prefix="gracile-test-cache-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 # Before anything imports huggingface_hub or datasets: they read these once.
-os.environ.update(
-    HF_HOME=_cache, HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false"
-)
+os.environ |= {
+    "HF_HOME": _cache,
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+MODULES = ("argparse", "inspect", "tarfile", "typing")
+
+
+def module_text(name: str) -> str:
+    return Path(util.find_spec(name).origin).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Four text files, 350 kB."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for name in MODULES:
+        (folder / f"{name}.txt").write_text(module_text(name), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def tiny(corpus, tmp_path):
+    """Settings of a run that takes a second or two; ``tiny(key=value)`` writes them and returns the YAML's path."""
+
+    def write(**changes) -> str:
+        settings = {
+            "model": "2m",
+            "model_overrides": {
+                "hidden_size": 32,
+                "intermediate_size": 88,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "vocab_size": 400,
+            },
+            "dataset": str(corpus),
+            "block_size": 32,
+            "validation_blocks": 20,
+            "optimizer": "galore_adamw",
+            "rank": 4,
+            "update_proj_gap": 4,
+            "learning_rate": 0.01,
+            "max_steps": 12,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "save_steps": 5,
+            "logging_steps": 3,
+            "disable_tqdm": True,
+            "output_dir": str(tmp_path / "run"),
+        } | changes
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not None}))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def metrics():
+    def read(output_dir) -> dict:
+        return json.loads((Path(output_dir) / "metrics.json").read_text())
+
+    return read

@@ -178,6 +178,8 @@ def _packed_blocks(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, data: Dat
     def blocks() -> Iterator[dict[str, list[int]]]:
         return pack((document["text"] for document in shuffled), tokenizer, data.block_size)
 
+    if next(blocks(), None) is None:  # an empty Arrow file cannot be opened
+        _need_two_blocks(0, corpus, data)
     packed = datasets.Dataset.from_generator(
         blocks,
         features=FEATURES,

@@ -1,0 +1,295 @@
+"""Whole runs of ``gracile pretrain`` on real text, in this process."""
+
+import functools
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+
+from gracile.optim import state_bytes
+from gracile.train import checkpoints, trainer
+from gracile.train.pretrain import main
+
+
+def weights(output_dir) -> dict[str, torch.Tensor]:
+    return load_file(Path(output_dir) / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def interrupt(output_dir: Path, copy: Path, keep: str) -> Path:
+    """The folder as a kill after checkpoint ``keep`` would have left it."""
+    shutil.copytree(output_dir, copy)
+    for checkpoint in checkpoints.checkpoints(copy):
+        if checkpoint.name != keep:
+            shutil.rmtree(checkpoint)
+    for name in ("metrics.json", "model.safetensors", "config.json", "loss.png"):
+        (copy / name).unlink()
+    return copy
+
+
+def test_a_run_leaves_what_it_promises(tiny, tmp_path, metrics, capsys):
+    assert main([tiny(max_steps=60, gradient_accumulation_steps=1, evaluate_at=[5])]) == 0
+    run = tmp_path / "run"
+    table = capsys.readouterr().out
+    for name in ("metrics.json", "loss.png", "run.yaml", "model.safetensors", "tokenizer.json", "runs"):
+        assert (run / name).exists(), name
+    assert next((run / "runs").rglob("events.out.tfevents*")).stat().st_size > 0
+
+    told = metrics(run)
+    assert told["tokens"] == 60 * 4 * 32
+    validation = {entry["step"]: entry["eval_loss"] for entry in told["history"] if "eval_loss" in entry}
+    assert set(validation) == {5, 60}
+    assert validation[60] < validation[5] - 0.5, "it learns"
+    assert told["validation_loss"] == validation[60]
+    assert math.isclose(told["validation_perplexity"], math.exp(validation[60]))
+    for words in ("validation perplexity", "tokens / s", "peak memory", "plain AdamW"):
+        assert words in table
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(run)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run)
+    assert told["parameters"] == sum(p.numel() for p in model.parameters())
+    assert told["weight_bytes"] == told["gradient_bytes"] == 4 * told["parameters"]
+    generate = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    text = generate("def ", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    assert text.startswith("def ")
+    assert len(text) > len("def ")
+
+
+def test_memory_told_is_the_memory_held(tiny, tmp_path, metrics, monkeypatch):
+    built = []
+    build = trainer.build_optimizer
+    monkeypatch.setattr(trainer, "build_optimizer", lambda *a: built.append(build(*a)) or built[-1])
+    assert main([tiny(max_steps=2)]) == 0
+    assert main([tiny(max_steps=2, optimizer="adamw", output_dir=str(tmp_path / "dense"))]) == 0
+    low, dense = metrics(tmp_path / "run"), metrics(tmp_path / "dense")
+    assert low["optimizer_state_bytes"] == state_bytes(built[0])
+    assert dense["optimizer_state_bytes"] == state_bytes(built[1]) == dense["adamw_state_bytes"]
+    assert low["adamw_state_bytes"] == dense["adamw_state_bytes"] > low["optimizer_state_bytes"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"streaming": True, "save_steps": 7},
+        {"optimizer": "adamw", "dtype": "bfloat16"},
+        {"dtype": "bfloat16", "learning_rate": 0.05},
+        {"max_steps": -1, "num_train_epochs": 0.02, "save_steps": 10, "gradient_accumulation_steps": 1},
+    ],
+    ids=["galore", "streaming", "adamw bf16", "galore bf16", "epochs"],
+)
+def test_losses_and_weights_after_a_resume_are_bit_for_bit_the_same(tiny, tmp_path, metrics, changes):
+    whole = tmp_path / "run"
+    config = tiny(**changes)
+    assert main([config]) == 0
+    first = checkpoints.checkpoints(whole)[-1].name
+    broken = interrupt(whole, tmp_path / "again", keep=first)
+    assert main([config, "--output_dir", str(broken), "--resume_from_checkpoint", "true"]) == 0
+    one, other = metrics(whole), metrics(broken)
+    assert one["steps"] > int(first.split("-")[1]), "there was something left to do"
+    assert other["history"] == one["history"]
+    assert other["validation_loss"] == one["validation_loss"]
+    assert same(weights(broken), weights(whole))
+
+
+def test_resume_crosses_an_epoch(tiny, tmp_path, metrics, corpus):
+    text = (corpus / "argparse.txt").read_text(encoding="utf-8")[:12_000]
+    (tmp_path / "small.txt").write_text(text, encoding="utf-8")
+    config = tiny(dataset=str(tmp_path / "small.txt"), max_steps=70, save_steps=25)
+    assert main([config]) == 0
+    broken = interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-25")
+    assert main([config, "--output_dir", str(broken), "--resume_from_checkpoint", "true"]) == 0
+    assert metrics(broken)["history"] == metrics(tmp_path / "run")["history"]
+    assert same(weights(broken), weights(tmp_path / "run"))
+
+
+def test_a_checkpoint_cut_short_is_named_and_skipped(tiny, tmp_path, metrics, capsys):
+    config = tiny()
+    assert main([config]) == 0
+    broken = interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-5")
+    shutil.copytree(tmp_path / "run" / "checkpoint-10", broken / "checkpoint-10")
+    with open(broken / "checkpoint-10" / "optimizer.pt", "r+b") as file:
+        file.truncate(100)
+    capsys.readouterr()
+    assert main([config, "--output_dir", str(broken), "--resume_from_checkpoint", "true"]) == 0
+    out = capsys.readouterr().out
+    assert f"skipping {broken / 'checkpoint-10'}: optimizer.pt has 100 of" in out
+    assert f"continuing from {broken / 'checkpoint-5'}" in out
+    assert same(weights(broken), weights(tmp_path / "run"))
+    assert checkpoints.fault(broken / "checkpoint-10") is None, "it was written again, whole"
+
+
+def test_resuming_a_finished_run_trains_no_step_more(tiny, tmp_path, metrics):
+    config = tiny()
+    assert main([config]) == 0
+    before, told = weights(tmp_path / "run"), metrics(tmp_path / "run")
+    assert main([config, "--resume_from_checkpoint", "true"]) == 0
+    after = metrics(tmp_path / "run")
+    assert same(weights(tmp_path / "run"), before)
+    assert after["tokens_per_second"] is None
+    for key in ("steps", "validation_loss", "history", "optimizer_state_bytes"):
+        assert after[key] == told[key], key
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(tiny, tmp_path, metrics, capsys):
+    config = tiny()
+    assert main([config]) == 0
+    broken = interrupt(tmp_path / "run", tmp_path / "again", keep="none")
+    assert main([config, "--output_dir", str(broken), "--resume_from_checkpoint", "true"]) == 0
+    assert "starting it again" in capsys.readouterr().out
+    assert metrics(broken)["history"] == metrics(tmp_path / "run")["history"]
+
+
+def test_older_checkpoints_go_only_after_the_new_one_is_sealed(tiny, tmp_path, monkeypatch):
+    seen = []
+    seal = checkpoints.seal
+
+    def spying_seal(checkpoint):
+        before, _ = checkpoints.newest_whole(checkpoint.parent)
+        seen.append(before and before.name)
+        seal(checkpoint)
+
+    monkeypatch.setattr(checkpoints, "seal", spying_seal)
+    assert main([tiny(save_total_limit=1, save_steps=4)]) == 0
+    assert seen == [None, "checkpoint-4", "checkpoint-8"], "a whole one is there at every moment"
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-12"]
+
+
+def test_a_loss_that_turns_non_finite_stops_the_run_and_the_last_checkpoint_stays(tiny, tmp_path, monkeypatch, capsys):
+    forward = transformers.LlamaForCausalLM.forward
+
+    @functools.wraps(forward)  # the Trainer reads its signature
+    def failing(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if self.training:
+            failing.calls += 1
+            if failing.calls > 2 * 6:  # two micro-batches a step: from step 7 on
+                output.loss = output.loss * float("nan")
+        return output
+
+    failing.calls = 0
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", failing)
+    assert main([tiny()]) == 1
+    err = capsys.readouterr().err
+    assert f"the loss at step 7 is not finite; the last good checkpoint is {tmp_path / 'run' / 'checkpoint-5'}" in err
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-5"]
+    saved = weights(tmp_path / "run" / "checkpoint-5")
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+    monkeypatch.undo()
+    assert main([tiny(), "--resume_from_checkpoint", "true"]) == 0
+
+
+def test_weights_that_turn_non_finite_are_never_saved(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer.Moments, "on_optimizer_step", explode_at_step(5), raising=False)
+    assert main([tiny(max_steps=12)]) == 1
+    assert "model.embed_tokens.weight holds non-finite values" in capsys.readouterr().err
+    assert checkpoints.checkpoints(tmp_path / "run") == []
+
+
+def explode_at_step(step):
+    def hook(self, args, state, control, model=None, **kwargs):
+        if state.global_step == step - 1:  # counted up after this hook
+            with torch.no_grad():
+                model.model.embed_tokens.weight[0, 0] = float("inf")
+        return control
+
+    return hook
+
+
+def test_a_saved_model_trains_on(tiny, tmp_path, metrics):
+    assert main([tiny()]) == 0
+    start = metrics(tmp_path / "run")["validation_loss"]
+    config = tiny(model=str(tmp_path / "run"), model_overrides=None, output_dir=str(tmp_path / "more"), max_steps=20)
+    assert main([config]) == 0
+    assert metrics(tmp_path / "more")["validation_loss"] < start
+
+
+def test_the_seed_decides_the_run(tiny, tmp_path, metrics):
+    losses = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert main([tiny(seed=seed, output_dir=str(tmp_path / name))]) == 0
+        losses.append([entry.get("loss") for entry in metrics(tmp_path / name)["history"]])
+    assert losses[0] == losses[1] != losses[2]
+
+
+BAD = {
+    "optimizer": ({"optimizer": "galore_adam"}, ["galore_adam'", "did you mean 'galore_adamw'"]),
+    "size": ({"model": "2mm", "model_overrides": None}, ["2mm", "did you mean '2m'"]),
+    "override": ({"model_overrides": {"hiden_size": 3}}, ["hiden_size", "hidden_size"]),
+    "override that does not fit": ({"model_overrides": {"num_attention_heads": 7}}, ["attention heads"]),
+    "override of a path": ({"model": "some/where"}, ["model_overrides", "some/where"]),
+    "key": ({"update_gap": 3}, ["update_gap"]),
+    "rank 0": ({"rank": 0}, ["rank", "0"]),
+    "rank not whole": ({"rank": 1.5}, ["rank", "1.5"]),
+    "gap": ({"update_proj_gap": 0}, ["update_proj_gap", "0"]),
+    "side": ({"proj_type": "up"}, ["proj_type", "'up'"]),
+    "scale": ({"scale": "nan"}, ["scale", "nan"]),
+    "target": ({"target_modules": ["attn", "mpl"]}, ["'mpl'", "did you mean 'mlp'"]),
+    "data": ({"dataset": "./nowhere.txt"}, ["./nowhere.txt", "does not exist"]),
+    "text too short": ({"block_size": 500_000}, ["0 block(s)", "block_size=500000"]),
+    "tokenizer": ({"tokenizer": "no/where"}, ["no/where"]),
+    "no checkpoint": ({"resume_from_checkpoint": "true"}, ["no whole checkpoint", "run'"]),
+    "not a checkpoint": ({"resume_from_checkpoint": "elsewhere/checkpoint-3"}, ["elsewhere/checkpoint-3"]),
+    "dtype": ({"dtype": "float8"}, ["float8"]),
+    "batch": ({"per_device_train_batch_size": 0}, ["per_device_train_batch_size", "0"]),
+    "nothing to train": ({"max_steps": 0}, ["max_steps is 0"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tiny, tmp_path, capsys, case):
+    changes, words = BAD[case]
+    assert main([tiny(**changes)]) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    message = err[-1]
+    assert [line for line in err if line.startswith("gracile pretrain:")] == [message]
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tiny, tmp_path, capsys):
+    assert main([tiny(max_steps=1)]) == 0
+    overrides = {"hidden_size": 32, "num_attention_heads": 2, "vocab_size": 300}
+    config = tiny(tokenizer=str(tmp_path / "run"), model_overrides=overrides, output_dir=str(tmp_path / "other"))
+    assert main([config]) == 2
+    assert "400 entries, more than the model's vocab_size 300" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_another_run_is_never_overwritten_nor_continued_as_something_else(tiny, tmp_path, capsys):
+    config = tiny(max_steps=6)
+    assert main([config]) == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert main([config]) == 2
+    assert "holds another run" in capsys.readouterr().err
+    resume = ["--resume_from_checkpoint", "true"]
+    for change in (["--rank", "8"], ["--optimizer", "adamw"], ["--block_size", "64"]):
+        assert main([config, *resume, *change]) == 2
+        assert change[0][2:] in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_resuming_on_changed_data_is_refused(tiny, tmp_path, capsys, corpus):
+    data = tmp_path / "data.txt"
+    shutil.copy(corpus / "argparse.txt", data)
+    config = tiny(dataset=str(data), max_steps=6)
+    assert main([config]) == 0
+    data.write_text(data.read_text(encoding="utf-8") + "more", encoding="utf-8")
+    assert main([config, "--resume_from_checkpoint", "true", "--max_steps", "8"]) == 2
+    assert "has changed since the run" in capsys.readouterr().err
+
+
+def test_run_file_holds_the_resolved_configuration(tiny, tmp_path):
+    assert main([tiny(max_steps=1), "--rank", "3"]) == 0
+    saved = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert saved["config"]["rank"] == 3
+    assert saved["config"]["update_proj_gap"] == 4
+    assert saved["config"]["proj_type"] == "std", "defaults are spelled out"
