@@ -108,7 +108,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     # ---- one step, in three phases ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. Returns the closure's loss, if there is a closure."""
         loss = None
         if closure is not None:

@@ -58,13 +58,10 @@ def _dim(parameter: Tensor) -> int:
 
 def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     candidates = dict(_matrices(model))
-    if isinstance(target_modules, str):
-        patterns = [target_modules]
-        all_linear = target_modules == "all-linear"
-    else:
-        patterns, all_linear = list(target_modules), False
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if all_linear:
+    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    find_output = getattr(model, "get_output_embeddings", None)  # transformers models know their output layer
+    output = find_output() if callable(find_output) else None
+    if "all-linear" in patterns:
         yield from ((name, p) for name, p in candidates.items() if output is None or p is not output.weight)
         return
     if not patterns:

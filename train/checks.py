@@ -15,7 +15,7 @@ from .errors import BadInput
 RUN_FILE = "run.yaml"
 # What a run writes into its output directory and would overwrite in another's.
 TRACES = (RUN_FILE, "metrics.json", "config.json", "model.safetensors", "model.safetensors.index.json")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def check_values(config: Config) -> None:
@@ -48,7 +48,7 @@ def starting_point(run: RunArguments) -> Path | None:
     Raises:
         BadInput: for an output directory that holds another run, or a checkpoint that is not there or not whole.
     """
-    output_dir = Path(run.output_dir)
+    output_dir = run.folder
     if output_dir.exists() and not output_dir.is_dir():
         raise BadInput(f"output_dir {run.output_dir!r} is a file; choose another")
     if not resuming(run):

@@ -33,7 +33,7 @@ class ModelArguments:
     model_overrides: str | None = field(
         default=None, metadata={"help": 'Fields of a size changed, as a mapping: {"num_hidden_layers": 2}.'}
     )
-    dtype: str = field(default="float32", metadata={"help": "Dtype of the weights: float32, bfloat16 or float16."})
+    dtype: str = field(default="float32", metadata={"help": "Dtype of the weights: float32 or bfloat16."})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that a saved model, tokenizer or data set brings along."}
     )
@@ -96,6 +96,12 @@ class RunArguments(TrainingArguments):
         default_factory=list, metadata={"help": "Single steps to evaluate at, besides eval_strategy."}
     )
 
+    @property
+    def folder(self) -> Path:
+        """``output_dir``, which TrainingArguments always sets, as a path."""
+        assert self.output_dir is not None
+        return Path(self.output_dir)
+
     def __post_init__(self) -> None:
         # Without this, processes launched together on CPUs would each train alone, into one folder.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -105,7 +111,7 @@ class RunArguments(TrainingArguments):
             raise ValueError(f"WORLD_SIZE is {launched} but only {self.world_size} process(es) found each other")
 
 
-GROUPS = (ModelArguments, DataArguments, OptimizerArguments, RunArguments)
+GROUPS: Any = (ModelArguments, DataArguments, OptimizerArguments, RunArguments)
 
 
 @dataclass(frozen=True)
@@ -205,6 +211,8 @@ def _as_flags(settings: dict[str, Any]) -> list[str]:
     for key, value in settings.items():
         if value is None:
             continue
+        if value == []:
+            raise BadInput(f"{key} is an empty list; leave it out for its default")
         if isinstance(value, list):
             flags += [f"--{key}", *(str(item) for item in value)]
         else:

@@ -49,7 +49,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         RunStopped: when the loss or the weights turn non-finite.
     """
     run = config.run
-    output_dir = Path(run.output_dir)
+    output_dir = run.folder
     checkpoint = starting_point(run)
     check_values(config)
     architecture = _architecture(config.model)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +62,8 @@ def plot_losses(output_dir: Path, history: list[dict[str, float]], tokens_per_st
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    top = axes.secondary_xaxis(
-        "top", functions=(lambda step: step * tokens_per_step / 1e6, lambda tokens: tokens * 1e6 / tokens_per_step)
-    )
+    millions = tokens_per_step / 1e6
+    top = axes.secondary_xaxis("top", functions=(partial(operator.mul, millions), partial(operator.mul, 1 / millions)))
     top.set_xlabel("million tokens")
     figure.savefig(output_dir / "loss.png", dpi=120)
     pyplot.close(figure)

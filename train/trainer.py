@@ -7,17 +7,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from . import checkpoints
-from .config import OptimizerArguments
+from .config import OptimizerArguments, RunArguments
 from .errors import RunStopped
 from .optimizers import build_optimizer
 
 
 class PretrainTrainer(Trainer):
     """``transformers.Trainer``; only what it cannot be told through its arguments is overridden."""
+
+    args: RunArguments
+    model: PreTrainedModel
 
     def __init__(self, *, chosen: OptimizerArguments, **kwargs: Any) -> None:
         self.chosen = chosen
@@ -52,14 +55,14 @@ class PretrainTrainer(Trainer):
             raise RunStopped(f"after step {step} {broken[0]} holds non-finite values; {self._what_stays()}")
 
     def _what_stays(self) -> str:
-        kept, _ = checkpoints.newest_whole(Path(self.args.output_dir))
+        kept, _ = checkpoints.newest_whole(self.args.folder)
         return f"the last good checkpoint is {kept}" if kept else "no checkpoint had been saved"
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._refuse_broken_weights()
-        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        checkpoint = self.args.folder / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             checkpoints.unseal(checkpoint)
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # nothing is deleted before the seal
@@ -71,7 +74,7 @@ class PretrainTrainer(Trainer):
         if self.args.should_save:
             checkpoints.seal(checkpoint)
             rotate_checkpoints(
-                output_dir=self.args.output_dir,
+                output_dir=str(self.args.folder),
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,

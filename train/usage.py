@@ -18,7 +18,7 @@ Pretrain a LLaMA from scratch. CONFIG is a YAML file of the keys below, or the n
 Command-line values override the file's.
 
   gracile pretrain                                             2M parameters on this Python's standard library
-  gracile pretrain quickstart --optimizer adamw --output_dir runs/adamw
+  gracile pretrain quickstart --optimizer adamw --learning_rate 0.003 --output_dir runs/adamw
   gracile pretrain my.yaml --resume_from_checkpoint true       continue from the newest whole checkpoint
   torchrun --nproc-per-node 2 -m gracile.train.pretrain my.yaml
 """

@@ -37,8 +37,9 @@ def _by_gram_matrix(G: Tensor, frame: Frame) -> Tensor:
     G = G.double()
     m, n = G.shape
     short_is_right = m >= n
-    eigenvectors = torch.linalg.eigh(G.t() @ G if short_is_right else G @ G.t()).eigenvectors
-    short = eigenvectors.flip(1)[:, : frame.rank]  # eigh sorts upwards
+    _, eigenvectors = torch.linalg.eigh(G.t() @ G if short_is_right else G @ G.t())
+    short: Tensor = eigenvectors.flip(1)[:, : frame.rank]  # eigh sorts upwards
     if frame.right == short_is_right:
         return short
-    return torch.linalg.qr(G @ short if short_is_right else G.t() @ short).Q
+    long: Tensor = torch.linalg.qr(G @ short if short_is_right else G.t() @ short)[0]
+    return long

@@ -98,7 +98,7 @@ def test_given_gradients_lead_where_galore_torch_leads(shape, proj_type):
             assert largest_difference(p, twin) <= 1e-6
     assert all(largest_difference(p, before) > 0.02 for p, before in zip(parameters, start, strict=True))
     P = theirs.state[twins[0]]["projector"].ortho_matrix
-    assert torch.equal(basis_of(ours, matrix), P.t() if projects_right(shape, proj_type) else P)
+    assert largest_difference(basis_of(ours, matrix), P.t() if projects_right(shape, proj_type) else P) <= 1e-6
 
 
 @by_shape
@@ -230,7 +230,7 @@ def test_one_line_is_its_own_subspace(shape):
 
 @by_shape
 @by_proj_type
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_the_basis_is_orthonormal_after_every_refresh(shape, proj_type, dtype, bound):
     W = weight(*shape, dtype=dtype)
     optimizer = GaLoreAdamW([ranked(W, proj_type=proj_type, update_proj_gap=1)])
@@ -416,15 +416,17 @@ def test_bf16_weights_stay_near_fp32_weights(shape):
 
 
 @by_shape
-def test_moments_in_bf16_are_those_of_galore_torch_to_the_bit(shape):
-    """For given gradients the moments do not depend on how the weights are written."""
+def test_moments_in_bf16_are_those_of_galore_torch(shape):
+    """Within what a sum in another order rounds differently; the weights are written with other roundings."""
     W = weight(*shape, dtype=torch.bfloat16)
     theirs, (twin,) = reference([ranked(W)])
     ours = GaLoreAdamW([ranked(W, state_dtype=torch.bfloat16)])
     follow(ours, W, gradients(*shape, dtype=torch.bfloat16))
     follow(theirs, twin, gradients(*shape, dtype=torch.bfloat16))
     for key in ("exp_avg", "exp_avg_sq"):
-        assert torch.equal(ours.state[W][key], theirs.state[twin][key])
+        got, wanted = ours.state[W][key], theirs.state[twin][key]
+        assert got.dtype == wanted.dtype == torch.bfloat16
+        assert (got.float() - wanted.float()).norm() < 1e-2 * wanted.float().norm()
 
 
 def test_a_second_moment_in_fp32_follows_bf16_gradients_where_bf16_stalls():
@@ -463,7 +465,8 @@ def test_a_gradient_that_is_not_finite_at_a_refresh_keeps_the_old_subspace(shape
         broken.grad, sound.grad = G.clone(), sequence[t].clone()
         optimizer.step()
     kept, replaced = basis_of(optimizer, broken).clone(), basis_of(optimizer, sound).clone()
-    with pytest.warns(UserWarning, match="not finite") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         for G in sequence[2:]:  # refreshes at 2, 4 and 6
             broken.grad, sound.grad = G.clone(), G.clone()
             broken.grad[-1, -1] = bad
@@ -471,7 +474,7 @@ def test_a_gradient_that_is_not_finite_at_a_refresh_keeps_the_old_subspace(shape
     assert torch.equal(basis_of(optimizer, broken), kept)
     assert largest_difference(basis_of(optimizer, sound), replaced) > 0.01
     assert sound.isfinite().all()
-    assert len(caught) == 1
+    assert ["not finite" in str(warning.message) for warning in caught] == [True]
 
 
 def test_the_first_gradient_not_finite_leaves_an_orthonormal_subspace():
@@ -625,7 +628,7 @@ def test_a_usual_training_loop_leads_where_galore_torch_leads(loop):
     ours, theirs = network(), network()
     losses = train(GaLoreAdamW(groups_of(ours), lr=0.01), ours, **loop)
     train(galore_torch.GaLoreAdamW(groups_of(theirs), lr=0.01, no_deprecation_warning=True), theirs, **loop)
-    assert largest_difference(weights_of(ours), weights_of(theirs)) <= 2e-6
+    assert largest_difference(weights_of(ours), weights_of(theirs)) <= 1e-6
     assert losses[-1] < losses[0]
 
 
@@ -633,7 +636,7 @@ def test_accumulated_gradients_give_the_step_of_the_whole_batch():
     whole, pieces = network(), network()
     train(GaLoreAdamW(groups_of(whole), lr=0.01), whole)
     train(GaLoreAdamW(groups_of(pieces), lr=0.01), pieces, pieces=4)
-    assert largest_difference(weights_of(whole), weights_of(pieces)) < 1e-4
+    assert largest_difference(weights_of(whole), weights_of(pieces)) < 1e-5
 
 
 def test_clipped_gradients_are_what_the_moments_see():
