@@ -11,9 +11,9 @@ from torch import nn
 
 from gracile.optim import GaLoreAdamW
 
-SHAPES = {"tall": (40, 24), "wide": (24, 40), "square": (32, 32)}
+SHAPES = {"tall": (20, 12), "wide": (12, 20), "square": (16, 16)}
 PROJ_TYPES = ["std", "reverse_std", "left", "right"]
-RANK = 6
+RANK = 4
 GAP = 20
 STEPS = 50
 
@@ -306,11 +306,11 @@ def test_std_treats_a_matrix_and_its_transpose_alike(shape):
 def test_scale_and_learning_rate_multiply_the_projected_update_only():
     moves = []
     for scale, lr in ((0.25, 0.01), (0.5, 0.01), (0.25, 0.02)):
-        W, plain = weight(40, 24, dtype=torch.float64), weight(40, 24, dtype=torch.float64)
+        W, plain = weight(20, 12, dtype=torch.float64), weight(20, 12, dtype=torch.float64)
         start = W.detach().clone()
         optimizer = GaLoreAdamW([ranked(W, scale=scale), {"params": [plain]}], lr=lr)
-        plain.grad = gradients(40, 24, steps=1, dtype=torch.float64)[0]
-        follow(optimizer, W, gradients(40, 24, steps=1, dtype=torch.float64))
+        plain.grad = gradients(20, 12, steps=1, dtype=torch.float64)[0]
+        follow(optimizer, W, gradients(20, 12, steps=1, dtype=torch.float64))
         moves.append((W.detach() - start, plain.detach() - start))
     torch.testing.assert_close(2 * moves[0][0], moves[1][0])
     torch.testing.assert_close(2 * moves[0][0], moves[2][0])
@@ -338,7 +338,7 @@ def test_the_subspace_changes_exactly_at_multiples_of_the_gap(shape, gap):
 
 
 def test_a_refresh_uses_the_gradient_of_its_own_step():
-    W, sequence = weight(24, 40), gradients(24, 40, steps=5)
+    W, sequence = weight(12, 20), gradients(12, 20, steps=5)
     optimizer = GaLoreAdamW([ranked(W, update_proj_gap=4)])
     follow(optimizer, W, sequence)
     U = torch.linalg.svd(sequence[4], full_matrices=False).U[:, :RANK]
@@ -347,11 +347,11 @@ def test_a_refresh_uses_the_gradient_of_its_own_step():
 
 def test_a_refresh_keeps_the_moments_and_the_counter():
     """With a zero gradient the moments only shrink, whatever the new subspace is."""
-    W = weight(40, 24, dtype=torch.float64)
+    W = weight(20, 12, dtype=torch.float64)
     optimizer = GaLoreAdamW([ranked(W, update_proj_gap=5)], betas=(0.9, 0.99))
-    follow(optimizer, W, gradients(40, 24, steps=5, dtype=torch.float64))
+    follow(optimizer, W, gradients(20, 12, steps=5, dtype=torch.float64))
     M, V = (optimizer.state[W][key].clone() for key in ("exp_avg", "exp_avg_sq"))
-    follow(optimizer, W, [torch.zeros(40, 24, dtype=torch.float64)])
+    follow(optimizer, W, [torch.zeros(20, 12, dtype=torch.float64)])
     torch.testing.assert_close(optimizer.state[W]["exp_avg"], 0.9 * M)
     torch.testing.assert_close(optimizer.state[W]["exp_avg_sq"], 0.99 * V)
     assert optimizer.state[W]["step"] == 6
@@ -359,13 +359,13 @@ def test_a_refresh_keeps_the_moments_and_the_counter():
 
 def test_every_matrix_has_its_own_clock():
     """One whose first gradient comes late refreshes at its own steps 0, T, 2T."""
-    early, late = weight(40, 24), weight(24, 40)
+    early, late = weight(20, 12), weight(12, 20)
     optimizer = GaLoreAdamW([ranked(early, update_proj_gap=4), ranked(late, update_proj_gap=4)])
     changed = {early: [], late: []}
     for t in range(12):
-        early.grad, late.grad = gradients(40, 24, steps=1, seed=t)[0], None
+        early.grad, late.grad = gradients(20, 12, steps=1, seed=t)[0], None
         if t >= 3:
-            late.grad = gradients(24, 40, steps=1, seed=t)[0]
+            late.grad = gradients(12, 20, steps=1, seed=t)[0]
         before = {p: basis_of(optimizer, p).clone() if optimizer.state[p] else None for p in changed}
         optimizer.step()
         for p, steps in changed.items():
@@ -391,9 +391,9 @@ def test_every_matrix_has_its_own_clock():
     ],
 )
 def test_moments_are_fp32_at_least_unless_the_group_says_otherwise(rank, dtype, state_dtype, expected):
-    W = weight(40, 24, dtype=dtype)
+    W = weight(20, 12, dtype=dtype)
     optimizer = GaLoreAdamW([ranked(W, rank=rank, state_dtype=state_dtype)])
-    follow(optimizer, W, gradients(40, 24, steps=2, dtype=dtype))
+    follow(optimizer, W, gradients(20, 12, steps=2, dtype=dtype))
     state = optimizer.state[W]
     assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == expected
     assert state["step"].dtype == torch.float32
@@ -478,20 +478,20 @@ def test_a_gradient_that_is_not_finite_at_a_refresh_keeps_the_old_subspace(shape
 
 
 def test_the_first_gradient_not_finite_leaves_an_orthonormal_subspace():
-    W = weight(40, 24)
+    W = weight(20, 12)
     optimizer = GaLoreAdamW([ranked(W)])
     with pytest.warns(UserWarning, match="not finite"):
-        follow(optimizer, W, [torch.full((40, 24), float("nan"))])
+        follow(optimizer, W, [torch.full((20, 12), float("nan"))])
     assert torch.equal(basis_of(optimizer, W).t() @ basis_of(optimizer, W), torch.eye(RANK))
 
 
 def test_a_gradient_that_is_not_finite_between_refreshes_is_no_business_of_the_subspace():
-    W = weight(40, 24)
+    W = weight(20, 12)
     optimizer = GaLoreAdamW([ranked(W)])
-    follow(optimizer, W, gradients(40, 24, steps=1))
+    follow(optimizer, W, gradients(20, 12, steps=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        follow(optimizer, W, [torch.full((40, 24), float("inf"))])
+        follow(optimizer, W, [torch.full((20, 12), float("inf"))])
 
 
 @by_shape
@@ -519,12 +519,12 @@ def test_when_the_svd_fails_the_same_subspace_is_found(shape, proj_type, monkeyp
 
 
 def test_a_parameter_without_a_gradient_waits_and_a_frozen_one_has_no_state():
-    used, unused, frozen = weight(24, 40), weight(40, 24), weight(32, 32)
+    used, unused, frozen = weight(12, 20), weight(20, 12), weight(32, 32)
     frozen.requires_grad_(False)
     groups = [{"params": [used, unused, frozen], "rank": RANK}]
     before = unused.detach().clone(), frozen.clone()
     optimizer = GaLoreAdamW(groups, weight_decay=0.5)
-    follow(optimizer, used, gradients(24, 40, steps=3))
+    follow(optimizer, used, gradients(12, 20, steps=3))
     assert torch.equal(unused, before[0])
     assert torch.equal(frozen, before[1])
     assert optimizer.state[unused]["step"] == 0
@@ -533,13 +533,13 @@ def test_a_parameter_without_a_gradient_waits_and_a_frozen_one_has_no_state():
 
 
 def test_a_tied_weight_is_one_matrix_with_the_sum_of_its_gradients():
-    first, second = nn.Linear(24, 24, bias=False), nn.Linear(24, 24, bias=False)
+    first, second = nn.Linear(12, 12, bias=False), nn.Linear(12, 12, bias=False)
     second.weight = first.weight
     tied = nn.Sequential(first, nn.Tanh(), second)
     lone = nn.Parameter(first.weight.detach().clone())
     optimizer = GaLoreAdamW([{"params": list(tied.parameters()), "rank": RANK}], lr=0.01)
     twin = GaLoreAdamW([{"params": [lone], "rank": RANK}], lr=0.01)
-    for x in gradients(16, 24, steps=5):
+    for x in gradients(16, 12, steps=5):
         optimizer.zero_grad()
         tied(x).square().mean().backward()
         lone.grad = first.weight.grad.clone()
@@ -551,22 +551,22 @@ def test_a_tied_weight_is_one_matrix_with_the_sum_of_its_gradients():
 
 
 def test_a_group_added_late_is_trained_too():
-    first, late = weight(40, 24), weight(24, 40)
+    first, late = weight(20, 12), weight(12, 20)
     optimizer = GaLoreAdamW([ranked(first)])
-    follow(optimizer, first, gradients(40, 24, steps=2))
+    follow(optimizer, first, gradients(20, 12, steps=2))
     optimizer.add_param_group(ranked(late))
-    alone = weight(24, 40)
-    got = follow(optimizer, late, gradients(24, 40))
-    wanted = follow(GaLoreAdamW([ranked(alone)]), alone, gradients(24, 40))
+    alone = weight(12, 20)
+    got = follow(optimizer, late, gradients(12, 20))
+    wanted = follow(GaLoreAdamW([ranked(alone)]), alone, gradients(12, 20))
     assert torch.equal(torch.stack(got), torch.stack(wanted))
 
 
 def test_named_parameters_are_taken_as_torch_takes_them():
-    layer = nn.Linear(24, 40, bias=False)
+    layer = nn.Linear(12, 20, bias=False)
     optimizer = GaLoreAdamW(layer.named_parameters(), rank=RANK)
     assert optimizer.param_groups[0]["param_names"] == ["weight"]
-    follow(optimizer, layer.weight, gradients(40, 24, steps=1))
-    assert basis_of(optimizer, layer.weight).shape == (24, RANK)
+    follow(optimizer, layer.weight, gradients(20, 12, steps=1))
+    assert basis_of(optimizer, layer.weight).shape == (12, RANK)
 
 
 # ---- the loop around it ---------------------------------------------------------------------------------------------
@@ -574,7 +574,7 @@ def test_named_parameters_are_taken_as_torch_takes_them():
 
 def network():
     torch.manual_seed(6)
-    return nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 20))
+    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 12))
 
 
 def groups_of(model):
@@ -589,7 +589,7 @@ def loss_of(model, x):
     return (model(x) - x.flip(1)).square().mean()
 
 
-BATCHES = gradients(32, 20, steps=24, seed=7)
+BATCHES = gradients(32, 12, steps=24, seed=7)
 
 
 def train(optimizer, model, *, clip=None, pieces=1, schedule=None):
@@ -640,9 +640,9 @@ def test_accumulated_gradients_give_the_step_of_the_whole_batch():
 
 
 def test_clipped_gradients_are_what_the_moments_see():
-    W = weight(40, 24, dtype=torch.float64)
-    optimizer = GaLoreAdamW([ranked(W, rank=24)])
-    W.grad = 100 * gradients(40, 24, steps=1, dtype=torch.float64)[0]
+    W = weight(20, 12, dtype=torch.float64)
+    optimizer = GaLoreAdamW([ranked(W, rank=12)])
+    W.grad = 100 * gradients(20, 12, steps=1, dtype=torch.float64)[0]
     nn.utils.clip_grad_norm_([W], 1.0)
     optimizer.step()
     torch.testing.assert_close(optimizer.state[W]["exp_avg"].norm().item(), 0.1, rtol=1e-6, atol=0)
@@ -650,11 +650,11 @@ def test_clipped_gradients_are_what_the_moments_see():
 
 def test_a_schedule_scales_the_step_and_the_decay():
     """At a learning rate of 0 nothing moves, decay included; the factor of LambdaLR is the factor of the move."""
-    W = weight(40, 24, dtype=torch.float64)
+    W = weight(20, 12, dtype=torch.float64)
     optimizer = GaLoreAdamW([ranked(W, weight_decay=0.5)], lr=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: [0.0, 1.0, 0.5][t])
     start = W.detach().clone()
-    (G,) = gradients(40, 24, steps=1, dtype=torch.float64)
+    (G,) = gradients(20, 12, steps=1, dtype=torch.float64)
     (still,) = follow(optimizer, W, [G])
     assert torch.equal(still, start)
     scheduler.step()
@@ -692,7 +692,7 @@ def test_a_closure_gives_the_same_step_and_its_loss():
 
 
 def test_a_step_without_a_closure_returns_nothing_and_keeps_the_gradients():
-    W, (G,) = weight(40, 24), gradients(40, 24, steps=1)
+    W, (G,) = weight(20, 12), gradients(20, 12, steps=1)
     W.grad = G.clone()
     assert GaLoreAdamW([ranked(W)]).step() is None
     assert torch.equal(W.grad, G)
@@ -713,23 +713,23 @@ def test_autocast_around_the_step_changes_nothing(shape):
 
 
 def test_a_closure_still_runs_under_the_autocast_around_the_step():
-    W, seen = weight(40, 24), []
-    W.grad = gradients(40, 24, steps=1)[0]
+    W, seen = weight(20, 12), []
+    W.grad = gradients(20, 12, steps=1)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         GaLoreAdamW([ranked(W)]).step(lambda: seen.append(torch.is_autocast_enabled("cpu")))
     assert seen == [True]
 
 
 def test_a_gradient_scaler_skips_an_overflow_and_unscales_the_rest():
-    W, twin = weight(40, 24), weight(40, 24)
+    W, twin = weight(20, 12), weight(20, 12)
     optimizer, scaler = GaLoreAdamW([ranked(W)], lr=0.01), torch.amp.GradScaler("cpu", init_scale=64.0)
     scaler.scale(torch.ones(()))  # the scale is born lazily
-    W.grad = torch.full((40, 24), float("inf"))
+    W.grad = torch.full((20, 12), float("inf"))
     scaler.step(optimizer)
     scaler.update()
-    assert torch.equal(W, weight(40, 24))
+    assert torch.equal(W, weight(20, 12))
     assert scaler.get_scale() == 32
-    sequence = gradients(40, 24)
+    sequence = gradients(20, 12)
     for G in sequence:
         W.grad = G * scaler.get_scale()
         scaler.step(optimizer)

@@ -12,8 +12,8 @@ from torch import nn
 from gracile.optim import GaLoreAdamW, state_bytes
 from gracile.optim.memory import adamw_state_bytes
 
-SHAPES = {"tall": (40, 24), "wide": (24, 40), "square": (32, 32)}
-RANK, GAP = 6, 5
+SHAPES = {"tall": (20, 12), "wide": (12, 20), "square": (16, 16)}
+RANK, GAP = 4, 5
 
 by_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -22,10 +22,10 @@ by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
 
-def parameters(shape=(40, 24), dtype=torch.float32):
+def parameters(shape=(20, 12), dtype=torch.float32):
     """A matrix to project, a plain matrix and a vector."""
     generator = torch.Generator().manual_seed(0)
-    sizes = (shape, (7, 9), (40,))
+    sizes = (shape, (7, 9), (20,))
     return [nn.Parameter((0.02 * torch.randn(s, generator=generator)).to(dtype)) for s in sizes]
 
 
@@ -177,11 +177,11 @@ def test_bytes_of_a_bf16_matrix(shape, state_dtype, size):
 
 
 def test_reverse_std_pays_for_the_longer_side():
-    matrix = parameters((40, 24))[0]
+    matrix = parameters((20, 12))[0]
     optimizer = GaLoreAdamW([matrix], rank=RANK, proj_type="reverse_std")
     matrix.grad = torch.ones_like(matrix)
     optimizer.step()
-    assert state_bytes(optimizer) == 4 * (RANK * 40 + 2 * RANK * 24) + 4
+    assert state_bytes(optimizer) == 4 * (RANK * 20 + 2 * RANK * 12) + 4
 
 
 def test_a_group_without_a_rank_pays_what_adamw_pays():
@@ -336,7 +336,7 @@ def no_rank(state_dict):
 
 
 def wrong_plain_moment(state_dict):
-    state_dict["state"][2]["exp_avg"] = torch.zeros(41)
+    state_dict["state"][2]["exp_avg"] = torch.zeros(21)
 
 
 def swapped(state_dict):
@@ -348,10 +348,10 @@ BAD_STATES = {
     "no basis": without("basis"),
     "no step": without("step"),
     "no second moment": without("exp_avg_sq"),
-    "basis too wide": resized("basis", 24, RANK + 1),
-    "basis on the other side": resized("basis", 40, RANK),
-    "moments of the other side": resized("exp_avg", RANK, 24),
-    "moments of full size": resized("exp_avg_sq", 40, 24),
+    "basis too wide": resized("basis", 12, RANK + 1),
+    "basis on the other side": resized("basis", 20, RANK),
+    "moments of the other side": resized("exp_avg", RANK, 12),
+    "moments of full size": resized("exp_avg_sq", 20, 12),
     "step with a shape": resized("step", 1),
     "unknown key": extra_key,
     "a number where a tensor belongs": object_for_tensor,
@@ -384,7 +384,7 @@ def test_the_refusal_names_parameter_and_shapes():
     advance(source, 0, 1)
     saved = copy.deepcopy(source.state_dict())
     saved["state"][0]["basis"] = torch.zeros(5, 5)
-    with pytest.raises(ValueError, match=r"parameter 0 .* shape \(40, 24\).*'basis': \(5, 5\).*'basis': \(24, 6\)"):
+    with pytest.raises(ValueError, match=r"parameter 0 .* shape \(20, 12\).*'basis': \(5, 5\).*'basis': \(12, 4\)"):
         target.load_state_dict(saved)
 
 
@@ -454,7 +454,7 @@ def test_hooks_of_the_user_see_the_state_and_run_once_a_load():
     target.register_load_state_dict_post_hook(after, prepend=True)
     for _ in range(2):
         target.load_state_dict(source.state_dict())
-    once = [("before", True, (24, RANK)), ("after", True, (24, RANK), 7.0), ("after", True, (24, RANK), 7.0)]
+    once = [("before", True, (12, RANK)), ("after", True, (12, RANK), 7.0), ("after", True, (12, RANK), 7.0)]
     assert seen == once * 2
     advance(target, 7, 9)
     advance(source, 7, 9)
