@@ -21,8 +21,8 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	ln -sfn ../.. $(VENV)/types/gracile
-	MYPYPATH=$(VENV)/types $(BIN)/mypy -p gracile
+	mkdir -p .types && ln -sfn .. .types/gracile  # mypy finds the root package by its name
+	MYPYPATH=.types $(BIN)/mypy -p gracile
 
 kill: $(VENV)/.dev
 	$(BIN)/python tests/train/kill_and_resume.py --kills 10
@@ -30,7 +30,6 @@ kill: $(VENV)/.dev
 # torch first: what follows then finds it and looks no further
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	mkdir -p $(VENV)/types
 	$(BIN)/pip install --disable-pip-version-check --quiet torch -c constraints.txt
 	touch $@
 

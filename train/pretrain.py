@@ -67,13 +67,20 @@ def pretrain(config: Config) -> dict[str, Any]:
     model = _model(config.model)
     trainer = _trainer(config, model, tokenizer, blocks)
     if run.should_save:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        _make(output_dir)
         text = yaml.safe_dump({"gracile": __version__, "data": data_identity, "config": config.resolved()})
         checkpoints.write_atomically(output_dir / RUN_FILE, text)
         _announce(config, model, corpus, blocks, checkpoint)
 
     steps_per_second = _train(trainer, checkpoint)
     return _finish(config, trainer, output_dir, steps_per_second)
+
+
+def _make(output_dir: Path) -> None:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"output_dir {str(output_dir)!r} cannot be made: {error.strerror}; choose another") from None
 
 
 def _train(trainer: PretrainTrainer, checkpoint: Path | None) -> float | None:

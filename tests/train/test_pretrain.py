@@ -240,6 +240,7 @@ BAD = {
     "not a checkpoint": ({"resume_from_checkpoint": "elsewhere/checkpoint-3"}, ["elsewhere/checkpoint-3"]),
     "dtype": ({"dtype": "float8"}, ["float8"]),
     "batch": ({"per_device_train_batch_size": 0}, ["per_device_train_batch_size", "0"]),
+    "output folder": ({"output_dir": "/dev/null/run"}, ["/dev/null/run", "Not a directory"]),
     "nothing to train": ({"max_steps": 0}, ["max_steps is 0"]),
 }
 
