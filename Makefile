@@ -21,8 +21,9 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p .types && ln -sfn .. .types/gracile  # mypy finds the root package by its name
-	MYPYPATH=.types $(BIN)/mypy -p gracile
+	@# mypy must find the root package under its name, whatever the checkout's folder is called
+	@link=$$(mktemp -d) && ln -s "$(CURDIR)" $$link/gracile && MYPYPATH=$$link $(BIN)/mypy -p gracile; \
+	status=$$?; rm -r $$link; exit $$status
 
 kill: $(VENV)/.dev
 	$(BIN)/python tests/train/kill_and_resume.py --kills 10

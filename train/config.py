@@ -168,6 +168,9 @@ def load_config(argv: Sequence[str]) -> Config:
     if not _was_given("output_dir", arguments):
         raise BadInput("output_dir is not set; choose one with --output_dir")
     given = {k: v for k, v in vars(namespace).items() if _was_given(k, arguments)}
+    deepspeed = namespace.deepspeed
+    if isinstance(deepspeed, str) and not deepspeed.startswith("{") and not Path(deepspeed).is_file():
+        raise BadInput(f"deepspeed {deepspeed!r} does not exist; give the path of a DeepSpeed configuration")
     try:
         model, data, optimizer, run = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except (ValueError, ImportError, OSError) as error:  # TrainingArguments checks its own values

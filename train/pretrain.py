@@ -136,7 +136,7 @@ def _architecture(chosen: ModelArguments) -> PreTrainedConfig:
         raise BadInput(f"model_overrides {overrides} need a size name as model, got {chosen.model!r}")
     if not Path(chosen.model).is_dir() and "/" not in chosen.model:
         raise BadInput(
-            f"unknown model {chosen.model!r}: no size name and no saved model; {nearest(chosen.model, SIZES)}"
+            f"unknown model {chosen.model!r}: neither a size nor a saved model; {nearest(chosen.model, SIZES)}"
         )
     try:
         return AutoConfig.from_pretrained(chosen.model, trust_remote_code=chosen.trust_remote_code)

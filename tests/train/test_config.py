@@ -63,6 +63,7 @@ def test_the_papers_sizes_have_both_recipes():
         (["--learning_rate", "fast"], ["learning_rate", "fast", "a number"]),
         (["--bf16", "perhaps"], ["bf16", "perhaps"]),
         (["stray"], ["stray"]),
+        (["--deepspeed", "nowhere.json"], ["deepspeed", "nowhere.json", "does not exist"]),
         (["--eval_strategy", "sometimes"], ["sometimes"]),
     ],
 )
