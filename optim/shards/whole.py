@@ -44,7 +44,7 @@ class Whole:
         else:
             W.add_(direction, alpha=-step_size)
         if decay:
-            W.mul_(1 - decay)
+            W.add_(W, alpha=-decay)
 
 
 class WholeMatrix(Whole):
