@@ -65,9 +65,10 @@ def pretrain(config: Config) -> dict[str, Any]:
 
     set_seed(run.seed)
     model = _model(config.model)
-    trainer = _trainer(config, model, tokenizer, blocks)
     if run.should_save:
         _make(output_dir)
+    trainer = _trainer(config, model, tokenizer, blocks)
+    if run.should_save:
         text = yaml.safe_dump({"gracile": __version__, "data": data_identity, "config": config.resolved()})
         checkpoints.write_atomically(output_dir / RUN_FILE, text)
         _announce(config, model, corpus, blocks, checkpoint)

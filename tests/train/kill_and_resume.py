@@ -119,8 +119,9 @@ def main() -> None:
         a, b = (load_file(run / "model.safetensors") for run in (whole, broken))
         if a.keys() != b.keys() or not all(torch.equal(a[key], b[key]) for key in a):
             sys.exit("FAILED: the weights differ")
+        loss = other["validation_loss"]
         print(
-            f"passed: {options.kills} kills, final validation loss {other['validation_loss']!r} in both, weights equal"
+            f"passed: {options.kills} kills; validation loss {loss!r}, every logged loss and every weight are the same"
         )
 
 
