@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..validation import is_real, is_whole, nearest, require
-from .rules import adam, adam_state, check_adam
+from .rules import ADAM, Rule
 from .shards import Whole, WholeMatrix, shard_of
 from .subspaces.basis import PROJ_TYPES, Lifted, first_columns
-from .subspaces.singular import leading_singular_vectors
+from .subspaces.singular import SUBSPACE_METHODS, leading_singular_vectors, orthogonal_iteration
 
 Group = dict[str, Any]
 State = dict[str, Tensor]
@@ -35,13 +35,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     """Base of the optimizers whose moments live in a subspace of each matrix.
 
     A group with a ``rank`` holds matrices only; a group without one gets the plain rule. A method says three
-    things: ``validate`` (its own group keys), ``init_state`` (its tensors) and ``direction`` (its paper).
+    things: ``validate`` (its own group keys), ``init_state`` (its tensors) and ``direction`` (its paper). ``rule`` is
+    what moves coordinates, and the parameters without a rank.
 
     State per parameter, tensors only: ``step`` (fp32 scalar, always on the CPU so that reading it never stops a
     device), the rule's moments, and for a matrix ``basis``, r orthonormal columns in the parameter's dtype. All of
     it is born at the first ``step()``, for every trainable parameter, so that all processes have the same keys.
     """
 
+    rule: Rule = ADAM
     _told_non_finite = False  # a class attribute: torch's __getstate__ keeps no others through pickle
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
@@ -53,14 +55,21 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Refuse bad values of the method's own keys. Called for every group, late ones too."""
 
     def init_state(self, shard: Whole, group: Group) -> State:
-        return adam_state(shard.coordinates_shape, shard.state_dtype(group), shard.parameter.device)
+        return self.rule.state(shard.coordinates_shape, shard.state_dtype(group), shard.parameter.device)
 
     def direction(self, shard: WholeMatrix, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
         """The method's direction for one matrix and the factor on the learning rate."""
         raise NotImplementedError
 
+    def find_basis(self, gradient: Tensor, shard: WholeMatrix, group: Group, state: State) -> Tensor:
+        """The new basis of one matrix at a refresh."""
+        if group["subspace_method"] == "svd":
+            return leading_singular_vectors(gradient, shard.frame)
+        previous = None if state["step"].item() == 0 else state["basis"]
+        return orthogonal_iteration(gradient, shard.frame, previous)
+
     def plain_direction(self, shard: Whole, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
-        return adam(shard.grad, state, group)
+        return self.rule.direction(shard.grad, state, group)
 
     # ---- groups -------------------------------------------------------------------------------------------------
 
@@ -79,18 +88,23 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             raise ValueError(f"unknown parameter group key {key!r} = {group[key]!r}; {nearest(key, self.defaults)}")
         for key in ("lr", "weight_decay"):
             require(is_real(group[key]) and group[key] >= 0, f"{key} must be a number >= 0", group[key])
-        check_adam(group)
-        rank, dtype = group["rank"], group["state_dtype"]
+        dtype = group["state_dtype"]
+        floating = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+        require(floating, "state_dtype must be a floating point torch.dtype or None", dtype)
+        self.rule.check(group)
+        if "rank" in self.defaults:
+            self._check_subspace(group)
+        self._check_parameters(group)
+        self.validate(group)
+
+    def _check_subspace(self, group: Group) -> None:
+        rank = group["rank"]
         require(rank is None or (is_whole(rank) and rank >= 1), "rank must be a whole number >= 1 or None", rank)
         gap = group["update_proj_gap"]
         require(is_whole(gap) and gap >= 1, "update_proj_gap must be a whole number >= 1", gap)
         require(is_real(group["scale"]), "scale must be a finite number", group["scale"])
-        known = group["proj_type"] in PROJ_TYPES
-        require(known, f"proj_type must be one of {', '.join(PROJ_TYPES)}", group["proj_type"])
-        floating = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
-        require(floating, "state_dtype must be a floating point torch.dtype or None", dtype)
-        self._check_parameters(group)
-        self.validate(group)
+        for key, known in (("proj_type", PROJ_TYPES), ("subspace_method", SUBSPACE_METHODS)):
+            require(group[key] in known, f"{key} must be one of {', '.join(known)}", group[key])
 
     def _check_parameters(self, group: Group) -> None:
         parameters = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
@@ -99,7 +113,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for p in tensors:
             require(p.is_floating_point(), "parameters must be real floating point tensors", p.dtype)
             shape = tuple(getattr(p, "ds_shape", p.shape))  # DeepSpeed's zero.Init leaves p.shape empty
-            if group["rank"] is not None and len(shape) != 2:
+            if group.get("rank") is not None and len(shape) != 2:
                 raise ValueError(
                     f"rank={group['rank']} needs matrices, got a parameter of shape {shape}; "
                     "put it into a group without a rank (gracile.optim.param_groups does)"
@@ -155,7 +169,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 G = shard.grad
                 # A non-finite gradient has no singular vectors: keep the old ones, without asking the device.
                 usable = torch.isfinite(G).all()
-                fresh = leading_singular_vectors(torch.where(usable, G, 0), shard.frame)
+                fresh = self.find_basis(torch.where(usable, G, 0), shard, group, state)
                 state["basis"].copy_(torch.where(usable, fresh, state["basis"]))
                 finite.append(usable)
         if not finite or self._told_non_finite:
@@ -172,7 +186,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 direction, correction = self.direction(shard, group, state)
             else:
                 direction, correction = self.plain_direction(shard, group, state)
-            shard.write(direction, group["lr"] * correction, group["lr"] * group["weight_decay"])
+            decay = group["lr"] * group["weight_decay"]
+            shard.write(direction, group["lr"] * correction, decay, self.rule.decay_first)
 
     # ---- saving and loading -------------------------------------------------------------------------------------
 

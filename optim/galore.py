@@ -26,12 +26,22 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .base import Group, State, SubspaceOptimizer
-from .rules import adam
+from .rules import LION
 from .shards import WholeMatrix
 from .subspaces.basis import Lifted
 
 
-class GaLoreAdamW(SubspaceOptimizer):
+class _GaLore(SubspaceOptimizer):
+    """The loop above with any rule."""
+
+    def direction(self, shard: WholeMatrix, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
+        G, P = shard.grad, shard.basis(state)
+        R = P.project(G)
+        N, correction = self.rule.direction(R, state, group)
+        return group["scale"] * P.lift(N), correction
+
+
+class GaLoreAdamW(_GaLore):
     """AdamW whose moments live in the leading singular subspace of each matrix's gradient (arXiv:2403.03507).
 
     A drop-in for ``galore_torch.GaLoreAdamW``: groups with a ``rank`` are projected, the others get plain AdamW.
@@ -46,6 +56,8 @@ class GaLoreAdamW(SubspaceOptimizer):
         update_proj_gap: T, steps between refreshes of the subspace.
         scale: factor on the projected update (the paper's alpha).
         proj_type: which side P replaces: ``std`` the shorter, ``reverse_std`` the longer, ``left``, ``right``.
+        subspace_method: ``svd``, the authors' exact one, or ``iterate``, one warm-started orthogonal iteration a
+            refresh: a small part of the cost, and coordinates that move little.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
 
     State of an m x n matrix: ``(r * short + 2 * r * long)`` elements and a counter, against AdamW's ``2 * m * n``.
@@ -67,6 +79,7 @@ class GaLoreAdamW(SubspaceOptimizer):
         update_proj_gap: int = 200,
         scale: float = 0.25,
         proj_type: str = "std",
+        subspace_method: str = "svd",
         state_dtype: torch.dtype | None = None,
     ) -> None:
         defaults = {
@@ -78,12 +91,47 @@ class GaLoreAdamW(SubspaceOptimizer):
             "update_proj_gap": update_proj_gap,
             "scale": scale,
             "proj_type": proj_type,
+            "subspace_method": subspace_method,
             "state_dtype": state_dtype,
         }
         super().__init__(params, defaults)
 
-    def direction(self, shard: WholeMatrix, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
-        G, P = shard.grad, shard.basis(state)
-        R = P.project(G)
-        N, correction = adam(R, state, group)
-        return group["scale"] * P.lift(N), correction
+
+class GaLoreLion(_GaLore):
+    """Lion whose moment lives in the leading singular subspace of each matrix's gradient.
+
+    The sign is taken of the coordinates, so the entries of a lifted update are no longer of equal size. Groups without
+    a ``rank`` get plain ``Lion``. Weights decay before the step, as Lion has it. Arguments as for ``GaLoreAdamW``;
+    Lion wants a learning rate 3 to 10 times smaller and a decay as much larger.
+
+    State of an m x n matrix: ``r * short + r * long`` elements and a counter.
+    """
+
+    rule = LION
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        subspace_method: str = "svd",
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "proj_type": proj_type,
+            "subspace_method": subspace_method,
+            "state_dtype": state_dtype,
+        }
+        super().__init__(params, defaults)

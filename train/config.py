@@ -69,10 +69,15 @@ class DataArguments:
 class OptimizerArguments:
     """How it is optimized."""
 
-    optimizer: str = field(default="galore_adamw", metadata={"help": "adamw or galore_adamw."})
+    optimizer: str = field(
+        default="galore_adamw", metadata={"help": "adamw, lion, galore_adamw, galore_lion or fira_adamw."}
+    )
     rank: int = field(default=128, metadata={"help": "Rank of the subspace of each target matrix."})
     update_proj_gap: int = field(default=200, metadata={"help": "Steps between refreshes of the subspace."})
     scale: float = field(default=0.25, metadata={"help": "Factor on the update of the target matrices."})
+    subspace_method: str = field(
+        default="svd", metadata={"help": "How the subspace is found: svd, exact, or iterate, one cheap warm iteration."}
+    )
     proj_type: str = field(default="std", metadata={"help": "Side projected: std, reverse_std, left or right."})
     target_modules: list[str] = field(
         default_factory=lambda: list(DEFAULT_TARGETS),

@@ -36,14 +36,16 @@ class Whole:
         a bf16 second moment cannot take up increments of a tenth of a percent."""
         return group["state_dtype"] or torch.promote_types(self.parameter.dtype, torch.float32)
 
-    def write(self, direction: Tensor | Lifted, step_size: float, decay: float) -> None:
-        """W <- W - step_size * direction, then W <- W - decay * W: decay last, as GaLore's code does."""
+    def write(self, direction: Tensor | Lifted, step_size: float, decay: float, decay_first: bool) -> None:
+        """W <- W - step_size * direction, and W <- W - decay * W before or, as in GaLore's code, after it."""
         W = self.parameter
+        if decay and decay_first:
+            W.mul_(1 - decay)
         if isinstance(direction, Lifted):
             direction.add_to_(W, -step_size)
         else:
             W.add_(direction, alpha=-step_size)
-        if decay:
+        if decay and not decay_first:
             W.add_(W, alpha=-decay)
 
 
@@ -68,7 +70,7 @@ def shard_of(parameter: Tensor, group: dict[str, Any]) -> Whole:
     Raises UnsupportedLayout where a matrix with a rank is not whole here (DeepSpeed ZeRO, FSDP): its rows would be
     projected as if they were the matrix, and the result would be something else.
     """
-    if group["rank"] is None:
+    if group.get("rank") is None:
         return Whole(parameter)
     split = hasattr(parameter, "device_mesh")  # a DTensor; importing its class would double the import time
     if split or parameter.dim() != 2:

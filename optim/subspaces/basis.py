@@ -54,8 +54,10 @@ class Lifted:
         ``addmm_`` would need none, but it adds the r products to the weight in several portions and rounds at the
         weight's size each time: 5e-6 off after 50 steps at weights of size one, where this stays on the authors' bits.
         """
-        lifted = torch.mm(self.left.to(weight.dtype), self.right.to(weight.dtype))
-        weight.add_(lifted.mul_(self.factor), alpha=alpha)
+        weight.add_(self.dense(weight.dtype), alpha=alpha)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.mm(self.left.to(dtype), self.right.to(dtype)).mul_(self.factor)
 
 
 class Basis:
@@ -73,6 +75,11 @@ class Basis:
         P = self.columns
         N = coordinates.to(P.dtype)
         return Lifted(N, P.t()) if self.frame.right else Lifted(P, N)
+
+    def line_norms(self, coordinates: Tensor) -> Tensor:
+        """The norm of each line of coordinates along the projected axis, m x 1 (right) or 1 x n (left)."""
+        norms: Tensor = torch.linalg.vector_norm(coordinates, dim=1 if self.frame.right else 0, keepdim=True)
+        return norms
 
 
 def first_columns(frame: Frame, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from gracile.optim import state_bytes
 from gracile.train import checkpoints, trainer
+from gracile.train.optimizers import OPTIMIZERS
 from gracile.train.pretrain import main
 
 
@@ -98,6 +99,20 @@ def test_losses_and_weights_after_a_resume_are_bit_for_bit_the_same(tiny, tmp_pa
     assert other["history"] == one["history"]
     assert other["validation_loss"] == one["validation_loss"]
     assert same(weights(broken), weights(whole))
+
+
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in ("adamw", "galore_adamw")])
+def test_every_other_optimizer_trains_and_resumes_bit_for_bit(tiny, tmp_path, metrics, optimizer):
+    rate = {"lion": 0.001, "galore_lion": 0.004}.get(optimizer, 0.01)
+    config = tiny(optimizer=optimizer, learning_rate=rate, max_steps=20, save_steps=7, subspace_method="iterate")
+    assert main([config]) == 0
+    told = metrics(tmp_path / "run")
+    losses = [entry["loss"] for entry in told["history"] if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.2, "it learns"
+    broken = interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-7")
+    assert main([config, "--output_dir", str(broken), "--resume_from_checkpoint", "true"]) == 0
+    assert metrics(broken)["history"] == told["history"]
+    assert same(weights(broken), weights(tmp_path / "run"))
 
 
 def test_resume_crosses_an_epoch(tiny, tmp_path, metrics, corpus):

@@ -1,0 +1,118 @@
+"""Fira: full-rank training under a low-rank memory budget.  Chen et al. 2024, arXiv:2410.01623.
+
+For a matrix W (m x n) with gradient G, the picture for m >= n (``right``; transpose it for ``left``):
+
+    every T steps    P  <-  r leading right singular vectors of G             n x r    subspace
+                     R   =  G P                                               m x r    project
+                     N   =  Adam(R), without its bias correction              m x r    rule, moments kept
+                     f_j =  |N_j| / (|R_j| + 1e-8)                  for each of the m rows j
+                     S   =  f_j * (G - scale * R P^T)_j                       m x n    residual: norm-based scaling
+                     S  <-  S / max(|S| / |S_previous|, growth) * growth               residual: growth limiter
+                     W  <-  W - lr * sqrt(1 - b2^t) / (1 - b1^t) * (scale * N P^T + S)
+                     W  <-  W - lr * decay * W
+
+This is the arithmetic of the authors' ``fira``. Two of its choices differ from a plain reading of the paper and are
+options here. The residual subtracts the SCALED projection, so that (1 - scale) of the projected gradient leaks into S:
+``residual="orthogonal"`` subtracts R P^T. The limiter compares norms without bias correction, which throttles S to
+about half around step 10: ``limit_after_bias_correction=True`` compares corrected ones.
+
+Departures: as in ``galore.py``; the norms run along the projected axis by the side, not by comparing lengths, which
+is wrong at full rank; a vanishing norm is not stored as the one to grow from; the host reads no norm.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..validation import is_real, require
+from .base import Group, State, SubspaceOptimizer
+from .residuals import limit_growth_
+from .rules import adam
+from .shards import Whole, WholeMatrix
+from .subspaces.basis import Lifted
+
+RESIDUALS = ("reference", "orthogonal")
+
+
+class FiraAdamW(SubspaceOptimizer):
+    """GaLore's AdamW plus the rest of the gradient, scaled by norms and limited in growth (arXiv:2410.01623).
+
+    The memory of ``GaLoreAdamW`` and one number more; during ``step`` one further temporary of a matrix's size.
+
+    Args:
+        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method,
+            state_dtype: as for ``GaLoreAdamW``. The authors' groups call ``scale`` alpha; it does not scale the
+            residual.
+        growth: the norm of the residual grows by at most this factor a step (the paper's gamma).
+        residual: ``reference`` subtracts the scaled projection, as the authors' code does; ``orthogonal`` all of it.
+        limit_after_bias_correction: let the limiter see bias-corrected norms.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or for a ranked matrix this process holds only a part of.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        subspace_method: str = "svd",
+        growth: float = 1.01,
+        residual: str = "reference",
+        limit_after_bias_correction: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "proj_type": proj_type,
+            "subspace_method": subspace_method,
+            "growth": growth,
+            "residual": residual,
+            "limit_after_bias_correction": limit_after_bias_correction,
+            "state_dtype": state_dtype,
+        }
+        super().__init__(params, defaults)
+
+    def validate(self, group: Group) -> None:
+        require(is_real(group["growth"]) and group["growth"] >= 1, "growth must be a number >= 1", group["growth"])
+        require(group["residual"] in RESIDUALS, f"residual must be one of {', '.join(RESIDUALS)}", group["residual"])
+        choice = group["limit_after_bias_correction"]
+        require(isinstance(choice, bool), "limit_after_bias_correction must be True or False", choice)
+
+    def init_state(self, shard: Whole, group: Group) -> State:
+        state = super().init_state(shard, group)
+        if isinstance(shard, WholeMatrix):
+            W = shard.parameter
+            dtype = torch.promote_types(W.dtype, torch.float32)  # one number: never worth rounding
+            state["residual_norm"] = torch.zeros((), dtype=dtype, device=W.device)
+        return state
+
+    def direction(self, shard: WholeMatrix, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
+        G, P = shard.grad, shard.basis(state)
+        R = P.project(G)
+        N, correction = adam(R, state, group)
+        f = P.line_norms(N) / (P.line_norms(R) + 1e-8)
+        subtracted = group["scale"] if group["residual"] == "reference" else 1.0
+        S = (G - (subtracted * P.lift(R)).dense()).mul_(f)
+        if group["limit_after_bias_correction"]:
+            limit_growth_(S.mul_(correction), state["residual_norm"], group["growth"])
+            S.div_(correction)
+        else:
+            limit_growth_(S, state["residual_norm"], group["growth"])
+        return S.add_((group["scale"] * P.lift(N)).dense()), correction

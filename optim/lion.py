@@ -1,0 +1,52 @@
+"""Lion: the sign of an interpolated momentum.  Chen et al. 2023, arXiv:2302.06675.
+
+For a tensor W of any shape with gradient G:
+
+                     W  <-  W - lr * decay * W                       decay first
+                     N   =  sign(b1 M + (1 - b1) G)                  the OLD moment; sign(0) = 0
+                     W  <-  W - lr * N
+                     M  <-  b2 M + (1 - b2) G                        from zero, no bias correction
+
+Departure from the published code: the moment is fp32 at least (``state_dtype`` restores the parameter's dtype).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from .base import SubspaceOptimizer
+from .rules import LION
+
+
+class Lion(SubspaceOptimizer):
+    """Lion on whole tensors: one moment, updates of equal size (arXiv:2302.06675).
+
+    Against AdamW, use a learning rate 3 to 10 times smaller and a decay as much larger.
+
+    Args:
+        params: parameters, named parameters or groups; no subspace keys.
+        lr: learning rate; every entry moves by it.
+        betas: of the interpolation and of the moment.
+        weight_decay: decoupled, applied before the step.
+        state_dtype: dtype of the moment; None for fp32, or wider where the parameter is.
+
+    State: as many elements as the parameters, and a counter for each.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+    """
+
+    rule = LION
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "state_dtype": state_dtype}
+        super().__init__(params, defaults)
