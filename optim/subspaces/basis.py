@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,10 @@ class Lifted:
         weight's size each time: 5e-6 off after 50 steps at weights of size one, where this stays on the authors' bits.
         """
         lifted = torch.mm(self.left.to(weight.dtype), self.right.to(weight.dtype))
-        weight.add_(lifted, alpha=alpha * self.factor)
+        if math.frexp(self.factor)[0] == 0.5:  # a power of two, such as 0.25: no rounding, so no pass of its own
+            weight.add_(lifted, alpha=alpha * self.factor)
+        else:
+            weight.add_(lifted.mul_(self.factor), alpha=alpha)
 
     def dense(self) -> Tensor:
         return torch.mm(self.left, self.right).mul_(self.factor)

@@ -128,7 +128,8 @@ def test_least_squares_leads_where_galore_torch_leads(shape, proj_type):
 
 @by_shape
 @by_proj_type
-def test_weights_of_size_one_stay_on_the_bits_of_galore_torch(shape, proj_type):
+@pytest.mark.parametrize("scale", [0.25, 0.3])
+def test_weights_of_size_one_stay_on_the_bits_of_galore_torch(shape, proj_type, scale):
     """At this size one rounding is 1e-7, and a sign that flips at a refresh is 1e-2: only the same bits stay close.
 
     The same calls of BLAS on the same memory layout give them, whatever the processor.
@@ -138,7 +139,7 @@ def test_weights_of_size_one_stay_on_the_bits_of_galore_torch(shape, proj_type):
     W, b = nn.Parameter(torch.randn(m, n, generator=generator)), weight(m, seed=7)
     x = torch.randn(64, n, generator=generator)
     target = x @ torch.randn(n, m, generator=generator)
-    groups = [ranked(W, proj_type=proj_type, weight_decay=0.1), {"params": [b]}]
+    groups = [ranked(W, proj_type=proj_type, scale=scale, weight_decay=0.1), {"params": [b]}]
     theirs, twins = reference(groups, lr=0.01)
     ours = GaLoreAdamW(groups, lr=0.01)
     for _ in range(STEPS):

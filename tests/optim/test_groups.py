@@ -217,7 +217,8 @@ def test_two_layers_that_share_a_weight_give_one_matrix():
         (r".*\.(attn|down)", blocks("attn", "mlp.down")),
         (r"blocks\.1\.attn", ["blocks.1.attn.weight"]),
         ("head", ["head.weight"]),
-        ("all-linear", ["blocks.0.attn.weight", *blocks("mlp.up", "mlp.down"), "blocks.1.attn.weight", "head.weight"]),
+        ("all-linear", [*blocks("attn", "mlp.up", "mlp.down"), "head.weight"]),
+        (["all-linear"], [*blocks("attn", "mlp.up", "mlp.down"), "head.weight"]),
     ],
     ids=str,
 )
