@@ -28,4 +28,5 @@ def is_real(value: Any) -> bool:
 
 
 def is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    """An int that is not a bool. numpy's are refused: saved in a group, they would not load with weights_only."""
+    return isinstance(value, int) and not isinstance(value, bool)

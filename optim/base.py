@@ -47,6 +47,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     _told_non_finite = False  # a class attribute: torch's __getstate__ keeps no others through pickle
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
+        self.defaults = defaults  # what the checks of groups look at; torch sets it again
+        self._check_values(defaults)
         super().__init__(params, defaults)
 
     # ---- what a method says -------------------------------------------------------------------------------------
@@ -86,6 +88,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: Group) -> None:
         for key in group.keys() - self.defaults.keys() - FOREIGN_KEYS:
             raise ValueError(f"unknown parameter group key {key!r} = {group[key]!r}; {nearest(key, self.defaults)}")
+        self._check_values(group)
+        self._check_parameters(group)
+
+    def _check_values(self, group: Group) -> None:
         for key in ("lr", "weight_decay"):
             require(is_real(group[key]) and group[key] >= 0, f"{key} must be a number >= 0", group[key])
         dtype = group["state_dtype"]
@@ -94,7 +100,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.rule.check(group)
         if "rank" in self.defaults:
             self._check_subspace(group)
-        self._check_parameters(group)
         self.validate(group)
 
     def _check_subspace(self, group: Group) -> None:
@@ -176,7 +181,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             return
         if not torch.stack([flag.to(finite[0].device) for flag in finite]).all():  # one host read for all matrices
             self._told_non_finite = True
-            warnings.warn("a gradient was not finite at a refresh; its matrix keeps its old subspace", stacklevel=4)
+            warnings.warn("a gradient was not finite at a refresh; its matrix keeps its old subspace", stacklevel=5)
 
     def _update(self, work: list[Work]) -> None:
         """Phase 3: the method's direction for matrices, the plain rule for the rest, and the weights written."""
@@ -202,9 +207,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
         def withhold(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             ids = [i for group in saved["param_groups"] for i in group["params"]]
-            saved_state.update({ids.index(i): state for i, state in saved["state"].items()})
-            self._check_state(saved_state, saved["param_groups"])
-            return {**saved, "state": {}}
+            saved_state.update({ids.index(i): state for i, state in saved["state"].items() if i in ids})
+            # A key that was not saved keeps its present value: another optimizer's groups must not lose the rank.
+            groups = [
+                {**{key: own[key] for key in self.defaults}, **other}
+                for own, other in zip(self.param_groups, saved["param_groups"], strict=False)
+            ]
+            self._check_state(saved_state, groups)
+            rest = saved["param_groups"][len(groups) :]  # torch refuses unequal lengths
+            return {**saved, "state": {}, "param_groups": groups + rest}
 
         def restore(_: torch.optim.Optimizer) -> None:
             parameters = [p for group in self.param_groups for p in group["params"]]
@@ -222,10 +233,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _check_state(self, saved_state: dict[int, State], saved_groups: list[Group]) -> None:
         """Compare saved tensors with those this optimizer would create, on the meta device: nothing is allocated."""
+        for group in saved_groups:
+            self._check_values(group)
+        # The saved rank counts: loading restores the saved groups too.
         owners = [
-            (p, {**self.defaults, **saved})  # the saved rank counts: loading restores the saved groups too
-            for group, saved in zip(self.param_groups, saved_groups, strict=False)  # torch refuses unequal lengths
-            for p in group["params"]
+            (p, saved) for group, saved in zip(self.param_groups, saved_groups, strict=False) for p in group["params"]
         ]
         for number, state in saved_state.items():
             if number >= len(owners):
@@ -242,7 +254,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also reached by unpickling and loading: groups saved before a key existed get its default."""
+        """Also reached by unpickling: groups pickled before a key existed get its default."""
         super().__setstate__(state)
         for group in self.param_groups:
             for key, value in self.defaults.items():

@@ -61,7 +61,7 @@ def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> Iterator[
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     find_output = getattr(model, "get_output_embeddings", None)  # transformers models know their output layer
     output = find_output() if callable(find_output) else None
-    if "all-linear" in patterns:
+    if patterns == ["all-linear"]:
         yield from ((name, p) for name, p in candidates.items() if output is None or p is not output.weight)
         return
     if not patterns:
@@ -79,9 +79,11 @@ def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> Iterator[
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Layers with a trainable matrix of their own: nn.Linear and its like (GPT-2's Conv1D), not embeddings."""
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    for name, module in modules.items():
         weight = module._parameters.get("weight")
-        if weight is not None and weight.requires_grad and _dim(weight) == 2 and not isinstance(module, nn.Embedding):
+        if weight is not None and weight.requires_grad and _dim(weight) == 2 and id(weight) not in embeddings:
             yield name, weight
 
 

@@ -299,3 +299,18 @@ def test_a_pattern_that_matches_frozen_layers_only_is_refused():
 def test_a_model_without_linear_layers_is_refused():
     with pytest.raises(ValueError, match="'attn' matches no trainable linear layer"):
         param_groups(nn.Sequential(nn.Embedding(4, 4)), 2)
+
+
+def test_an_output_layer_tied_to_an_embedding_is_no_target():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.bag = nn.Embedding(9, 4), nn.EmbeddingBag(9, 4)
+            self.middle, self.head = nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+            self.head.weight = self.embedding.weight
+
+    model = Tied()
+    ranked, *_ = param_groups(model, rank=2, target_modules="all-linear")
+    assert [id(p) for p in ranked["params"]] == [id(model.middle.weight)]
+    with pytest.raises(ValueError, match="'tpyo'"):
+        param_groups(model, rank=2, target_modules=["middle", "tpyo"])

@@ -415,16 +415,39 @@ def test_the_state_of_galore_torch_is_refused():
 
 
 @pytest.mark.parametrize("key", ["state_dtype", "scale", "update_proj_gap", "proj_type"])
-def test_a_group_saved_before_a_key_existed_gets_the_default(key):
+def test_a_key_that_was_not_saved_keeps_its_present_value(key):
     source = optimizer_for(*parameters())
     advance(source, 0, 3)
     saved = copy.deepcopy(source.state_dict())
     for group in saved["param_groups"]:
         del group[key]
     target = optimizer_for(*clones(held_by(source)))
+    present = [group[key] for group in target.param_groups]
     target.load_state_dict(saved)
-    assert [group[key] for group in target.param_groups] == [target.defaults[key]] * 2
+    assert [group[key] for group in target.param_groups] == present
     advance(target, 3, 5)
+
+
+def test_the_state_of_torch_adamw_is_refused_and_the_rank_stays():
+    W = torch.nn.Parameter(torch.randn(12, 8))
+    dense = torch.optim.AdamW([W])
+    W.grad = torch.randn(12, 8)
+    dense.step()
+    optimizer = GaLoreAdamW([{"params": [W], "rank": 2}])
+    with pytest.raises(ValueError, match="does not fit GaLoreAdamW"):
+        optimizer.load_state_dict(dense.state_dict())
+    assert optimizer.param_groups[0]["rank"] == 2
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(("key", "value"), [("rank", -3), ("lr", "x"), ("proj_type", "up")])
+def test_saved_groups_with_bad_values_are_refused(key, value):
+    target = optimizer_for(*parameters())
+    saved = copy.deepcopy(target.state_dict())
+    saved["param_groups"][0][key] = value
+    with pytest.raises(ValueError, match=key):
+        target.load_state_dict(saved)
+    assert target.param_groups[0][key] != value
 
 
 def test_an_optimizer_pickled_before_a_key_existed_gets_the_default():

@@ -284,3 +284,10 @@ def test_a_sparse_embedding_is_refused():
     embedding(torch.tensor([3])).sum().backward()
     with pytest.raises(RuntimeError, match="dense gradients"):
         GaLoreAdamW(embedding.parameters()).step()
+
+
+def test_bad_defaults_are_refused_even_where_every_group_overrides_them():
+    group = {"params": [torch.nn.Parameter(torch.randn(4, 4))], "lr": 1e-3, "rank": 2}
+    for keys in ({"lr": -1.0}, {"rank": 0}):
+        with pytest.raises(ValueError, match=next(iter(keys))):
+            GaLoreAdamW([dict(group)], **keys)
