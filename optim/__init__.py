@@ -1,9 +1,29 @@
 """Drop-in ``torch.optim`` classes whose state is low-rank. Imports torch and nothing heavier."""
 
+from .apollo import APOLLOAdamW
+from .dct import DCTAdamW
 from .fira import FiraAdamW
-from .galore import GaLoreAdamW, GaLoreLion
+from .galore import GaLoreAdafactor, GaLoreAdamW, GaLoreLion
+from .galore_plus import GaLorePlusAdamW
+from .gradnormlorp import GradNormLoRPAdamW
 from .groups import param_groups
+from .ldadam import LDAdamW
 from .lion import Lion
 from .memory import state_bytes
+from .q_galore import GaLoreAdamW8bit
 
-__all__ = ["FiraAdamW", "GaLoreAdamW", "GaLoreLion", "Lion", "param_groups", "state_bytes"]
+__all__ = [
+    "APOLLOAdamW",
+    "DCTAdamW",
+    "FiraAdamW",
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "GaLoreAdamW8bit",
+    "GaLoreLion",
+    "GaLorePlusAdamW",
+    "GradNormLoRPAdamW",
+    "LDAdamW",
+    "Lion",
+    "param_groups",
+    "state_bytes",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from ..validation import is_real, is_whole, nearest, require
 from .rules import ADAM, Rule
 from .shards import Whole, WholeMatrix, shard_of
-from .subspaces.basis import PROJ_TYPES, Lifted, first_columns
+from .subspaces.basis import PROJ_TYPES, Basis, Frame, Lifted, Room, first_columns
 from .subspaces.singular import SUBSPACE_METHODS, leading_singular_vectors, orthogonal_iteration
 
 Group = dict[str, Any]
@@ -31,6 +31,14 @@ class Work(NamedTuple):
     state: State
 
 
+class MatrixWork(NamedTuple):
+    """One matrix of this step that has a subspace."""
+
+    shard: WholeMatrix
+    group: Group
+    state: State
+
+
 class SubspaceOptimizer(torch.optim.Optimizer):
     """Base of the optimizers whose moments live in a subspace of each matrix.
 
@@ -38,15 +46,20 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     things: ``validate`` (its own group keys), ``init_state`` (its tensors) and ``direction`` (its paper). ``rule`` is
     what moves coordinates, and the parameters without a rank.
 
-    State per parameter, tensors only: ``step`` (fp32 scalar, always on the CPU so that reading it never stops a
-    device), the rule's moments, and for a matrix ``basis``, r orthonormal columns in the parameter's dtype. All of
-    it is born at the first ``step()``, for every trainable parameter, so that all processes have the same keys.
+    State per parameter, tensors only: ``step`` (fp32 scalar), the rule's moments, and for a matrix ``basis``, r
+    orthonormal columns in the parameter's dtype. All of it is born at the first ``step()``, for every trainable
+    parameter, so that all processes have the same keys.
+
+    A constructor's arguments are its group keys: it passes ``locals()`` on.
     """
 
     rule: Rule = ADAM
+    subspace_methods: tuple[str, ...] = SUBSPACE_METHODS
+    host_state = frozenset({"step"})  # clocks, always on the CPU so that reading them never stops a device
     _told_non_finite = False  # a class attribute: torch's __getstate__ keeps no others through pickle
 
-    def __init__(self, params: ParamsT, defaults: Group) -> None:
+    def __init__(self, params: ParamsT, arguments: Group) -> None:
+        defaults = {key: value for key, value in arguments.items() if key not in ("self", "params", "__class__")}
         self.defaults = defaults  # what the checks of groups look at; torch sets it again
         self._check_values(defaults)
         super().__init__(params, defaults)
@@ -56,22 +69,58 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def validate(self, group: Group) -> None:
         """Refuse bad values of the method's own keys. Called for every group, late ones too."""
 
+    def frame(self, shape: tuple[int, int], group: Group) -> Frame:
+        """Which side of an m x n matrix is replaced by r coordinates."""
+        return Frame.of(shape, group["rank"], group["proj_type"])
+
     def init_state(self, shard: Whole, group: Group) -> State:
-        return self.rule.state(shard.coordinates_shape, shard.state_dtype(group), shard.parameter.device)
+        moments = self.rule.state(shard.coordinates_shape, shard.state_dtype(group), shard.parameter.device, group)
+        return self.basis_state(shard, group) | moments if isinstance(shard, WholeMatrix) else moments
+
+    def basis_state(self, shard: WholeMatrix, group: Group) -> State:
+        return {"basis": first_columns(shard.frame, shard.parameter.dtype, shard.parameter.device)}
+
+    def columns(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
+        """P of one matrix (side x r), from how the state holds it."""
+        return state["basis"]
+
+    def basis(self, shard: WholeMatrix, group: Group, state: State) -> Basis:
+        """P of one matrix, as ``direction`` uses it."""
+        return Basis(self.columns(shard, group, state), shard.frame)
+
+    def refresh_is_due(self, group: Group, state: State) -> bool:
+        """Before the counter moves on: at steps 0, T, 2T, ... of this matrix."""
+        return int(state["step"].item()) % int(group["update_proj_gap"]) == 0
+
+    def find_basis(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
+        """The new columns of one matrix at a refresh. Non-finite ones are not taken over."""
+        if group["subspace_method"] == "svd":
+            return leading_singular_vectors(shard.grad, shard.frame)
+        previous = None if state["step"].item() == 0 else self.columns(shard, group, state)
+        return orthogonal_iteration(shard.grad, shard.frame, previous)
+
+    def store_basis(self, columns: Tensor, usable: Tensor, shard: WholeMatrix, group: Group, state: State) -> None:
+        """Write new columns into ``state`` where ``usable``, a flag on the device."""
+        state["basis"].copy_(torch.where(usable, columns, state["basis"]))
+
+    def refreshed(self, work: list[MatrixWork]) -> None:
+        """Called once a step for the matrices that got new columns, if there are any."""
 
     def direction(self, shard: WholeMatrix, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
         """The method's direction for one matrix and the factor on the learning rate."""
         raise NotImplementedError
 
-    def find_basis(self, gradient: Tensor, shard: WholeMatrix, group: Group, state: State) -> Tensor:
-        """The new basis of one matrix at a refresh."""
-        if group["subspace_method"] == "svd":
-            return leading_singular_vectors(gradient, shard.frame)
-        previous = None if state["step"].item() == 0 else state["basis"]
-        return orthogonal_iteration(gradient, shard.frame, previous)
-
     def plain_direction(self, shard: Whole, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
         return self.rule.direction(shard.grad, state, group)
+
+    def update(self, shard: Whole, group: Group, state: State) -> None:
+        """One parameter moved: by ``direction`` where it has a subspace, else by the plain rule."""
+        if isinstance(shard, WholeMatrix):
+            direction, correction = self.direction(shard, group, state)
+        else:
+            direction, correction = self.plain_direction(shard, group, state)
+        decay = group["lr"] * group["weight_decay"]
+        shard.write(direction, group["lr"] * correction, decay, self.rule.decay_first)
 
     # ---- groups -------------------------------------------------------------------------------------------------
 
@@ -92,9 +141,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._check_parameters(group)
 
     def _check_values(self, group: Group) -> None:
-        for key in ("lr", "weight_decay"):
-            require(is_real(group[key]) and group[key] >= 0, f"{key} must be a number >= 0", group[key])
-        dtype = group["state_dtype"]
+        decay = group["weight_decay"]
+        require(is_real(decay) and decay >= 0, "weight_decay must be a number >= 0", decay)
+        dtype = group.get("state_dtype")
         floating = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
         require(floating, "state_dtype must be a floating point torch.dtype or None", dtype)
         self.rule.check(group)
@@ -105,11 +154,16 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _check_subspace(self, group: Group) -> None:
         rank = group["rank"]
         require(rank is None or (is_whole(rank) and rank >= 1), "rank must be a whole number >= 1 or None", rank)
-        gap = group["update_proj_gap"]
-        require(is_whole(gap) and gap >= 1, "update_proj_gap must be a whole number >= 1", gap)
-        require(is_real(group["scale"]), "scale must be a finite number", group["scale"])
-        for key, known in (("proj_type", PROJ_TYPES), ("subspace_method", SUBSPACE_METHODS)):
-            require(group[key] in known, f"{key} must be one of {', '.join(known)}", group[key])
+        proj_type = group["proj_type"]
+        require(proj_type in PROJ_TYPES, f"proj_type must be one of {', '.join(PROJ_TYPES)}", proj_type)
+        if "update_proj_gap" in group:
+            gap = group["update_proj_gap"]
+            require(is_whole(gap) and gap >= 1, "update_proj_gap must be a whole number >= 1", gap)
+        if "scale" in group:
+            require(is_real(group["scale"]), "scale must be a finite number", group["scale"])
+        if "subspace_method" in group:
+            method, known = group["subspace_method"], self.subspace_methods
+            require(method in known, f"subspace_method must be one of {', '.join(known)}", method)
 
     def _check_parameters(self, group: Group) -> None:
         parameters = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
@@ -144,12 +198,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _collect(self) -> list[Work]:
         """Phase 1: state for every trainable parameter, work for those with a gradient."""
-        work = []
+        work, room = [], Room()
+        position = -1
         for group in self.param_groups:
             for p in group["params"]:
+                position += 1
                 if not p.requires_grad and p.grad is None:
                     continue
-                shard = shard_of(p, group)
+                shard = shard_of(p, group, position, room, self.frame)
                 if not self.state[p]:
                     self.state[p] = self._new_state(shard, group)
                 if p.grad is None:
@@ -160,23 +216,21 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return work
 
     def _new_state(self, shard: Whole, group: Group) -> State:
-        device = shard.parameter.device
-        state = {"step": torch.zeros((), dtype=torch.float32, device="meta" if device.type == "meta" else "cpu")}
-        if isinstance(shard, WholeMatrix):
-            state["basis"] = first_columns(shard.frame, shard.parameter.dtype, device)
-        return state | self.init_state(shard, group)
+        step = torch.zeros((), dtype=torch.float32, device=shard.host)
+        return {"step": step} | self.init_state(shard, group)
 
     def _refresh(self, work: list[Work]) -> None:
         """Phase 2: a new subspace for each matrix whose clock struck (steps 0, T, 2T, ... of that matrix)."""
-        finite = []
+        due, finite = [], []
         for shard, group, state in work:
-            if isinstance(shard, WholeMatrix) and int(state["step"].item()) % group["update_proj_gap"] == 0:
-                G = shard.grad
+            if isinstance(shard, WholeMatrix) and self.refresh_is_due(group, state):
                 # A non-finite gradient has no singular vectors: keep the old ones, without asking the device.
-                usable = torch.isfinite(G).all()
-                fresh = self.find_basis(torch.where(usable, G, 0), shard, group, state)
-                state["basis"].copy_(torch.where(usable, fresh, state["basis"]))
-                finite.append(usable)
+                fresh = self.find_basis(shard, group, state)
+                finite.append(torch.isfinite(fresh).all())
+                self.store_basis(fresh, finite[-1], shard, group, state)
+                due.append(MatrixWork(shard, group, state))
+        if due:
+            self.refreshed(due)
         if not finite or self._told_non_finite:
             return
         if not torch.stack([flag.to(finite[0].device) for flag in finite]).all():  # one host read for all matrices
@@ -187,12 +241,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Phase 3: the method's direction for matrices, the plain rule for the rest, and the weights written."""
         for shard, group, state in work:
             state["step"] += 1
-            if isinstance(shard, WholeMatrix):
-                direction, correction = self.direction(shard, group, state)
-            else:
-                direction, correction = self.plain_direction(shard, group, state)
-            decay = group["lr"] * group["weight_decay"]
-            shard.write(direction, group["lr"] * correction, decay, self.rule.decay_first)
+            self.update(shard, group, state)
 
     # ---- saving and loading -------------------------------------------------------------------------------------
 
@@ -221,7 +270,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             parameters = [p for group in self.param_groups for p in group["params"]]
             for number, state in saved_state.items():
                 p = parameters[number]
-                self.state[p] = {k: v.to("cpu" if k == "step" else p.device, copy=True) for k, v in state.items()}
+                self.state[p] = {
+                    k: v.to("cpu" if k in self.host_state else p.device, copy=True) for k, v in state.items()
+                }
 
         before = self.register_load_state_dict_pre_hook(withhold)  # runs after the user's own
         after = self.register_load_state_dict_post_hook(restore, prepend=True)  # runs before the user's own
@@ -243,7 +294,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if number >= len(owners):
                 return  # torch refuses this too, with its own message
             p, group = owners[number]
-            expected = self._new_state(shard_of(torch.empty_like(p, device="meta"), group), group)
+            expected = self._state_on_meta(p, group)
             saved = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in state.items()}
             wanted = {k: tuple(v.shape) for k, v in expected.items()}
             if saved != wanted:
@@ -252,6 +303,27 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                     f"shape {tuple(p.shape)}: it holds {saved}, expected {wanted}; load it into the optimizer and "
                     "model that saved it"
                 )
+
+    def _state_on_meta(self, parameter: Tensor, group: Group) -> State:
+        shard = shard_of(torch.empty_like(parameter, device="meta"), group, 0, Room(), self.frame)
+        return self._new_state(shard, group)
+
+    @classmethod
+    def state_bytes_for(cls, shape: Sequence[int], dtype: torch.dtype = torch.float32, **keys: Any) -> int:
+        """Bytes of state for one parameter of ``shape`` and ``dtype`` under the group keys ``keys``.
+
+        What the first ``step()`` will allocate, to the byte, without allocating it. A ``rank`` holds for matrices.
+
+        Raises:
+            ValueError: as the constructor does.
+            TypeError: for an unknown key.
+        """
+        parameter = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        if parameter.dim() != 2 and "rank" in keys:
+            keys = {**keys, "rank": None}
+        optimizer = cls([parameter], **keys)
+        state = optimizer._state_on_meta(parameter, optimizer.param_groups[0])
+        return sum(value.numel() * value.element_size() for value in state.values())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also reached by unpickling: groups pickled before a key existed get its default."""

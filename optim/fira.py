@@ -39,7 +39,7 @@ RESIDUALS = ("reference", "orthogonal")
 class FiraAdamW(SubspaceOptimizer):
     """GaLore's AdamW plus the rest of the gradient, scaled by norms and limited in growth (arXiv:2410.01623).
 
-    The memory of ``GaLoreAdamW`` and one number more; during ``step`` one further temporary of a matrix's size.
+    The memory of ``GaLoreAdamW`` and one number more.
 
     Args:
         params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method,
@@ -72,22 +72,7 @@ class FiraAdamW(SubspaceOptimizer):
         limit_after_bias_correction: bool = False,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-            "subspace_method": subspace_method,
-            "growth": growth,
-            "residual": residual,
-            "limit_after_bias_correction": limit_after_bias_correction,
-            "state_dtype": state_dtype,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, locals())
 
     def validate(self, group: Group) -> None:
         require(is_real(group["growth"]) and group["growth"] >= 1, "growth must be a number >= 1", group["growth"])
@@ -104,15 +89,16 @@ class FiraAdamW(SubspaceOptimizer):
         return state
 
     def direction(self, shard: WholeMatrix, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
-        G, P = shard.grad, shard.basis(state)
+        G, P = shard.grad, self.basis(shard, group, state)
         R = P.project(G)
         N, correction = adam(R, state, group)
         f = P.line_norms(N) / (P.line_norms(R) + 1e-8)
         subtracted = group["scale"] if group["residual"] == "reference" else 1.0
-        S = (G - (subtracted * P.lift(R)).dense()).mul_(f)
+        S = (-subtracted * P.lift(R)).added_to(G).mul_(f)
         if group["limit_after_bias_correction"]:
-            limit_growth_(S.mul_(correction), state["residual_norm"], group["growth"])
+            limit_growth_(S.mul_(correction), shard, state["residual_norm"], group["growth"])
             S.div_(correction)
         else:
-            limit_growth_(S, state["residual_norm"], group["growth"])
-        return S.add_((group["scale"] * P.lift(N)).dense()), correction
+            limit_growth_(S, shard, state["residual_norm"], group["growth"])
+        (group["scale"] * P.lift(N)).add_to_(S)
+        return S, correction

@@ -21,27 +21,29 @@ at full rank; P is a tensor in ``state``, not a pickled object; a non-finite gra
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .base import Group, State, SubspaceOptimizer
-from .rules import LION
-from .shards import WholeMatrix
+from .rules import ADAFACTOR, LION
+from .shards import Whole, WholeMatrix
 from .subspaces.basis import Lifted
 
 
-class _GaLore(SubspaceOptimizer):
-    """The loop above with any rule."""
+class GaLore(SubspaceOptimizer):
+    """The loop above with any rule; the classes below choose it."""
 
     def direction(self, shard: WholeMatrix, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
-        G, P = shard.grad, shard.basis(state)
+        G, P = shard.grad, self.basis(shard, group, state)
         R = P.project(G)
         N, correction = self.rule.direction(R, state, group)
         return group["scale"] * P.lift(N), correction
 
 
-class GaLoreAdamW(_GaLore):
+class GaLoreAdamW(GaLore):
     """AdamW whose moments live in the leading singular subspace of each matrix's gradient (arXiv:2403.03507).
 
     A drop-in for ``galore_torch.GaLoreAdamW``: groups with a ``rank`` are projected, the others get plain AdamW.
@@ -82,22 +84,10 @@ class GaLoreAdamW(_GaLore):
         subspace_method: str = "svd",
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-            "subspace_method": subspace_method,
-            "state_dtype": state_dtype,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, locals())
 
 
-class GaLoreLion(_GaLore):
+class GaLoreLion(GaLore):
     """Lion whose moment lives in the leading singular subspace of each matrix's gradient.
 
     The sign is taken of the coordinates, so the entries of a lifted update are no longer of equal size. Groups without
@@ -123,15 +113,74 @@ class GaLoreLion(_GaLore):
         subspace_method: str = "svd",
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-            "subspace_method": subspace_method,
-            "state_dtype": state_dtype,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, locals())
+
+
+class GaLoreAdafactor(GaLore):
+    """Adafactor in the leading singular subspace of each matrix's gradient.
+
+    A drop-in for ``galore_torch.GaLoreAdafactor``: the second moment of the m x r coordinates is kept as m + r sums.
+    Groups without a ``rank`` get plain Adafactor (Shazeer & Stern 2018, arXiv:1804.04235). Weights decay before the
+    step.
+
+    Args:
+        params, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method, state_dtype: as for
+            ``GaLoreAdamW``.
+        lr: learning rate; None where ``relative_step`` finds one. LR schedulers need a number.
+        eps: added to squared gradients, and the smallest root mean square of weights that ``scale_parameter`` sees.
+        clip_threshold: the largest root mean square of an update before the learning rate.
+        decay_rate: b2 at step t is 1 - t^decay_rate.
+        beta1: of a first moment of the coordinates; None keeps none.
+        scale_parameter: the learning rate counts in units of the weights' root mean square.
+        relative_step: lr = min(1e-2, 1 / sqrt(t)), with ``warmup_init`` min(1e-6 * t, 1 / sqrt(t)).
+
+    State of an m x n matrix: P and ``r + long`` numbers, with ``beta1`` also ``r * long``, and a counter.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or for a ranked matrix this process holds only a part of.
+    """
+
+    rule = ADAFACTOR
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
+        warmup_init: bool = False,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        subspace_method: str = "svd",
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def update(self, shard: Whole, group: Group, state: State) -> None:
+        lr = self._learning_rate(shard, group, state)
+        P = self.basis(shard, group, state) if isinstance(shard, WholeMatrix) else None
+        N, _ = self.rule.direction(P.project(shard.grad) if P else shard.grad, state, group)
+        N.mul_(lr)
+        if group["beta1"] is not None:  # averages whole steps, their learning rates too
+            N = state["exp_avg"].mul_(group["beta1"]).add_(N, alpha=1 - group["beta1"])
+        shard.write(group["scale"] * P.lift(N) if P else N, 1.0, lr * group["weight_decay"], self.rule.decay_first)
+
+    def _learning_rate(self, shard: Whole, group: Group, state: State) -> float | Tensor:
+        t = state["step"].item()
+        lr: float | Tensor = group["lr"]
+        if group["relative_step"]:
+            lr = min(1e-6 * t if group["warmup_init"] else 1e-2, 1 / math.sqrt(t))
+        if not group["scale_parameter"]:
+            return lr
+        W = shard.parameter
+        size = shard.norm(W, torch.promote_types(W.dtype, torch.float32)) / math.sqrt(W.numel())
+        return size.clamp_(min=group["eps"][1]) * lr

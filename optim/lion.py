@@ -48,5 +48,4 @@ class Lion(SubspaceOptimizer):
         *,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "state_dtype": state_dtype}
-        super().__init__(params, defaults)
+        super().__init__(params, locals())

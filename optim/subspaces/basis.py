@@ -49,20 +49,48 @@ class Lifted:
     def __rmul__(self, factor: float) -> Lifted:
         return Lifted(self.left, self.right, factor * self.factor)
 
-    def add_to_(self, weight: Tensor, alpha: float) -> None:
-        """weight += alpha * this, through one m x n temporary.
+    def write_to_(self, weight: Tensor, alpha: float, room: Room) -> None:
+        """weight += alpha * this, rounded to the weight once.
 
-        ``addmm_`` would need none, but it adds the r products to the weight in several portions and rounds at the
-        weight's size each time: 5e-6 off after 50 steps at weights of size one, where this stays on the authors' bits.
+        On a CPU ``addmm_`` adds the r products to the weight in several portions and rounds at the weight's size each
+        time: 5e-6 off after 50 steps at weights of size one. A product of its own, in memory that all matrices of a
+        step share, stays on the authors' bits. GPUs sum in registers first and need neither.
         """
-        lifted = torch.mm(self.left.to(weight.dtype), self.right.to(weight.dtype))
+        left, right = self.left.to(weight.dtype), self.right.to(weight.dtype)
+        if weight.device.type != "cpu":
+            weight.addmm_(left, right, alpha=alpha * self.factor)
+            return
+        lifted = torch.mm(left, right, out=room.like(weight))
         if math.frexp(self.factor)[0] == 0.5:  # a power of two, such as 0.25: no rounding, so no pass of its own
             weight.add_(lifted, alpha=alpha * self.factor)
         else:
             weight.add_(lifted.mul_(self.factor), alpha=alpha)
 
+    def add_to_(self, dense: Tensor) -> Tensor:
+        """dense += this, for gradients and updates, which are of one size with it."""
+        return dense.addmm_(self.left.to(dense.dtype), self.right.to(dense.dtype), alpha=self.factor)
+
+    def added_to(self, dense: Tensor) -> Tensor:
+        """dense + this, in one new tensor."""
+        return torch.addmm(dense, self.left.to(dense.dtype), self.right.to(dense.dtype), alpha=self.factor)
+
     def dense(self) -> Tensor:
         return torch.mm(self.left, self.right).mul_(self.factor)
+
+
+class Room:
+    """Memory for one m x n product, reused by all matrices of a step: fresh pages for each cost a tenth of it."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """A contiguous tensor of the same shape and dtype, with anything in it."""
+        held = self._memory
+        if held is None or held.dtype != tensor.dtype or held.device != tensor.device or held.numel() < tensor.numel():
+            self._memory = held = None  # before the larger one is born
+            self._memory = held = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+        return held[: tensor.numel()].view(tensor.shape)
 
 
 class Basis:
@@ -80,6 +108,11 @@ class Basis:
         P = self.columns
         N = coordinates.to(P.dtype)
         return Lifted(N, P.t()) if self.frame.right else Lifted(P, N)
+
+    def norm(self, coordinates: Tensor) -> Tensor:
+        """The norm of all coordinates, a scalar on their device."""
+        norm: Tensor = torch.linalg.vector_norm(coordinates)
+        return norm
 
     def line_norms(self, coordinates: Tensor) -> Tensor:
         """The norm of each line of coordinates along the projected axis, m x 1 (right) or 1 x n (left)."""

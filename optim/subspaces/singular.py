@@ -17,9 +17,10 @@ def leading_singular_vectors(gradient: Tensor, frame: Frame) -> Tensor:
     """The r leading right (n x r) or left (m x r) singular vectors of an m x n gradient, in the gradient's dtype.
 
     One thin SVD in at least fp32, as GaLore's code does (Zhao et al. 2024, arXiv:2403.03507): the signs it
-    happens to return matter, because moments are kept across refreshes.
+    happens to return matter, because moments are kept across refreshes. A gradient that is not finite gives NaN.
     """
-    G = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    finite = torch.isfinite(gradient).all()  # LAPACK would raise; asking the device would stop it
+    G = torch.where(finite, gradient, 0).to(torch.promote_types(gradient.dtype, torch.float32))
     try:
         U, _, Vh = torch.linalg.svd(G, full_matrices=False)
     except torch.linalg.LinAlgError as error:  # the divide-and-conquer driver can fail on finite matrices
@@ -32,7 +33,7 @@ def leading_singular_vectors(gradient: Tensor, frame: Frame) -> Tensor:
         columns = _by_gram_matrix(G, frame)
     else:
         columns = Vh[: frame.rank].t() if frame.right else U[:, : frame.rank]
-    return columns.to(gradient.dtype)
+    return torch.where(finite, columns, torch.nan).to(gradient.dtype)
 
 
 def _by_gram_matrix(G: Tensor, frame: Frame) -> Tensor:
@@ -52,28 +53,77 @@ def orthogonal_iteration(gradient: Tensor, frame: Frame, previous: Tensor | None
     """About the r leading singular vectors of an m x n gradient, near those of ``previous``, in the gradient's dtype.
 
     Q <- qr(G^T G Q) on the right, qr(G G^T Q) on the left: once from ``previous``, several times from a fixed random
-    start where there is none. Coordinates move little between refreshes, so kept moments stay meaningful. QR in fp64
-    with positive diagonals has one answer: the same on every process, for any number of threads. Where the gradient
-    has fewer than r directions, the previous ones fill up; an all-zero gradient keeps them all.
+    start where there is none. Coordinates move little between refreshes, so kept moments stay meaningful; with
+    positive diagonals the QR has one answer. Where the gradient has fewer than r directions, the previous ones fill
+    up; an all-zero gradient keeps them all, one that is not finite gives NaN.
     """
     G = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    cold = previous is None
-    Q = _random_columns(frame, G) if previous is None else previous.to(G.dtype)
-    for _ in range(COLD_ITERATIONS if cold else 1):
+    Q = random_columns(frame.basis_shape, 0, G) if previous is None else previous.to(G.dtype)
+    for _ in range(COLD_ITERATIONS if previous is None else 1):
         Z = G.t() @ (G @ Q) if frame.right else G @ (G.t() @ Q)
-        # One part in 1e10 of the old columns: nothing beside a direction of G, everything where G has none.
-        floor = 1e-10 * torch.linalg.vector_norm(Z, dtype=torch.float64) + torch.finfo(torch.float64).tiny
-        Q = _positive_qr(Z.double() + floor * Q.double()).to(G.dtype)
+        Q = orthonormalized(Z, Q)
     return Q.to(gradient.dtype)
 
 
-def _random_columns(frame: Frame, like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)  # on the CPU: the same numbers on every device and process
-    columns = torch.randn(*frame.basis_shape, generator=generator, dtype=torch.float64)
-    return _positive_qr(columns).to(like)
+def orthonormalized(columns: Tensor, previous: Tensor) -> Tensor:
+    """An orthonormal basis of the span of ``columns``, filled up by ``previous`` where they span less than r.
+
+    One rounding error of the previous columns is added: nothing beside a direction that the new ones have,
+    everything where they have none. The QR's diagonal is made positive, so that it has one answer.
+    """
+    precision = torch.finfo(columns.dtype)
+    size = torch.linalg.vector_norm(columns).clamp_(min=precision.tiny)
+    return positive_qr((columns / size).add_(previous, alpha=precision.eps))
 
 
-def _positive_qr(columns: Tensor) -> Tensor:
+def randomized_range(
+    gradient: Tensor, frame: Frame, previous: Tensor | None, seed: int, oversampling: int = 8, iterations: int = 2
+) -> Tensor:
+    """About the r leading singular vectors of an m x n gradient by randomized subspace iteration, in order.
+
+    Halko, Martinsson & Tropp 2011, arXiv:0909.4061. With A = G^T on the right, A = G on the left (a x b):
+
+        Q  <-  qr(A Omega)               Omega: b x (r + p) normal; or Q = qr(previous, p normal columns)
+        Q  <-  qr(A qr(A^T Q))           ``iterations`` times
+        P  <-  the r first columns of Q U, U the left singular vectors of Q^T A
+
+    p is ``oversampling``. Signs are fixed so that every process has the same columns. An all-zero gradient keeps
+    ``previous``; one that is not finite gives NaN.
+    """
+    finite = torch.isfinite(gradient).all()
+    G = torch.where(finite, gradient, 0).to(torch.promote_types(gradient.dtype, torch.float32))
+    A = G.t() if frame.right else G
+    a, b = A.shape
+    rank = frame.rank
+    width = min(rank + oversampling, a, b)
+    if previous is None:
+        Q = torch.linalg.qr(A @ random_columns((b, width), seed, A))[0]
+    else:
+        Q = torch.linalg.qr(torch.cat([previous.to(A.dtype), _normal((a, width - rank), seed, A)], dim=1))[0]
+    for _ in range(iterations):
+        Q = torch.linalg.qr(A @ torch.linalg.qr(A.t() @ Q)[0])[0]
+    small = Q.t() @ A  # (r + p) x b
+    squares = small @ small.t()  # its eigenvectors are U, at the price of one small symmetric problem
+    U = torch.linalg.eigh(squares.double())[1].flip(1)[:, :rank].to(A.dtype)
+    columns = Q @ U
+    largest = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True))  # one row of signs
+    columns = columns * torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)
+    if previous is not None:
+        columns = torch.where(torch.linalg.vector_norm(G) > 0, columns, previous.to(columns.dtype))
+    return torch.where(finite, columns, torch.nan).to(gradient.dtype)
+
+
+def random_columns(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
+    """Orthonormal columns, uniform over all, from ``seed`` alone."""
+    return positive_qr(_normal(shape, seed, like.new_empty(0, dtype=torch.float64))).to(like.dtype)
+
+
+def _normal(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers on every device and process
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(like)
+
+
+def positive_qr(columns: Tensor) -> Tensor:
     Q, R = torch.linalg.qr(columns)
-    signed: Tensor = Q * torch.where(torch.diagonal(R) < 0, -1.0, 1.0).to(Q.dtype)
+    signed: Tensor = Q.mul_(torch.where(torch.diagonal(R) < 0, -1.0, 1.0).to(Q.dtype))
     return signed

@@ -1,0 +1,184 @@
+"""GaLore+: a projector shared by the heads of a layer, found fast, and a sparse residual.  Liao et al. 2024,
+arXiv:2412.19820.
+
+The loop of ``galore.py`` with three additions, each with its own switch:
+
+    num_heads = h         every T steps, one of the h heads i, drawn from a seed: P from G_i alone (m/h x n),
+                          shared by all heads: R = G P, moments m x r; P: n x r, r at most m/h
+    randomized            P by randomized subspace iteration, warm from the previous P
+    residual_fraction     for t <= warm-up: which entries of each row miss most
+                              S <- the q = ceil(fraction * n) columns with the largest sum of |G - R P^T|   m x q
+                          then, at those entries
+                              E   =  (G - R P^T)[S]                                                         m x q
+                              N_E =  Adam(E)                                       with its own age, t - warm-up
+                              W  <-  W - s * scale * (N P^T + scatter_S(N_E))
+
+The full text of the paper does not say which heads' side is shared, how the support is chosen and how its moments are
+corrected, so these are choices: P on the right, because r is about a head's size and the moments then need no
+bookkeeping by head; a support of equally many entries in each row, found in one pass over the warm-up in memory of its
+own size (sums are those of the candidates); bias correction from the support's own age, because new moments under
+an old correction take a first step three times too large. Scores of the warm-up live in the residual's first moment.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..validation import is_real, is_whole, require
+from .base import Group, State
+from .galore import GaLore
+from .rules import adam
+from .shards import WholeMatrix
+from .subspaces.basis import Basis, Frame, Lifted
+from .subspaces.singular import leading_singular_vectors, orthogonal_iteration, randomized_range
+from .subspaces.support import absorb_, first_support
+
+
+class GaLorePlusAdamW(GaLore):
+    """GaLore's AdamW, cross-head projector, randomized refresh and sparsely coded residual (arXiv:2412.19820).
+
+    Groups without a ``rank`` get plain AdamW. ``param_groups(model, ..., num_heads={"q_proj": 32, "k_proj": 8})`` makes
+    a group for each number of heads.
+
+    Args:
+        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, state_dtype: as for
+            ``GaLoreAdamW``; with ``num_heads`` the side is always the right one.
+        subspace_method: ``randomized``, or ``svd`` or ``iterate`` as for ``GaLoreAdamW``.
+        num_heads: the rows of each matrix of the group are that many heads of equal size, and one of them is looked at
+            in a refresh; None looks at the whole matrix.
+        residual_fraction: part of a matrix's entries that the residual corrects; 0 drops the residual, as GaLore does.
+        residual_warmup: steps before the entries are chosen.
+        oversampling, power_iterations: of the randomized refresh.
+        seed: of the random numbers, with the parameter's position and the step.
+
+    State of an m x n matrix: that of ``GaLoreAdamW`` and 3 * m * q numbers (int32 and two moments).
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or for a ranked matrix this process holds only a part of.
+    """
+
+    subspace_methods = ("randomized", *GaLore.subspace_methods)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        subspace_method: str = "randomized",
+        num_heads: int | None = None,
+        residual_fraction: float = 0.01,
+        residual_warmup: int = 100,
+        oversampling: int = 8,
+        power_iterations: int = 2,
+        seed: int = 0,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def validate(self, group: Group) -> None:
+        heads = group["num_heads"]
+        require(
+            heads is None or (is_whole(heads) and heads >= 1), "num_heads must be a whole number >= 1 or None", heads
+        )
+        if heads is not None:
+            proj_type = group["proj_type"]
+            require(proj_type in ("std", "right"), "proj_type must be std or right where num_heads is set", proj_type)
+        fraction = group["residual_fraction"]
+        require(is_real(fraction) and 0 <= fraction <= 1, "residual_fraction must be a number in [0, 1]", fraction)
+        for key, least in (("residual_warmup", 1), ("oversampling", 0), ("power_iterations", 0), ("seed", 0)):
+            value = group[key]
+            require(is_whole(value) and value >= least, f"{key} must be a whole number >= {least}", value)
+
+    def _check_parameters(self, group: Group) -> None:
+        super()._check_parameters(group)
+        heads = group["num_heads"]
+        if heads is None or group["rank"] is None:
+            return
+        for entry in group["params"]:
+            p = entry[1] if isinstance(entry, tuple) else entry
+            rows, _ = getattr(p, "ds_shape", p.shape)
+            require(rows % heads == 0, f"num_heads must divide the rows of each matrix, here {rows}", heads)
+
+    # ---- the cross-head, randomized subspace --------------------------------------------------------------------
+
+    def frame(self, shape: tuple[int, int], group: Group) -> Frame:
+        if group["num_heads"] is None:
+            return super().frame(shape, group)
+        m, n = shape
+        return Frame(shape, min(group["rank"], m // group["num_heads"], n), right=True)
+
+    def find_basis(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
+        G, step = shard.grad, int(state["step"].item())
+        seed = _mixed(group["seed"], shard.position, step)
+        if group["num_heads"] is not None:
+            size = G.shape[0] // group["num_heads"]
+            head = torch.randint(group["num_heads"], (), generator=torch.Generator().manual_seed(seed)).item()
+            G = G.narrow(0, int(head) * size, size)
+        if group["subspace_method"] == "svd":
+            return leading_singular_vectors(G, shard.frame)
+        previous = None if step == 0 else state["basis"]
+        if group["subspace_method"] == "iterate":
+            return orthogonal_iteration(G, shard.frame, previous)
+        return randomized_range(G, shard.frame, previous, seed, group["oversampling"], group["power_iterations"])
+
+    # ---- the sparse residual ------------------------------------------------------------------------------------
+
+    def basis_state(self, shard: WholeMatrix, group: Group) -> State:
+        state = super().basis_state(shard, group)
+        if group["residual_fraction"] > 0:
+            W = shard.parameter
+            m, n = W.shape
+            q = math.ceil(group["residual_fraction"] * n)
+            state["residual_columns"] = first_support(m, q, W.device)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[f"residual_{key}"] = torch.zeros(m, q, dtype=shard.state_dtype(group), device=W.device)
+        return state
+
+    def direction(self, shard: WholeMatrix, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
+        if group["residual_fraction"] == 0:
+            return super().direction(shard, group, state)
+        G, P = shard.grad, self.basis(shard, group, state)
+        R = P.project(G)
+        N, correction = self.rule.direction(R, state, group)
+        U = group["scale"] * P.lift(N)
+        entries = self._residual(G, R, P, group, state)
+        if entries is None:
+            return U, correction
+        N_E, own_correction = entries
+        dense = U.dense()
+        values = N_E.mul_(group["scale"] * own_correction / correction).to(dense.dtype)
+        return dense.scatter_add_(1, state["residual_columns"].long(), values), correction
+
+    def _residual(self, G: Tensor, R: Tensor, P: Basis, group: Group, state: State) -> tuple[Tensor, float] | None:
+        """N_E (m x q) and its bias correction, or None during the warm-up."""
+        missed = (-1.0 * P.lift(R)).added_to(G)
+        support, scores = state["residual_columns"], state["residual_exp_avg"]
+        age = int(state["step"].item()) - group["residual_warmup"]
+        if age <= 0:
+            absorb_(support, scores, missed.abs_().to(scores.dtype))
+            if age == 0:
+                support.copy_(support.sort(dim=1).values)
+                scores.zero_()
+            return None
+        moments = {"step": torch.tensor(float(age)), "exp_avg": scores, "exp_avg_sq": state["residual_exp_avg_sq"]}
+        return adam(missed.gather(1, support.long()), moments, group)
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed from several, the same in every process."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % 2**62
+    return seed

@@ -1,0 +1,116 @@
+"""GradNormLoRP: GaLore on the direction of each row, Adam on its length.  Huang et al. 2024, arXiv:2412.19616.
+
+For a matrix W (m x n, one row an output) with gradient G, each row written as a length g times a direction c:
+
+                     g   ,  c  =  W / g                                       m x 1, m x n, |c_i| = 1
+                     dg  =  rowsum(G * c)                                     m x 1    the exact gradient of g
+                     D   =  g * (G - dg c)                                    m x n    of c: tangential, D_i . c_i = 0
+    every T steps    P  <-  r leading singular vectors of D                            subspace, sides as in galore.py
+                     R   =  D P                                               m x r    project
+                     N   =  Adam(R),  N_g = Adam(dg)                                   rule, moments kept
+                     c  <-  (c - s * scale * N P^T) / |.|                     m x n    back to the sphere, row by row
+                     g  <-  g - s * N_g - lr * decay * g                      m x 1
+                     W  <-  g c                               with s = lr * sqrt(1 - b2^t) / (1 - b1^t)
+
+Paper, released optimizer and released script are three different things; this is a clean form of the optimizer.
+Departures from it: the length that was learnt is kept, not overwritten by |W_i| at each step; the direction's gradient
+is tangential, as weight normalisation has it; W itself holds the direction, so there is no copy of it; parameters
+are written in place. A row of zeros has no direction and stays. Weight decay acts on lengths alone, where it
+means something. The paper's LoRA variant is peft's DoRA with ``GaLoreAdamW`` on its factors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .base import Group, State, SubspaceOptimizer
+from .rules import adam
+from .shards import Whole, WholeMatrix
+from .subspaces.basis import Lifted
+from .subspaces.singular import leading_singular_vectors, orthogonal_iteration
+
+SHORTEST = 1e-8  # a row of this length or less has no direction
+
+
+class GradNormLoRPAdamW(SubspaceOptimizer):
+    """AdamW on weight-normalised rows: lengths in full, directions in a low-rank subspace (arXiv:2412.19616).
+
+    Groups without a ``rank`` get plain AdamW.
+
+    Args:
+        params, lr, betas, eps, rank, update_proj_gap, proj_type, subspace_method, state_dtype: as for ``GaLoreAdamW``.
+        scale: factor on the update of directions, which are of length one.
+        weight_decay: decoupled, on the lengths of a matrix's rows, and on the parameters without a rank.
+
+    State of an m x n matrix: that of ``GaLoreAdamW`` and 3 * m fp32 numbers: the lengths and their moments.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or for a ranked matrix this process holds only a part of.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        subspace_method: str = "svd",
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def init_state(self, shard: Whole, group: Group) -> State:
+        state = super().init_state(shard, group)
+        if isinstance(shard, WholeMatrix):
+            lengths = shard.row_norms(shard.parameter.float())
+            state["length"] = lengths
+            state |= {f"length_{key}": torch.zeros_like(lengths) for key in ("exp_avg", "exp_avg_sq")}
+        return state
+
+    def find_basis(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
+        D, _ = self._gradients(shard, state)
+        D = D.to(shard.parameter.dtype)
+        if group["subspace_method"] == "svd":
+            return leading_singular_vectors(D, shard.frame)
+        return orthogonal_iteration(D, shard.frame, None if state["step"].item() == 0 else state["basis"])
+
+    def _gradients(self, shard: WholeMatrix, state: State) -> tuple[Tensor, Tensor]:
+        """D (m x n) and dg (m x 1), in fp32 at least."""
+        W, G, g = shard.parameter, shard.grad, state["length"]
+        per_length = torch.where(g.abs() > SHORTEST, 1 / g, 0)
+        dg = (G * W).sum(dim=1, keepdim=True, dtype=g.dtype) * per_length
+        # g (G - dg c), with g c = W: one temporary
+        return torch.mul(G, g).sub_(W * dg), dg
+
+    def update(self, shard: Whole, group: Group, state: State) -> None:
+        if not isinstance(shard, WholeMatrix):
+            super().update(shard, group, state)
+            return
+        P = self.basis(shard, group, state)
+        D, dg = self._gradients(shard, state)
+        R = P.project(D)
+        del D  # before the next m x n
+        N, correction = adam(R, state, group)
+        moments = {"step": state["step"]} | {key: state[f"length_{key}"] for key in ("exp_avg", "exp_avg_sq")}
+        N_g, _ = adam(dg, moments, group)
+        self._move(shard, group["lr"] * correction, group["scale"] * P.lift(N), N_g, group, state)
+
+    def _move(self, shard: WholeMatrix, s: float, lifted: Lifted, N_g: Tensor, group: Group, state: State) -> None:
+        W, g = shard.parameter, state["length"]
+        directed = g.abs() > SHORTEST
+        c = W.to(g.dtype).mul_(torch.where(directed, 1 / g, 0))  # W itself where it is fp32
+        lifted.write_to_(c, -s, shard.room)
+        size = shard.row_norms(c)
+        g.sub_(torch.where(directed, N_g, 0), alpha=s).mul_(1 - group["lr"] * group["weight_decay"])
+        c.mul_(torch.where(directed, g / size, 0))
+        if c is not W:
+            W.copy_(c)

@@ -1,0 +1,46 @@
+"""Rows of numbers in 4 or 8 bits: evenly spaced codes between the smallest and the largest of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+BITS = (4, 8)
+TINY = torch.finfo(torch.float32).tiny
+
+
+def packed_state(name: str, rows: int, width: int, bits: int, device: torch.device) -> dict[str, Tensor]:
+    """Zeros, packed: ``name`` (rows x bytes, uint8), ``name_scale`` and ``name_minimum`` (rows x 1, fp32)."""
+    return {
+        name: torch.zeros(rows, -(-width * bits // 8), dtype=torch.uint8, device=device),
+        f"{name}_scale": torch.zeros(rows, 1, dtype=torch.float32, device=device),
+        f"{name}_minimum": torch.zeros(rows, 1, dtype=torch.float32, device=device),
+    }
+
+
+def packed(name: str, values: Tensor, bits: int) -> dict[str, Tensor]:
+    """``values`` (rows x width) as ``packed_state`` holds them.
+
+    Off by at most half a step, (max - min) / (2^bits - 1) / 2; a constant row is exact. The minimum is stored as it
+    is: a zero point among the codes cannot reach rows far from zero. Two 4-bit codes share a byte, the first in its
+    low half.
+    """
+    values = values.float()
+    low, high = torch.aminmax(values, dim=1, keepdim=True)
+    scale = (high - low) / (2**bits - 1)
+    codes = ((values - low) / scale.clamp(min=TINY)).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    if bits == 4:
+        if codes.shape[1] % 2:
+            codes = torch.nn.functional.pad(codes, (0, 1))
+        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    return {name: codes, f"{name}_scale": scale, f"{name}_minimum": low}
+
+
+def unpacked(name: str, state: Mapping[str, Tensor], width: int, bits: int) -> Tensor:
+    """The rows (rows x width, fp32) that ``packed`` stored under ``name``."""
+    codes = state[name]
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)[:, :width]
+    return codes.float().mul_(state[f"{name}_scale"]).add_(state[f"{name}_minimum"])
