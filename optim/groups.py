@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ def param_groups(
             output layer. Each pattern must match.
         weight_decay: for the two groups of weights; None leaves it to the optimizer. Norms and biases get 0.
         matrix_keys: further keys of the ranked group, such as ``update_proj_gap`` or ``scale``; the optimizer
-            checks them.
+            checks them. A mapping from patterns to values splits the group: ``num_heads={"q_proj": 32, "k_proj": 8}``
+            holds for the targets whose names match, the first match counts, the others do without the key.
 
     Raises:
         ValueError: for a pattern that matches no trainable matrix, or matrix keys without a rank.
@@ -45,7 +46,7 @@ def param_groups(
     others = [p for p in trainable if id(p) not in chosen]
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     groups = [
-        {"params": [p for p in trainable if id(p) in chosen], "rank": rank, **matrix_keys, **decay},
+        *({"params": params, "rank": rank, **keys, **decay} for params, keys in _split(matrices, matrix_keys)),
         {"params": [p for p in others if _dim(p) > 1], **decay},
         {"params": [p for p in others if _dim(p) <= 1], "weight_decay": 0.0},
     ]
@@ -66,12 +67,7 @@ def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> Iterator[
         return
     if not patterns:
         raise ValueError("target_modules is empty; name the layers to project, or leave out the rank")
-    found = {pattern: _matching(pattern, candidates, isinstance(target_modules, str)) for pattern in patterns}
-    for pattern, names in found.items():
-        if not names:
-            parts = {part for name in candidates for part in name.split(".") if not part.isdigit()}
-            hint = nearest(pattern, parts)
-            raise ValueError(f"target_modules: {pattern!r} matches no trainable linear layer; {hint}")
+    found = _found("target_modules", patterns, candidates, isinstance(target_modules, str))
     for name in candidates:
         if any(name in names for names in found.values()):
             yield name, candidates[name]
@@ -85,6 +81,37 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         weight = module._parameters.get("weight")
         if weight is not None and weight.requires_grad and _dim(weight) == 2 and id(weight) not in embeddings:
             yield name, weight
+
+
+def _split(matrices: dict[str, Tensor], keys: dict[str, Any]) -> list[tuple[list[Tensor], dict[str, Any]]]:
+    """The target matrices in parts that share all keys, in the model's order."""
+    mapped = {key: value for key, value in keys.items() if isinstance(value, Mapping)}
+    found = {key: _found(key, list(value), matrices, False) for key, value in mapped.items()}
+    parts: dict[tuple[Any, ...], tuple[list[Tensor], dict[str, Any]]] = {}
+    owned: set[int] = set()
+    for name, p in matrices.items():
+        if id(p) in owned:  # tied to an earlier one
+            continue
+        owned.add(id(p))
+        matches = {key: next((q for q, names in found[key].items() if name in names), None) for key in mapped}
+        own = {key: mapped[key][pattern] for key, pattern in matches.items() if pattern is not None}
+        plain = {key: value for key, value in keys.items() if key not in mapped}
+        parts.setdefault(tuple(own.items()), ([], {**plain, **own}))[0].append(p)
+    return list(parts.values())
+
+
+def _found(key: str, patterns: list[str], names: Collection[str], whole_name: bool) -> dict[str, set[str]]:
+    """The names that each pattern matches, at least one.
+
+    Raises:
+        ValueError: for a pattern that matches none.
+    """
+    found = {pattern: _matching(pattern, names, whole_name) for pattern in patterns}
+    for pattern, matched in found.items():
+        if not matched:
+            parts = {part for name in names for part in name.split(".") if not part.isdigit()}
+            raise ValueError(f"{key}: {pattern!r} matches no trainable linear layer; {nearest(pattern, parts)}")
+    return found
 
 
 def _matching(pattern: str, names: Iterable[str], whole_name: bool) -> set[str]:

@@ -19,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def check_values(config: Config) -> None:
-    run, data = config.run, config.data
+    run, data, gap = config.run, config.data, config.optimizer.update_proj_gap
     smallest = {
         "block_size": (data.block_size, 2),  # one token to see and one to predict
         "validation_blocks": (data.validation_blocks, 1),
@@ -27,7 +27,7 @@ def check_values(config: Config) -> None:
         "per_device_eval_batch_size": (run.per_device_eval_batch_size, 1),
         "gradient_accumulation_steps": (run.gradient_accumulation_steps, 1),
         "rank": (config.optimizer.rank, 1),
-        "update_proj_gap": (config.optimizer.update_proj_gap, 1),
+        "update_proj_gap": (1 if gap is None else gap, 1),
     }
     for name, (value, least) in smallest.items():
         if value < least:

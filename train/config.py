@@ -70,18 +70,31 @@ class OptimizerArguments:
     """How it is optimized."""
 
     optimizer: str = field(
-        default="galore_adamw", metadata={"help": "adamw, lion, galore_adamw, galore_lion or fira_adamw."}
+        default="galore_adamw",
+        metadata={
+            "help": "adamw, lion, galore_adamw, galore_adamw_8bit, galore_adafactor, galore_lion, galore_plus_adamw, "
+            "fira_adamw, gradnormlorp_adamw, dct_adamw, apollo_adamw or ldadamw."
+        },
     )
     rank: int = field(default=128, metadata={"help": "Rank of the subspace of each target matrix."})
-    update_proj_gap: int = field(default=200, metadata={"help": "Steps between refreshes of the subspace."})
-    scale: float = field(default=0.25, metadata={"help": "Factor on the update of the target matrices."})
-    subspace_method: str = field(
-        default="svd", metadata={"help": "How the subspace is found: svd, exact, or iterate, one cheap warm iteration."}
+    update_proj_gap: int | None = field(
+        default=None, metadata={"help": "Steps between refreshes of the subspace; by default the optimizer's own."}
+    )
+    scale: float | None = field(
+        default=None, metadata={"help": "Factor on the update of the target matrices; by default the optimizer's own."}
+    )
+    subspace_method: str | None = field(
+        default=None,
+        metadata={"help": "How the subspace is found: svd, exact, or iterate, one cheap warm iteration."},
     )
     proj_type: str = field(default="std", metadata={"help": "Side projected: std, reverse_std, left or right."})
     target_modules: list[str] = field(
         default_factory=lambda: list(DEFAULT_TARGETS),
         metadata={"help": "Parts of, or regular expressions for, the names of the layers that get a rank."},
+    )
+    optimizer_args: str | None = field(
+        default=None,
+        metadata={"help": 'Further keywords of the optimizer, as a mapping: {"error_feedback": "8bit"}.'},
     )
 
 
@@ -137,6 +150,23 @@ class Config:
     def resolved(self) -> dict[str, Any]:
         """Flat keys that reproduce the run, in a form that YAML can hold."""
         return {**self.given, **self.identity()}
+
+
+def mapping(key: str, text: str | None, example: str) -> dict[str, Any]:
+    """The value of a key that takes a mapping: empty where it is not given.
+
+    Raises:
+        BadInput: for anything else than a mapping in JSON.
+    """
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise BadInput(f"{key} must be a mapping such as {example}, got {text}")
+    return value
 
 
 class _Parser(HfArgumentParser):

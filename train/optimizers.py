@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..optim import FiraAdamW, GaLoreAdamW, GaLoreLion, Lion, param_groups
+from .. import optim
 from ..validation import nearest
-from .config import OptimizerArguments, RunArguments
+from .config import Config, OptimizerArguments, RunArguments, mapping
 from .errors import BadInput
 
-
-def _dense_groups(model: nn.Module, chosen: OptimizerArguments, run: RunArguments) -> list[dict[str, Any]]:
-    return param_groups(model, weight_decay=run.weight_decay)
-
-
-def _low_rank_groups(model: nn.Module, chosen: OptimizerArguments, run: RunArguments) -> list[dict[str, Any]]:
-    return param_groups(
-        model,
-        rank=chosen.rank,
-        target_modules=chosen.target_modules,
-        weight_decay=run.weight_decay,
-        update_proj_gap=chosen.update_proj_gap,
-        scale=chosen.scale,
-        proj_type=chosen.proj_type,
-        subspace_method=chosen.subspace_method,
-    )
+# Keys of a configuration that reach an optimizer's matrices where it has them.
+SUBSPACE_KEYS = ("update_proj_gap", "scale", "proj_type", "subspace_method")
 
 
 def _adam_keys(run: RunArguments) -> dict[str, Any]:
@@ -40,20 +26,46 @@ def _lion_keys(run: RunArguments) -> dict[str, Any]:
     return {"lr": run.learning_rate, "betas": (run.adam_beta1, run.adam_beta2)}
 
 
+def _adafactor_keys(run: RunArguments) -> dict[str, Any]:
+    return {"lr": run.learning_rate, "relative_step": False, "scale_parameter": False}
+
+
+def _torch_keys(run: RunArguments) -> dict[str, Any]:
+    return {**_adam_keys(run), "fused": True}
+
+
+def _heads(model: nn.Module) -> dict[str, Any]:
+    """How many heads the attention matrices of a LLaMA have: GaLore+ shares a projector among them."""
+    fields = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}
+    trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.dim() == 2 and p.requires_grad}
+    return {"num_heads": {name: getattr(model.config, field) for name, field in fields.items() if name in trained}}
+
+
 class Recipe(NamedTuple):
-    """How a class is built from a configuration: its groups and the keys it takes from TrainingArguments."""
+    """How a class is built from a configuration: the keys it takes from TrainingArguments, and those that it takes from
+    the model."""
 
     optimizer: Callable[..., torch.optim.Optimizer]
-    groups: Callable[[nn.Module, OptimizerArguments, RunArguments], list[dict[str, Any]]]
-    keys: Callable[[RunArguments], dict[str, Any]]
+    keys: Callable[[RunArguments], dict[str, Any]] = _adam_keys
+    matrix_keys: Callable[[nn.Module], dict[str, Any]] = lambda model: {}
+
+    def accepts(self) -> set[str]:
+        return set(inspect.signature(self.optimizer).parameters) - {"params"}
 
 
 OPTIMIZERS = {
-    "adamw": Recipe(partial(torch.optim.AdamW, fused=True), _dense_groups, _adam_keys),
-    "lion": Recipe(Lion, _dense_groups, _lion_keys),
-    "galore_adamw": Recipe(GaLoreAdamW, _low_rank_groups, _adam_keys),
-    "galore_lion": Recipe(GaLoreLion, _low_rank_groups, _lion_keys),
-    "fira_adamw": Recipe(FiraAdamW, _low_rank_groups, _adam_keys),
+    "adamw": Recipe(torch.optim.AdamW, _torch_keys),
+    "lion": Recipe(optim.Lion, _lion_keys),
+    "galore_adamw": Recipe(optim.GaLoreAdamW),
+    "galore_adamw_8bit": Recipe(optim.GaLoreAdamW8bit),
+    "galore_adafactor": Recipe(optim.GaLoreAdafactor, _adafactor_keys),
+    "galore_lion": Recipe(optim.GaLoreLion, _lion_keys),
+    "galore_plus_adamw": Recipe(optim.GaLorePlusAdamW, matrix_keys=_heads),
+    "fira_adamw": Recipe(optim.FiraAdamW),
+    "gradnormlorp_adamw": Recipe(optim.GradNormLoRPAdamW),
+    "dct_adamw": Recipe(optim.DCTAdamW),
+    "apollo_adamw": Recipe(optim.APOLLOAdamW),
+    "ldadamw": Recipe(optim.LDAdamW),
 }
 
 
@@ -61,12 +73,44 @@ def build_optimizer(model: nn.Module, chosen: OptimizerArguments, run: RunArgume
     """The optimizer of a run on ``model``'s trainable parameters.
 
     Raises:
-        BadInput: for an unknown name, a value the optimizer refuses or a pattern that matches no layer.
+        BadInput: for an unknown name, a key or value the optimizer refuses or a pattern that matches no layer.
     """
+    recipe = _recipe(chosen)
+    keywords = mapping("optimizer_args", chosen.optimizer_args, '{"error_feedback": "8bit"}')
+    for key in keywords:
+        if key not in recipe.accepts() - {"rank", *SUBSPACE_KEYS}:
+            known = recipe.accepts() - {"rank", *SUBSPACE_KEYS}
+            raise BadInput(f"optimizer_args: {chosen.optimizer} takes no {key!r} there; {nearest(key, known)}")
+    try:
+        if "rank" in recipe.accepts():
+            matrix_keys = _matrix_keys(recipe, model, chosen, keywords)
+            groups = optim.param_groups(
+                model, chosen.rank, chosen.target_modules, weight_decay=run.weight_decay, **matrix_keys
+            )
+        else:
+            groups = optim.param_groups(model, weight_decay=run.weight_decay)
+        return recipe.optimizer(groups, **{**recipe.keys(run), **keywords})
+    except (ValueError, ImportError) as error:
+        raise BadInput(str(error)) from None
+
+
+def without_effect(config: Config) -> list[str]:
+    """The subspace keys that were given and that the chosen optimizer does not have."""
+    accepted = _recipe(config.optimizer).accepts()
+    told = ("rank", *SUBSPACE_KEYS, "target_modules")
+    present = accepted | ({"target_modules"} if "rank" in accepted else set())
+    return [key for key in told if key in config.given and key not in present]
+
+
+def _recipe(chosen: OptimizerArguments) -> Recipe:
     if chosen.optimizer not in OPTIMIZERS:
         raise BadInput(f"unknown optimizer {chosen.optimizer!r}; {nearest(chosen.optimizer, OPTIMIZERS)}")
-    try:
-        recipe = OPTIMIZERS[chosen.optimizer]
-        return recipe.optimizer(recipe.groups(model, chosen, run), **recipe.keys(run))
-    except ValueError as error:
-        raise BadInput(str(error)) from None
+    return OPTIMIZERS[chosen.optimizer]
+
+
+def _matrix_keys(
+    recipe: Recipe, model: nn.Module, chosen: OptimizerArguments, keywords: dict[str, Any]
+) -> dict[str, Any]:
+    given = {key: getattr(chosen, key) for key in SUBSPACE_KEYS}
+    keys = {key: value for key, value in given.items() if value is not None and key in recipe.accepts()}
+    return keys | {key: value for key, value in recipe.matrix_keys(model).items() if key not in keywords}

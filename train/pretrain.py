@@ -7,7 +7,6 @@ deepspeed --module gracile.train.pretrain CONFIG.yaml
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -32,10 +31,10 @@ from ..optim.shards import UnsupportedLayout
 from ..validation import nearest
 from . import checkpoints, report
 from .checks import DTYPES, RUN_FILE, check_same_run, check_values, resuming, starting_point
-from .config import Config, ModelArguments, load_config
+from .config import Config, ModelArguments, load_config, mapping
 from .data import Blocks, Corpus, collate, make_blocks, open_corpus, tokenizer_identity
 from .errors import BadInput, RunStopped
-from .optimizers import build_optimizer
+from .optimizers import build_optimizer, without_effect
 from .tokenizer import get_tokenizer
 from .trainer import Moments, PretrainTrainer
 from .usage import usage
@@ -146,17 +145,7 @@ def _architecture(chosen: ModelArguments) -> PreTrainedConfig:
 
 
 def _overrides(chosen: ModelArguments) -> dict[str, Any]:
-    if chosen.model_overrides is None:
-        return {}
-    try:
-        overrides = json.loads(chosen.model_overrides)
-    except ValueError:
-        overrides = None
-    if not isinstance(overrides, dict):
-        raise BadInput(
-            f'model_overrides must be a mapping such as {{"num_hidden_layers": 2}}, got {chosen.model_overrides}'
-        )
-    return overrides
+    return mapping("model_overrides", chosen.model_overrides, '{"num_hidden_layers": 2}')
 
 
 def _check_optimizer(config: Config, architecture: PreTrainedConfig) -> None:
@@ -204,6 +193,9 @@ def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks, 
         f"{train} training and {len(blocks.validation):,} validation blocks of {config.data.block_size} tokens",
         flush=True,
     )
+    idle = without_effect(config)
+    if idle:
+        print(f"no effect with {config.optimizer.optimizer}: {', '.join(idle)}")
     if checkpoint is not None:
         print(f"continuing from {checkpoint}")
 
