@@ -314,3 +314,33 @@ def test_an_output_layer_tied_to_an_embedding_is_no_target():
     assert [id(p) for p in ranked["params"]] == [id(model.middle.weight)]
     with pytest.raises(ValueError, match="'tpyo'"):
         param_groups(model, rank=2, target_modules=["middle", "tpyo"])
+
+
+# ---- keys that differ between targets -------------------------------------------------------------------------------
+
+
+def test_a_mapping_splits_the_ranked_group_by_name(llama):
+    """The first pattern that matches counts; targets that match none go without the key."""
+    mapping = {"k_proj": 2, "attn": 4}
+    groups = param_groups(llama, 8, num_heads=mapping, scale=0.5)
+    assert_owned_once(llama, groups)
+    ranked = [group for group in groups if group.get("rank")]
+    assert all(group["scale"] == 0.5 and group["rank"] == 8 for group in ranked)
+    heads = {name: group.get("num_heads") for group in ranked for name in names_in(llama, group)}
+    assert len(heads) == 7 * llama.config.num_hidden_layers
+    for name, number in heads.items():
+        assert number == (2 if "k_proj" in name else 4 if "attn" in name else None), name
+    assert len(ranked) == 3
+
+
+def test_a_mapping_that_matches_nothing_raises(llama):
+    with pytest.raises(ValueError, match="num_heads: 'q_prj' matches no trainable linear layer; did you mean 'q_proj'"):
+        param_groups(llama, 8, num_heads={"q_prj": 4})
+
+
+def test_a_mapping_owns_a_weight_that_two_layers_share_once():
+    model = Small()
+    model.blocks[1].attn.weight = model.blocks[0].attn.weight
+    groups = param_groups(model, 4, scale={"attn": 0.5, "mlp": 1.0})
+    assert_owned_once(model, groups)
+    assert [group.get("scale") for group in groups] == [0.5, 1.0, None, None]

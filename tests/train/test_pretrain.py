@@ -10,10 +10,14 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
 
+from gracile.models import build_llama
 from gracile.optim import state_bytes
 from gracile.train import checkpoints, trainer
-from gracile.train.optimizers import OPTIMIZERS
+from gracile.train.config import load_config
+from gracile.train.optimizers import OPTIMIZERS, build_optimizer
 from gracile.train.pretrain import main
 
 
@@ -247,6 +251,16 @@ BAD = {
     "gap": ({"update_proj_gap": 0}, ["update_proj_gap", "0"]),
     "side": ({"proj_type": "up"}, ["proj_type", "'up'"]),
     "scale": ({"scale": "nan"}, ["scale", "nan"]),
+    "optimizer_args": ({"optimizer_args": "8bit"}, ["optimizer_args", "8bit", "mapping such as"]),
+    "key in optimizer_args": (
+        {"optimizer": "dct_adamw", "optimizer_args": {"error_feedbak": "8bit"}},
+        ["optimizer_args", "'error_feedbak'", "did you mean 'error_feedback'"],
+    ),
+    "value in optimizer_args": (
+        {"optimizer": "dct_adamw", "optimizer_args": {"error_feedback": "2bit"}},
+        ["error_feedback", "'2bit'"],
+    ),
+    "key of ours in optimizer_args": ({"optimizer_args": {"scale": 1}}, ["optimizer_args", "'scale'"]),
     "target": ({"target_modules": ["attn", "mpl"]}, ["'mpl'", "did you mean 'mlp'"]),
     "data": ({"dataset": "./nowhere.txt"}, ["./nowhere.txt", "does not exist"]),
     "text too short": ({"block_size": 500_000}, ["0 block(s)", "block_size=500000"]),
@@ -301,6 +315,33 @@ def test_resuming_on_changed_data_is_refused(tiny, tmp_path, capsys, corpus):
     data.write_text(data.read_text(encoding="utf-8") + "more", encoding="utf-8")
     assert main([config, "--resume_from_checkpoint", "true", "--max_steps", "8"]) == 2
     assert "has changed since the run" in capsys.readouterr().err
+
+
+def test_optimizer_args_reach_the_optimizer_and_keys_without_effect_are_named(tiny, tmp_path, metrics, capsys):
+    """Error feedback in 8 bits costs a byte for each entry of a target, and two numbers for each row."""
+    plain = tiny(optimizer="dct_adamw", scale=0.25, max_steps=2)
+    assert main([plain]) == 0
+    assert "no effect with dct_adamw: scale" in capsys.readouterr().out
+    args = {"optimizer_args": {"error_feedback": "8bit"}, "output_dir": str(tmp_path / "fed")}
+    assert main([tiny(optimizer="dct_adamw", max_steps=2, scale=None, **args)]) == 0
+    assert "no effect" not in capsys.readouterr().out
+    more = metrics(tmp_path / "fed")["optimizer_state_bytes"] - metrics(tmp_path / "run")["optimizer_state_bytes"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "fed")
+    targets = [m.weight for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+    assert more == sum(p.numel() + 8 * p.shape[0] for p in targets)
+
+
+def test_galore_plus_knows_the_heads_of_a_llama(tiny):
+    """Grouped queries: q has more heads than k and v; the others have none."""
+    heads = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = load_config([tiny(optimizer="galore_plus_adamw", model_overrides=heads)])
+    model = build_llama("2m", **heads)
+    groups = build_optimizer(model, config.optimizer, config.run).param_groups
+    names = {id(p): name.split(".")[-2] for name, p in model.named_parameters()}
+    found = {names[id(p)]: g["num_heads"] for g in groups if g["rank"] for p in g["params"]}
+    assert found == {"q_proj": 4, "k_proj": 2, "v_proj": 2} | dict.fromkeys(
+        ("o_proj", "gate_proj", "up_proj", "down_proj")
+    )
 
 
 def test_run_file_holds_the_resolved_configuration(tiny, tmp_path):

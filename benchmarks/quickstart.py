@@ -1,0 +1,143 @@
+"""Every optimizer on one small run at equal tokens: final validation loss and bytes of state, as one table.
+
+    python benchmarks/quickstart.py                           # the quickstart: source text of the standard library
+    python benchmarks/quickstart.py --dataset wikitext.txt    # the same run on another text
+    python benchmarks/quickstart.py --optimizers adamw fira_adamw --factors 0.5 1 2
+
+Each line is ``gracile pretrain quickstart`` with the settings of ``RUNS``. The learning rates there are tried times
+every one of ``--factors``, and the best final validation loss counts: the same budget for every optimizer, AdamW
+included. Runs that are in the results file already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+# name in the table -> settings; a learning rate of each one's usual order of size at this model
+RUNS: dict[str, dict[str, Any]] = {
+    "AdamW": {"optimizer": "adamw", "learning_rate": 0.002},
+    "Lion": {"optimizer": "lion", "learning_rate": 0.001},
+    "GaLoreAdamW": {"optimizer": "galore_adamw", "learning_rate": 0.02},
+    "GaLoreAdamW, iterate": {"optimizer": "galore_adamw", "learning_rate": 0.02, "subspace_method": "iterate"},
+    "GaLoreAdamW8bit": {"optimizer": "galore_adamw_8bit", "learning_rate": 0.02},
+    "GaLoreAdamW8bit, Q-GaLore": {
+        "optimizer": "galore_adamw_8bit",
+        "learning_rate": 0.02,
+        "optimizer_args": {"quant": True, "cos_threshold": 0.4},
+    },
+    "GaLoreAdafactor": {"optimizer": "galore_adafactor", "learning_rate": 0.02},
+    "GaLoreLion": {"optimizer": "galore_lion", "learning_rate": 0.004},
+    "GaLorePlusAdamW": {
+        "optimizer": "galore_plus_adamw",
+        "learning_rate": 0.02,
+        "optimizer_args": {"residual_warmup": 30},
+    },
+    "FiraAdamW": {"optimizer": "fira_adamw", "learning_rate": 0.01},
+    "GradNormLoRPAdamW": {"optimizer": "gradnormlorp_adamw", "learning_rate": 0.005, "scale": 2},
+    "DCTAdamW": {"optimizer": "dct_adamw", "learning_rate": 0.005, "update_proj_gap": 1},
+    "DCTAdamW, 8-bit error feedback": {
+        "optimizer": "dct_adamw",
+        "learning_rate": 0.005,
+        "update_proj_gap": 1,
+        "optimizer_args": {"error_feedback": "8bit"},
+    },
+    "APOLLOAdamW": {"optimizer": "apollo_adamw", "learning_rate": 0.01, "scale": 1},
+    "APOLLOAdamW, Mini": {
+        "optimizer": "apollo_adamw",
+        "learning_rate": 0.01,
+        "scale": 128,
+        "rank": 1,
+        "optimizer_args": {"scale_type": "tensor"},
+    },
+    "LDAdamW": {
+        "optimizer": "ldadamw",
+        "learning_rate": 0.005,
+        "adam_beta1": 0.908,
+        "adam_beta2": 0.99,
+    },
+}
+
+
+def train(settings: dict[str, Any], dataset: str, steps: int) -> dict[str, Any]:
+    """One run in a process of its own; what its metrics.json holds, without the history."""
+    with tempfile.TemporaryDirectory() as folder:
+        keys = {"dataset": dataset, "max_steps": steps, "save_strategy": "no", "eval_strategy": "no", **settings}
+        command = [sys.executable, "-m", "gracile.train.pretrain", "quickstart", f"--output_dir={folder}"]
+        command += [f"--{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in keys.items()]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        told: dict[str, Any] = json.loads((Path(folder) / "metrics.json").read_text())
+    wanted = ("validation_loss", "optimizer_state_bytes", "adamw_state_bytes", "tokens", "parameters")
+    return {key: told[key] for key in wanted}
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Markdown, in the order of RUNS, the best learning rate of each."""
+    best: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        if run["name"] not in best or run["validation_loss"] < best[run["name"]]["validation_loss"]:
+            best[run["name"]] = run
+    dense = best.get("AdamW")
+    lines = [
+        "| optimizer | learning rate | validation loss | above AdamW | optimizer state | of AdamW's |",
+        "|---" * 6 + "|",
+    ]
+    for name in (n for n in RUNS if n in best):
+        run = best[name]
+        above = "" if dense is None else f"{run['validation_loss'] - dense['validation_loss']:+.3f}"
+        size = run["optimizer_state_bytes"]
+        lines.append(
+            f"| {name} | {run['learning_rate']:g} | {run['validation_loss']:.3f} | {above} "
+            f"| {size / 2**20:.2f} MiB | {size / run['adamw_state_bytes']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dataset", default="stdlib", help="as the config's key: stdlib, or a text file")
+    parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="names of the config; by default all")
+    parser.add_argument("--factors", type=float, nargs="+", default=(0.5, 1.0, 2.0), help="on the learning rates")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--results", type=Path, help="file of the results; by default named after the dataset")
+    options = parser.parse_args()
+    path = options.results or RESULTS / f"quickstart_{Path(options.dataset).stem}.json"
+    told = json.loads(path.read_text()) if path.exists() else {"runs": []}
+
+    for factor in options.factors:
+        for name, settings in RUNS.items():
+            if options.optimizers and settings["optimizer"] not in options.optimizers:
+                continue
+            rate = factor * settings["learning_rate"]
+            if any(
+                r["name"] == name and r["learning_rate"] == rate and r["steps"] == options.steps for r in told["runs"]
+            ):
+                continue
+            found = train({**settings, "learning_rate": rate}, options.dataset, options.steps)
+            told["runs"].append({"name": name, "learning_rate": rate, "steps": options.steps, **found})
+            told["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(told, indent=1) + "\n")
+            print(f"{name:<32} lr {rate:<8g} validation loss {found['validation_loss']:.4f}", flush=True)
+    runs = [run for run in told["runs"] if run["steps"] == options.steps]
+    tokens = runs[0]["tokens"]
+    text = f"{options.steps} steps, {tokens:,} tokens, {runs[0]['parameters']:,} parameters\n\n{table(runs)}\n"
+    path.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
