@@ -25,13 +25,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..validation import is_whole, require
-from .base import Group, State, SubspaceOptimizer
+from .base import Group, NewState, State, SubspaceOptimizer
 from .residuals import limit_growth_
 from .rules import adam
 from .shards import WholeMatrix
@@ -102,7 +103,7 @@ class APOLLOAdamW(SubspaceOptimizer):
             told = "rank=1 with scale_type='channel' is known to train badly; APOLLO-Mini is scale_type='tensor'"
             warnings.warn(told, stacklevel=5)
 
-    def basis_state(self, shard: WholeMatrix, group: Group) -> State:
+    def basis_state(self, shard: WholeMatrix, group: Group) -> NewState:
         W = shard.parameter
         state = {"update_norm": torch.zeros((), dtype=torch.promote_types(W.dtype, torch.float32), device=W.device)}
         if group["proj"] == "svd":
@@ -123,7 +124,7 @@ class APOLLOAdamW(SubspaceOptimizer):
         return False  # nothing to find: a seed is all there is
 
     def find_basis(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
-        return leading_singular_vectors(shard.grad, shard.frame)
+        return shard.solve(shard.grad, partial(leading_singular_vectors, frame=shard.frame))
 
     def direction(self, shard: WholeMatrix, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
         G, P = shard.grad, self.basis(shard, group, state)
@@ -132,7 +133,7 @@ class APOLLOAdamW(SubspaceOptimizer):
         if group["scale_type"] == "channel":
             s = P.line_norms(N) / (P.line_norms(R) + 1e-8)
         else:
-            s = P.norm(N) / (P.norm(R) + 1e-8)
+            s = shard.norm(N) / (shard.norm(R) + 1e-8)
         if group["scale_front"]:
             s = s * math.sqrt(group["scale"])
         Z = G * s.to(G.dtype)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +13,31 @@ from torch.optim.optimizer import ParamsT
 
 from ..validation import is_real, is_whole, nearest, require
 from .rules import ADAM, Rule
-from .shards import Whole, WholeMatrix, shard_of
+from .shards import (
+    Keys,
+    Member,
+    Slice,
+    Sliced,
+    SlicedMatrix,
+    SlicedRows,
+    UnsupportedLayout,
+    Whole,
+    WholeMatrix,
+    complete,
+    full_shape,
+    has_subspace,
+    pieces_of,
+    rows_of,
+)
 from .subspaces.basis import PROJ_TYPES, Basis, Frame, Lifted, Room, first_columns
 from .subspaces.singular import SUBSPACE_METHODS, leading_singular_vectors, orthogonal_iteration
 
 Group = dict[str, Any]
-State = dict[str, Tensor]
+State = MutableMapping[str, Tensor]
+NewState = dict[str, Tensor]
 
 # Keys that other code puts into groups: torch's named parameters, its LR schedulers, and a label for humans.
-FOREIGN_KEYS = {"params", "param_names", "initial_lr", "name"}
+FOREIGN_KEYS = {"params", "param_names", "initial_lr", "name", "group_number"}
 
 
 class Work(NamedTuple):
@@ -62,6 +79,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         defaults = {key: value for key, value in arguments.items() if key not in ("self", "params", "__class__")}
         self.defaults = defaults  # what the checks of groups look at; torch sets it again
         self._check_values(defaults)
+        self._members: dict[int, dict[int, Member]] = {}  # by group number and id: what this optimizer was given
+        self._layouts: dict[int, list[tuple[Member, Slice]]] = {}  # by id of what it is stepped with
         super().__init__(params, defaults)
 
     # ---- what a method says -------------------------------------------------------------------------------------
@@ -73,11 +92,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Which side of an m x n matrix is replaced by r coordinates."""
         return Frame.of(shape, group["rank"], group["proj_type"])
 
-    def init_state(self, shard: Whole, group: Group) -> State:
+    def init_state(self, shard: Whole, group: Group) -> NewState:
         moments = self.rule.state(shard.coordinates_shape, shard.state_dtype(group), shard.parameter.device, group)
-        return self.basis_state(shard, group) | moments if isinstance(shard, WholeMatrix) else moments
+        return self.basis_state(shard, group) | moments if has_subspace(shard) else moments
 
-    def basis_state(self, shard: WholeMatrix, group: Group) -> State:
+    def basis_state(self, shard: WholeMatrix, group: Group) -> NewState:
         return {"basis": first_columns(shard.frame, shard.parameter.dtype, shard.parameter.device)}
 
     def columns(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
@@ -94,10 +113,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def find_basis(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
         """The new columns of one matrix at a refresh. Non-finite ones are not taken over."""
-        if group["subspace_method"] == "svd":
-            return leading_singular_vectors(shard.grad, shard.frame)
         previous = None if state["step"].item() == 0 else self.columns(shard, group, state)
-        return orthogonal_iteration(shard.grad, shard.frame, previous)
+        return self.singular_vectors(shard.grad, previous, shard, group)
+
+    def singular_vectors(self, dense: Tensor, previous: Tensor | None, shard: WholeMatrix, group: Group) -> Tensor:
+        """The leading singular vectors of a matrix of which ``dense`` is this process's lines."""
+        if group["subspace_method"] == "svd":
+            return shard.solve(dense, partial(leading_singular_vectors, frame=shard.frame))
+        return orthogonal_iteration(shard.own(dense), shard.frame, previous, shard.sum_)
 
     def store_basis(self, columns: Tensor, usable: Tensor, shard: WholeMatrix, group: Group, state: State) -> None:
         """Write new columns into ``state`` where ``usable``, a flag on the device."""
@@ -115,7 +138,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def update(self, shard: Whole, group: Group, state: State) -> None:
         """One parameter moved: by ``direction`` where it has a subspace, else by the plain rule."""
-        if isinstance(shard, WholeMatrix):
+        if has_subspace(shard):
             direction, correction = self.direction(shard, group, state)
         else:
             direction, correction = self.plain_direction(shard, group, state)
@@ -133,6 +156,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             group["params"] = list(group["params"])
         self._check_group({**self.defaults, **group})
         super().add_param_group(group)
+        self._register(self.param_groups[-1])
+
+    def _register(self, group: Group) -> None:
+        """Remember the parameters of a group: engines replace them by flat tensors, and drop or reorder groups."""
+        begin = sum(map(len, self._members.values()))
+        number = group["group_number"] = len(self._members)
+        self._members[number] = {id(p): Member(p, begin + i, full_shape(p)) for i, p in enumerate(group["params"])}
 
     def _check_group(self, group: Group) -> None:
         for key in group.keys() - self.defaults.keys() - FOREIGN_KEYS:
@@ -171,7 +201,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         require(len({id(p) for p in tensors}) == len(tensors), "params must hold each parameter once", len(tensors))
         for p in tensors:
             require(p.is_floating_point(), "parameters must be real floating point tensors", p.dtype)
-            shape = tuple(getattr(p, "ds_shape", p.shape))  # DeepSpeed's zero.Init leaves p.shape empty
+            shape = full_shape(p)
             if group.get("rank") is not None and len(shape) != 2:
                 raise ValueError(
                     f"rank={group['rank']} needs matrices, got a parameter of shape {shape}; "
@@ -199,23 +229,58 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _collect(self) -> list[Work]:
         """Phase 1: state for every trainable parameter, work for those with a gradient."""
         work, room = [], Room()
-        position = -1
         for group in self.param_groups:
             for p in group["params"]:
-                position += 1
                 if not p.requires_grad and p.grad is None:
                     continue
-                shard = shard_of(p, group, position, room, self.frame)
-                if not self.state[p]:
-                    self.state[p] = self._new_state(shard, group)
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
+                if p.grad is not None and p.grad.is_sparse:
                     raise RuntimeError(f"{type(self).__name__} needs dense gradients; build nn.Embedding(sparse=False)")
-                work.append(Work(shard, group, self.state[p]))
+                for shard, state in self._shards(p, group, room):
+                    if not state:
+                        state.update(self._new_state(shard, group))
+                    if p.grad is not None:
+                        work.append(Work(shard, group, state))
+        cut = [shard for shard, _, _ in work if isinstance(shard, SlicedMatrix)]
+        for shard, rows in zip(cut, complete(cut, [shard.gradient for shard in cut]), strict=True):
+            shard.completed = rows
         return work
 
-    def _new_state(self, shard: Whole, group: Group) -> State:
+    def _shards(self, p: Tensor, group: Group, room: Room) -> Iterator[tuple[Whole, State]]:
+        """What this process holds of the parameter or flat tensor ``p``, each with its state."""
+        members = self._members[group["group_number"]]
+        own = members.get(id(p))
+        if own is not None and not hasattr(p, "device_mesh") and tuple(p.shape) == own.shape:
+            yield self._whole(p, group, own.position, room), self.state[p]
+            return
+        if id(p) not in self._layouts:
+            if own is not None and hasattr(p, "device_mesh"):  # a DTensor; importing its class would take long
+                self._layouts[id(p)] = [(own, rows_of(p))]
+            else:
+                self._layouts[id(p)] = pieces_of(p, list(members.values()))
+        flat = _local(p.detach())
+        slope = flat if p.grad is None else _local(p.grad)
+        for member, piece in self._layouts[id(p)]:
+            keys = self.state[p] if member is own else Keys(self.state[p], member.position)
+            yield self._sliced(piece.of(flat), piece.of(slope), piece, member, group, room), keys
+
+    def _whole(self, p: Tensor, group: Group, position: int, room: Room) -> Whole:
+        if group.get("rank") is None:
+            return Whole(p, position, room)
+        return WholeMatrix(p, position, room, self.frame((p.shape[0], p.shape[1]), group))
+
+    def _sliced(self, p: Tensor, gradient: Tensor, piece: Slice, member: Member, group: Group, room: Room) -> Whole:
+        if group.get("rank") is None:
+            if not self.rule.needs_rows or len(member.shape) < 2:
+                return Sliced(p, gradient, piece, member.position, room)
+            if len(member.shape) > 2:
+                raise UnsupportedLayout(
+                    f"Adafactor factors matrices; a part of a tensor of shape {member.shape} is none"
+                )
+            return SlicedRows(p, gradient, piece, member.position, room)
+        frame = self.frame((member.shape[0], member.shape[1]), group)
+        return SlicedMatrix(p, gradient, piece, member.position, room, frame)
+
+    def _new_state(self, shard: Whole, group: Group) -> NewState:
         step = torch.zeros((), dtype=torch.float32, device=shard.host)
         return {"step": step} | self.init_state(shard, group)
 
@@ -223,7 +288,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Phase 2: a new subspace for each matrix whose clock struck (steps 0, T, 2T, ... of that matrix)."""
         due, finite = [], []
         for shard, group, state in work:
-            if isinstance(shard, WholeMatrix) and self.refresh_is_due(group, state):
+            if has_subspace(shard) and self.refresh_is_due(group, state):
                 # A non-finite gradient has no singular vectors: keep the old ones, without asking the device.
                 fresh = self.find_basis(shard, group, state)
                 finite.append(torch.isfinite(fresh).all())
@@ -259,7 +324,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             saved_state.update({ids.index(i): state for i, state in saved["state"].items() if i in ids})
             # A key that was not saved keeps its present value: another optimizer's groups must not lose the rank.
             groups = [
-                {**{key: own[key] for key in self.defaults}, **other}
+                {**{key: own[key] for key in self.defaults}, **other, "group_number": own["group_number"]}
                 for own, other in zip(self.param_groups, saved["param_groups"], strict=False)
             ]
             self._check_state(saved_state, groups)
@@ -271,7 +336,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             for number, state in saved_state.items():
                 p = parameters[number]
                 self.state[p] = {
-                    k: v.to("cpu" if k in self.host_state else p.device, copy=True) for k, v in state.items()
+                    # where a flat tensor holds several members, keys begin with a member's position
+                    k: v.to("cpu" if k.split(".")[-1] in self.host_state else p.device, copy=True)
+                    for k, v in state.items()
                 }
 
         before = self.register_load_state_dict_pre_hook(withhold)  # runs after the user's own
@@ -294,6 +361,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if number >= len(owners):
                 return  # torch refuses this too, with its own message
             p, group = owners[number]
+            if id(p) not in self._members[group["group_number"]]:
+                continue  # an engine's flat tensor: its engine checks
             expected = self._state_on_meta(p, group)
             saved = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in state.items()}
             wanted = {k: tuple(v.shape) for k, v in expected.items()}
@@ -304,9 +373,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                     "model that saved it"
                 )
 
-    def _state_on_meta(self, parameter: Tensor, group: Group) -> State:
-        shard = shard_of(torch.empty_like(parameter, device="meta"), group, 0, Room(), self.frame)
-        return self._new_state(shard, group)
+    def _state_on_meta(self, parameter: Tensor, group: Group) -> NewState:
+        return self._new_state(self._whole(torch.empty_like(parameter, device="meta"), group, 0, Room()), group)
 
     @classmethod
     def state_bytes_for(cls, shape: Sequence[int], dtype: torch.dtype = torch.float32, **keys: Any) -> int:
@@ -328,6 +396,16 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also reached by unpickling: groups pickled before a key existed get its default."""
         super().__setstate__(state)
+        if not hasattr(self, "_members"):  # unpickled: torch keeps nothing but groups, state and defaults
+            self._members, self._layouts = {}, {}
+            for group in self.param_groups:
+                self._register(group)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+
+
+def _local(tensor: Any) -> Tensor:
+    """What this process holds of a tensor that may be a DTensor, flat."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.reshape(-1)

@@ -20,7 +20,7 @@ a gather: a column that stays keeps its moments, one that leaves loses them, one
 Departures from the authors' code: ``rotate_subspace`` is on by default, because moments that stay where they were
 belong to other columns as soon as the choice changes; Q is built with whole-number phases, in fp32 also for bf16
 gradients; the gradient is not used as scratch; ties are broken by index; betas, eps and step live in groups and state.
-Error feedback in 8 or 4 bits has a minimum and a step for each row.
+Error feedback in 8 or 4 bits has a minimum and a step for each line: row, or column on the left.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..validation import is_whole, require
-from .base import Group, State, SubspaceOptimizer
+from .base import Group, NewState, State, SubspaceOptimizer
 from .packed import packed, packed_state, unpacked
 from .rules import TORCH_ADAM
 from .shards import WholeMatrix
@@ -93,14 +93,14 @@ class DCTAdamW(SubspaceOptimizer):
         known = feedback is None or feedback in ERROR_BITS
         require(known, f"error_feedback must be one of {', '.join(ERROR_BITS)} or None", feedback)
 
-    def basis_state(self, shard: WholeMatrix, group: Group) -> State:
+    def basis_state(self, shard: WholeMatrix, group: Group) -> NewState:
         W = shard.parameter
         state = {"indices": torch.arange(shard.frame.rank, dtype=torch.int32, device=W.device)}
         if group["error_feedback"] == "fp32":
-            state["error"] = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
+            state["error"] = torch.zeros(shard.block_shape, dtype=torch.float32, device=W.device)
         elif group["error_feedback"] is not None:
-            rows, width = W.shape
-            state |= packed_state("error", rows, width, ERROR_BITS[group["error_feedback"]], W.device)
+            lines, width = shard.block_shape if shard.frame.right else reversed(shard.block_shape)
+            state |= packed_state("error", lines, width, ERROR_BITS[group["error_feedback"]], W.device)
         return state
 
     def refresh_is_due(self, group: Group, state: State) -> bool:
@@ -111,20 +111,20 @@ class DCTAdamW(SubspaceOptimizer):
         return Q.index_select(1, state["indices"])
 
     def direction(self, shard: WholeMatrix, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
-        A = self._with_error(shard.grad, group, state)
+        A = self._with_error(shard, group, state)
         t = int(state["step"].item())
         if t == 1 or t % group["update_proj_gap"] == 0:
             self._choose_columns(A, shard, group, state)
         P = self.basis(shard, group, state)
         R = P.project(A)
-        self._keep_error(A, R, P, group, state)
+        self._keep_error(A, R, P, shard, group, state)
         N, correction = self.rule.direction(R, state, group)
         return P.lift(N), correction
 
     def _choose_columns(self, A: Tensor, shard: WholeMatrix, group: Group, state: State) -> None:
         frame = shard.frame
         k = frame.basis_shape[0]
-        scores = column_scores(A, cosine_basis(k, A.device), frame, group["ell_norm"])
+        scores = shard.sum_(column_scores(shard.own(A), cosine_basis(k, A.device), frame, group["ell_norm"]))
         chosen = best_columns(scores, frame.rank)
         if group["rotate_subspace"]:
             place, kept = kept_places(state["indices"], chosen, k)
@@ -134,20 +134,23 @@ class DCTAdamW(SubspaceOptimizer):
                 state[key].copy_(state[key].index_select(axis, place).mul_(kept))
         state["indices"].copy_(chosen)
 
-    def _with_error(self, G: Tensor, group: Group, state: State) -> Tensor:
+    def _with_error(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
         """A (m x n, fp32). With fp32 feedback it is the error buffer itself."""
-        feedback = group["error_feedback"]
+        G, feedback = shard.grad, group["error_feedback"]
         if feedback is None:
             return G.float()
         if feedback == "fp32":
             return state["error"].add_(G)
-        return unpacked("error", state, G.shape[1], ERROR_BITS[feedback]).add_(G)
+        right = shard.frame.right
+        E = unpacked("error", state, G.shape[1 if right else 0], ERROR_BITS[feedback])
+        return (E if right else E.t()).add_(G)
 
-    def _keep_error(self, A: Tensor, R: Tensor, P: Basis, group: Group, state: State) -> None:
+    def _keep_error(self, A: Tensor, R: Tensor, P: Basis, shard: WholeMatrix, group: Group, state: State) -> None:
         feedback = group["error_feedback"]
         if feedback is None:
             return
         (-1.0 * P.lift(R)).add_to_(A)
         if feedback != "fp32":
-            for key, value in packed("error", A, ERROR_BITS[feedback]).items():
+            lines = A if shard.frame.right else A.t()
+            for key, value in packed("error", lines, ERROR_BITS[feedback]).items():
                 state[key].copy_(value)

@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..validation import is_real, require
-from .base import Group, State, SubspaceOptimizer
+from .base import Group, NewState, State, SubspaceOptimizer
 from .residuals import limit_growth_
 from .rules import adam
-from .shards import Whole, WholeMatrix
+from .shards import Whole, WholeMatrix, has_subspace
 from .subspaces.basis import Lifted
 
 RESIDUALS = ("reference", "orthogonal")
@@ -80,9 +80,9 @@ class FiraAdamW(SubspaceOptimizer):
         choice = group["limit_after_bias_correction"]
         require(isinstance(choice, bool), "limit_after_bias_correction must be True or False", choice)
 
-    def init_state(self, shard: Whole, group: Group) -> State:
+    def init_state(self, shard: Whole, group: Group) -> NewState:
         state = super().init_state(shard, group)
-        if isinstance(shard, WholeMatrix):
+        if has_subspace(shard):
             W = shard.parameter
             dtype = torch.promote_types(W.dtype, torch.float32)  # one number: never worth rounding
             state["residual_norm"] = torch.zeros((), dtype=dtype, device=W.device)

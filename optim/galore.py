@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .base import Group, State, SubspaceOptimizer
-from .rules import ADAFACTOR, LION
-from .shards import Whole, WholeMatrix
+from .rules import ADAFACTOR, LION, adafactor
+from .shards import Whole, WholeMatrix, has_subspace
 from .subspaces.basis import Lifted
 
 
@@ -167,8 +167,8 @@ class GaLoreAdafactor(GaLore):
 
     def update(self, shard: Whole, group: Group, state: State) -> None:
         lr = self._learning_rate(shard, group, state)
-        P = self.basis(shard, group, state) if isinstance(shard, WholeMatrix) else None
-        N, _ = self.rule.direction(P.project(shard.grad) if P else shard.grad, state, group)
+        P = self.basis(shard, group, state) if has_subspace(shard) else None
+        N, _ = adafactor(P.project(shard.grad) if P else shard.grad, state, group, shard)
         N.mul_(lr)
         if group["beta1"] is not None:  # averages whole steps, their learning rates too
             N = state["exp_avg"].mul_(group["beta1"]).add_(N, alpha=1 - group["beta1"])
@@ -181,6 +181,4 @@ class GaLoreAdafactor(GaLore):
             lr = min(1e-6 * t if group["warmup_init"] else 1e-2, 1 / math.sqrt(t))
         if not group["scale_parameter"]:
             return lr
-        W = shard.parameter
-        size = shard.norm(W, torch.promote_types(W.dtype, torch.float32)) / math.sqrt(W.numel())
-        return size.clamp_(min=group["eps"][1]) * lr
+        return shard.weight_rms().clamp_(min=group["eps"][1]) * lr

@@ -6,8 +6,8 @@ The loop of ``galore.py`` with three additions, each with its own switch:
     num_heads = h         every T steps, one of the h heads i, drawn from a seed: P from G_i alone (m/h x n),
                           shared by all heads: R = G P, moments m x r; P: n x r, r at most m/h
     randomized            P by randomized subspace iteration, warm from the previous P
-    residual_fraction     for t <= warm-up: which entries of each row miss most
-                              S <- the q = ceil(fraction * n) columns with the largest sum of |G - R P^T|   m x q
+    residual_fraction     for t <= warm-up: which entries of each row (column, on the left) miss most
+                              S <- the q = ceil(fraction * n) places with the largest sum of |G - R P^T|    m x q
                           then, at those entries
                               E   =  (G - R P^T)[S]                                                         m x q
                               N_E =  Adam(E)                                       with its own age, t - warm-up
@@ -15,7 +15,7 @@ The loop of ``galore.py`` with three additions, each with its own switch:
 
 The full text of the paper does not say which heads' side is shared, how the support is chosen and how its moments are
 corrected, so these are choices: P on the right, because r is about a head's size and the moments then need no
-bookkeeping by head; a support of equally many entries in each row, found in one pass over the warm-up in memory of its
+bookkeeping by head; a support of equally many entries in each line, found in one pass over the warm-up in memory of its
 own size (sums are those of the candidates); bias correction from the support's own age, because new moments under
 an old correction take a first step three times too large. Scores of the warm-up live in the residual's first moment.
 """
@@ -29,11 +29,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..validation import is_real, is_whole, require
-from .base import Group, State
+from .base import Group, NewState, State
 from .galore import GaLore
 from .rules import adam
 from .shards import WholeMatrix
-from .subspaces.basis import Basis, Frame, Lifted
+from .subspaces.basis import Frame, Lifted
 from .subspaces.singular import leading_singular_vectors, orthogonal_iteration, randomized_range
 from .subspaces.support import absorb_, first_support
 
@@ -55,7 +55,7 @@ class GaLorePlusAdamW(GaLore):
         oversampling, power_iterations: of the randomized refresh.
         seed: of the random numbers, with the parameter's position and the step.
 
-    State of an m x n matrix: that of ``GaLoreAdamW`` and 3 * m * q numbers (int32 and two moments).
+    State of an m x n matrix: that of ``GaLoreAdamW`` and 3 * long * q numbers (int32 and two moments).
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
@@ -120,30 +120,34 @@ class GaLorePlusAdamW(GaLore):
         return Frame(shape, min(group["rank"], m // group["num_heads"], n), right=True)
 
     def find_basis(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
-        G, step = shard.grad, int(state["step"].item())
+        G, frame, step = shard.grad, shard.frame, int(state["step"].item())
         seed = _mixed(group["seed"], shard.position, step)
+        rows = slice(None)
+        part = shard.own(G)
         if group["num_heads"] is not None:
-            size = G.shape[0] // group["num_heads"]
+            size = frame.shape[0] // group["num_heads"]
             head = torch.randint(group["num_heads"], (), generator=torch.Generator().manual_seed(seed)).item()
-            G = G.narrow(0, int(head) * size, size)
+            rows = slice(int(head) * size, int(head + 1) * size)
+            part = shard.own_rows(G, rows.start, rows.stop)
         if group["subspace_method"] == "svd":
-            return leading_singular_vectors(G, shard.frame)
+            return shard.solve(G, lambda whole: leading_singular_vectors(whole[rows], frame))
         previous = None if step == 0 else state["basis"]
         if group["subspace_method"] == "iterate":
-            return orthogonal_iteration(G, shard.frame, previous)
-        return randomized_range(G, shard.frame, previous, seed, group["oversampling"], group["power_iterations"])
+            return orthogonal_iteration(part, frame, previous, shard.sum_)
+        width, times = group["oversampling"], group["power_iterations"]
+        return randomized_range(part, frame, previous, seed, width, times, shard.sum_)
 
     # ---- the sparse residual ------------------------------------------------------------------------------------
 
-    def basis_state(self, shard: WholeMatrix, group: Group) -> State:
+    def basis_state(self, shard: WholeMatrix, group: Group) -> NewState:
         state = super().basis_state(shard, group)
         if group["residual_fraction"] > 0:
-            W = shard.parameter
-            m, n = W.shape
-            q = math.ceil(group["residual_fraction"] * n)
-            state["residual_columns"] = first_support(m, q, W.device)
+            device = shard.parameter.device
+            lines, entries = shard.block_shape if shard.frame.right else reversed(shard.block_shape)
+            q = math.ceil(group["residual_fraction"] * entries)
+            state["residual_places"] = first_support(lines, q, device)
             for key in ("exp_avg", "exp_avg_sq"):
-                state[f"residual_{key}"] = torch.zeros(m, q, dtype=shard.state_dtype(group), device=W.device)
+                state[f"residual_{key}"] = torch.zeros(lines, q, dtype=shard.state_dtype(group), device=device)
         return state
 
     def direction(self, shard: WholeMatrix, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
@@ -153,18 +157,19 @@ class GaLorePlusAdamW(GaLore):
         R = P.project(G)
         N, correction = self.rule.direction(R, state, group)
         U = group["scale"] * P.lift(N)
-        entries = self._residual(G, R, P, group, state)
+        entries = self._residual((-1.0 * P.lift(R)).added_to(G), shard, group, state)
         if entries is None:
             return U, correction
         N_E, own_correction = entries
         dense = U.dense()
         values = N_E.mul_(group["scale"] * own_correction / correction).to(dense.dtype)
-        return dense.scatter_add_(1, state["residual_columns"].long(), values), correction
+        _lines(dense, shard).scatter_add_(1, state["residual_places"].long(), values)
+        return dense, correction
 
-    def _residual(self, G: Tensor, R: Tensor, P: Basis, group: Group, state: State) -> tuple[Tensor, float] | None:
-        """N_E (m x q) and its bias correction, or None during the warm-up."""
-        missed = (-1.0 * P.lift(R)).added_to(G)
-        support, scores = state["residual_columns"], state["residual_exp_avg"]
+    def _residual(self, missed: Tensor, shard: WholeMatrix, group: Group, state: State) -> tuple[Tensor, float] | None:
+        """N_E (lines x q) and its bias correction, or None during the warm-up."""
+        missed = _lines(missed, shard)
+        support, scores = state["residual_places"], state["residual_exp_avg"]
         age = int(state["step"].item()) - group["residual_warmup"]
         if age <= 0:
             absorb_(support, scores, missed.abs_().to(scores.dtype))
@@ -174,6 +179,11 @@ class GaLorePlusAdamW(GaLore):
             return None
         moments = {"step": torch.tensor(float(age)), "exp_avg": scores, "exp_avg_sq": state["residual_exp_avg_sq"]}
         return adam(missed.gather(1, support.long()), moments, group)
+
+
+def _lines(dense: Tensor, shard: WholeMatrix) -> Tensor:
+    """A view with a line in each row: rows on the right, columns on the left."""
+    return dense if shard.frame.right else dense.t()
 
 
 def _mixed(*numbers: int) -> int:

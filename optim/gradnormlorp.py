@@ -25,11 +25,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import Group, State, SubspaceOptimizer
+from .base import Group, NewState, State, SubspaceOptimizer
 from .rules import adam
-from .shards import Whole, WholeMatrix
-from .subspaces.basis import Lifted
-from .subspaces.singular import leading_singular_vectors, orthogonal_iteration
+from .shards import Whole, WholeMatrix, has_subspace
 
 SHORTEST = 1e-8  # a row of this length or less has no direction
 
@@ -68,49 +66,44 @@ class GradNormLoRPAdamW(SubspaceOptimizer):
     ) -> None:
         super().__init__(params, locals())
 
-    def init_state(self, shard: Whole, group: Group) -> State:
+    def init_state(self, shard: Whole, group: Group) -> NewState:
         state = super().init_state(shard, group)
-        if isinstance(shard, WholeMatrix):
-            lengths = shard.row_norms(shard.parameter.float())
+        if has_subspace(shard):
+            lengths = shard.row_norms(shard.weights.float())
             state["length"] = lengths
             state |= {f"length_{key}": torch.zeros_like(lengths) for key in ("exp_avg", "exp_avg_sq")}
         return state
 
     def find_basis(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
-        D, _ = self._gradients(shard, state)
-        D = D.to(shard.parameter.dtype)
-        if group["subspace_method"] == "svd":
-            return leading_singular_vectors(D, shard.frame)
-        return orthogonal_iteration(D, shard.frame, None if state["step"].item() == 0 else state["basis"])
+        D, _ = self._gradients(shard, shard.weights, state)
+        previous = None if state["step"].item() == 0 else state["basis"]
+        return self.singular_vectors(D.to(shard.parameter.dtype), previous, shard, group)
 
-    def _gradients(self, shard: WholeMatrix, state: State) -> tuple[Tensor, Tensor]:
+    def _gradients(self, shard: WholeMatrix, W: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """D (m x n) and dg (m x 1), in fp32 at least."""
-        W, G, g = shard.parameter, shard.grad, state["length"]
+        G, g = shard.grad, state["length"]
         per_length = torch.where(g.abs() > SHORTEST, 1 / g, 0)
-        dg = (G * W).sum(dim=1, keepdim=True, dtype=g.dtype) * per_length
+        dg = shard.row_sums((G * W).to(g.dtype)) * per_length
         # g (G - dg c), with g c = W: one temporary
         return torch.mul(G, g).sub_(W * dg), dg
 
     def update(self, shard: Whole, group: Group, state: State) -> None:
-        if not isinstance(shard, WholeMatrix):
+        if not has_subspace(shard):
             super().update(shard, group, state)
             return
         P = self.basis(shard, group, state)
-        D, dg = self._gradients(shard, state)
+        W, g = shard.weights, state["length"]
+        D, dg = self._gradients(shard, W, state)
         R = P.project(D)
         del D  # before the next m x n
         N, correction = adam(R, state, group)
         moments = {"step": state["step"]} | {key: state[f"length_{key}"] for key in ("exp_avg", "exp_avg_sq")}
         N_g, _ = adam(dg, moments, group)
-        self._move(shard, group["lr"] * correction, group["scale"] * P.lift(N), N_g, group, state)
-
-    def _move(self, shard: WholeMatrix, s: float, lifted: Lifted, N_g: Tensor, group: Group, state: State) -> None:
-        W, g = shard.parameter, state["length"]
+        s = group["lr"] * correction
         directed = g.abs() > SHORTEST
         c = W.to(g.dtype).mul_(torch.where(directed, 1 / g, 0))  # W itself where it is fp32
-        lifted.write_to_(c, -s, shard.room)
+        (group["scale"] * P.lift(N)).write_to_(c, -s, shard.room)
         size = shard.row_norms(c)
         g.sub_(torch.where(directed, N_g, 0), alpha=s).mul_(1 - group["lr"] * group["weight_decay"])
         c.mul_(torch.where(directed, g / size, 0))
-        if c is not W:
-            W.copy_(c)
+        shard.rewrite(c)

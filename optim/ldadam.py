@@ -26,12 +26,14 @@ is never formed; a square matrix is projected from the right, as everywhere here
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..validation import is_real, require
-from .base import Group, State, SubspaceOptimizer
+from .base import Group, NewState, State, SubspaceOptimizer
 from .rules import TORCH_ADAM
 from .shards import WholeMatrix
 from .subspaces.basis import Lifted, first_columns
@@ -80,12 +82,12 @@ class LDAdamW(SubspaceOptimizer):
         feedback = group["error_feedback"]
         require(isinstance(feedback, bool), "error_feedback must be True or False", feedback)
 
-    def basis_state(self, shard: WholeMatrix, group: Group) -> State:
+    def basis_state(self, shard: WholeMatrix, group: Group) -> NewState:
         W = shard.parameter
         dtype = torch.promote_types(W.dtype, torch.float32)  # transported at every step: bf16 would drift
         state = {"basis": first_columns(shard.frame, dtype, W.device)}
         if group["error_feedback"]:
-            state["error"] = torch.zeros(W.shape, dtype=dtype, device=W.device)
+            state["error"] = torch.zeros(shard.block_shape, dtype=dtype, device=W.device)
         return state
 
     def refresh_is_due(self, group: Group, state: State) -> bool:
@@ -95,9 +97,9 @@ class LDAdamW(SubspaceOptimizer):
         previous = state["basis"].clone()
         A = state["error"].add_(shard.grad) if group["error_feedback"] else shard.grad.to(previous.dtype)
         if state["step"].item() == 1:
-            state["basis"].copy_(leading_singular_vectors(A, shard.frame))
+            state["basis"].copy_(shard.solve(A, partial(leading_singular_vectors, frame=shard.frame)))
         else:
-            state["basis"].copy_(_next_columns(_wide(A, shard), previous, shard, group, state))
+            state["basis"].copy_(_next_columns(A, previous, shard, group, state))
         P = self.basis(shard, group, state)
         R = P.project(A)
         if group["error_feedback"]:
@@ -116,10 +118,11 @@ def _wide(dense: Tensor, shard: WholeMatrix) -> Tensor:
 def _next_columns(A: Tensor, P: Tensor, shard: WholeMatrix, group: Group, state: State) -> Tensor:
     """qr(B B^T P) for B = rho P M^ + (1 - rho) A, with A short x long and P short x r, B never formed."""
     rho, (beta1, _) = group["rho"], group["betas"]
-    M = _wide(state["exp_avg"], shard).to(P.dtype) / (1 - beta1 ** (state["step"].item() - 1))
+    A, M = (_wide(shard.own(X), shard) for X in (A, state["exp_avg"]))
+    M = M.to(P.dtype) / (1 - beta1 ** (state["step"].item() - 1))
     Y = (P.t() @ A).mul_(1 - rho).add_(M, alpha=rho)  # (B^T P)^T, r x long
     Z = (A @ Y.t()).mul_(1 - rho).addmm_(P, M @ Y.t(), alpha=rho)
-    return orthonormalized(Z, P)
+    return orthonormalized(shard.sum_(Z), P)
 
 
 def _carry(E: Tensor | None, previous: Tensor, shard: WholeMatrix, group: Group, state: State) -> None:

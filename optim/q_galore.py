@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..validation import is_real, is_whole, require
-from .base import Group, MatrixWork, State
+from .base import Group, MatrixWork, NewState, State
 from .galore import GaLore
 from .packed import BITS, packed, packed_state, unpacked
 from .quantized import block_wise, require_bitsandbytes
@@ -97,7 +97,7 @@ class GaLoreAdamW8bit(GaLore):
 
     # ---- the packed projector -----------------------------------------------------------------------------------
 
-    def basis_state(self, shard: WholeMatrix, group: Group) -> State:
+    def basis_state(self, shard: WholeMatrix, group: Group) -> NewState:
         state = super().basis_state(shard, group)
         device = shard.parameter.device
         if group["quant"]:

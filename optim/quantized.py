@@ -4,6 +4,7 @@ arXiv:2110.02861). A storage type, not a rule: moments are opened, the rule runs
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -31,7 +32,7 @@ def block_wise(rule: Rule) -> Rule:
                 held[f"{key}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=device)
         return held
 
-    def direction(gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> tuple[Tensor, float]:
+    def direction(gradient: Tensor, state: MutableMapping[str, Tensor], group: dict[str, Any]) -> tuple[Tensor, float]:
         closed = [key for key in state if f"{key}_absmax" in state]
         opened = {**state, **{key: _opened(state, key) for key in closed}}
         N, correction = rule.direction(gradient, opened, group)
@@ -61,7 +62,7 @@ def _code_of(key: str, device: torch.device) -> Tensor:
     return _code(not key.endswith("_sq"), device)  # second moments have no sign to keep
 
 
-def _opened(state: dict[str, Tensor], key: str) -> Tensor:
+def _opened(state: MutableMapping[str, Tensor], key: str) -> Tensor:
     from bitsandbytes.functional import dequantize_blockwise
 
     codes, absmax = state[key], state[f"{key}_absmax"]
@@ -69,7 +70,7 @@ def _opened(state: dict[str, Tensor], key: str) -> Tensor:
     return values
 
 
-def _close(values: Tensor, state: dict[str, Tensor], key: str) -> None:
+def _close(values: Tensor, state: MutableMapping[str, Tensor], key: str) -> None:
     from bitsandbytes.functional import quantize_blockwise
 
     codes, scales = quantize_blockwise(values, code=_code_of(key, values.device), blocksize=BLOCK)

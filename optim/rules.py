@@ -8,10 +8,10 @@ A rule sees coordinates only. Whether they are a whole tensor or a projected mat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,8 +28,9 @@ class Rule:
 
     check: Callable[[dict[str, Any]], None]
     state: Callable[[Shape, torch.dtype, torch.device, dict[str, Any]], dict[str, Tensor]]
-    direction: Callable[[Tensor, dict[str, Tensor], dict[str, Any]], tuple[Tensor, float]]
+    direction: Callable[[Tensor, MutableMapping[str, Tensor], dict[str, Any]], tuple[Tensor, float]]
     decay_first: bool = False
+    needs_rows: bool = False  # a part of a matrix must come in whole rows
 
 
 def _check_lr(group: dict[str, Any]) -> None:
@@ -56,7 +57,7 @@ def adam_state(shape: Shape, dtype: torch.dtype, device: torch.device, group: di
 
 
 def adam(
-    gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any], *, torch_eps: bool = False
+    gradient: Tensor, state: MutableMapping[str, Tensor], group: dict[str, Any], *, torch_eps: bool = False
 ) -> tuple[Tensor, float]:
     """Adam (Kingma & Ba 2015, arXiv:1412.6980) as GaLore's code and the former Hugging Face ``AdamW`` write it.
 
@@ -82,7 +83,7 @@ def lion_state(shape: Shape, dtype: torch.dtype, device: torch.device, group: di
     return {"exp_avg": torch.zeros(shape, dtype=dtype, device=device)}
 
 
-def lion(gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> tuple[Tensor, float]:
+def lion(gradient: Tensor, state: MutableMapping[str, Tensor], group: dict[str, Any]) -> tuple[Tensor, float]:
     """Lion (Chen et al. 2023, arXiv:2302.06675).
 
         N  = sign(b1 M + (1 - b1) R)                 the sign of the OLD moment, interpolated
@@ -127,7 +128,20 @@ def adafactor_state(shape: Shape, dtype: torch.dtype, device: torch.device, grou
     return {key: torch.zeros(size, dtype=dtype, device=device) for key, size in shapes.items()}
 
 
-def adafactor(gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> tuple[Tensor, float]:
+class Statistics(Protocol):
+    """What a shard knows about all lines of a matrix."""
+
+    def mean(self, like: Tensor, dim: int) -> Tensor: ...
+    def rms(self, like: Tensor) -> Tensor: ...
+
+
+def _mean(squares: Tensor, dim: int, over: Statistics | None) -> Tensor:
+    return squares.mean(dim=dim) if over is None else over.mean(squares, dim)
+
+
+def adafactor(
+    gradient: Tensor, state: MutableMapping[str, Tensor], group: dict[str, Any], over: Statistics | None = None
+) -> tuple[Tensor, float]:
     """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) as fairseq's and Hugging Face's code write it.
 
         b2_t = 1 - t^decay_rate
@@ -136,6 +150,7 @@ def adafactor(gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any])
         N    =  U / max(1, rms(U) / clip_threshold)
 
     The first moment, where ``beta1`` asks for one, averages steps that contain the learning rate: the caller's part.
+    ``over`` takes the means over a whole matrix where ``gradient`` is a part of its lines.
     """
     dtype = state["exp_avg_sq_row" if "exp_avg_sq_row" in state else "exp_avg_sq"].dtype
     R = gradient.to(dtype)
@@ -143,17 +158,19 @@ def adafactor(gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any])
     squares = R.square().add_(group["eps"][0])
     if "exp_avg_sq_row" in state:
         C, D = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-        C.mul_(beta2).add_(squares.mean(dim=-1), alpha=1 - beta2)
-        D.mul_(beta2).add_(squares.mean(dim=-2), alpha=1 - beta2)
-        N = torch.mul((C / C.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1), D.unsqueeze(-2).rsqrt(), out=squares)
+        over_columns, over_rows = (_mean(squares, dim, over) for dim in (-1, -2))
+        C.mul_(beta2).add_(over_columns, alpha=1 - beta2)
+        D.mul_(beta2).add_(over_rows, alpha=1 - beta2)
+        size = C.mean(dim=-1, keepdim=True) if over is None else over.mean(C.unsqueeze(-1), -2)
+        N = torch.mul((C / size).rsqrt_().unsqueeze(-1), D.unsqueeze(-2).rsqrt(), out=squares)
     else:
         N = state["exp_avg_sq"].mul_(beta2).add_(squares, alpha=1 - beta2).rsqrt()
     N.mul_(R)
-    rms = torch.linalg.vector_norm(N) / math.sqrt(max(1, N.numel()))
+    rms = torch.linalg.vector_norm(N) / math.sqrt(max(1, N.numel())) if over is None else over.rms(N)
     return N.div_((rms / group["clip_threshold"]).clamp_(min=1.0)), 1.0
 
 
 ADAM = Rule(check_adam, adam_state, adam)
 TORCH_ADAM = Rule(check_adam, adam_state, partial(adam, torch_eps=True), decay_first=True)
 LION = Rule(check_lion, lion_state, lion, decay_first=True)
-ADAFACTOR = Rule(check_adafactor, adafactor_state, adafactor, decay_first=True)
+ADAFACTOR = Rule(check_adafactor, adafactor_state, adafactor, decay_first=True, needs_rows=True)

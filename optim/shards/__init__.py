@@ -1,8 +1,26 @@
 """Shards: what this process holds of a parameter, and the same arithmetic on it for every layout.
 
-``whole`` is a parameter held entirely by one process: plain PyTorch and DistributedDataParallel.
+``whole`` is a parameter held entirely by one process: plain PyTorch and DistributedDataParallel. ``sliced`` is a range
+of one: DeepSpeed ZeRO and FSDP2. ``layout`` finds out which.
 """
 
-from .whole import UnsupportedLayout, Whole, WholeMatrix, shard_of
+from .layout import Keys, Member, UnsupportedLayout, full_shape, pieces_of, rows_of
+from .sliced import Slice, Sliced, SlicedMatrix, SlicedRows, complete
+from .whole import Whole, WholeMatrix, has_subspace
 
-__all__ = ["UnsupportedLayout", "Whole", "WholeMatrix", "shard_of"]
+__all__ = [
+    "Keys",
+    "Member",
+    "Slice",
+    "Sliced",
+    "SlicedMatrix",
+    "SlicedRows",
+    "UnsupportedLayout",
+    "Whole",
+    "WholeMatrix",
+    "complete",
+    "full_shape",
+    "has_subspace",
+    "pieces_of",
+    "rows_of",
+]

@@ -1,27 +1,30 @@
-"""A parameter that this process holds entirely: one process, or a replica under DistributedDataParallel."""
+"""A parameter that this process holds entirely: one process, or a replica under DistributedDataParallel.
+
+Methods speak to a shard in its verbs. A matrix comes as its lines: a line is what belongs to one row of coordinates, a
+row of the matrix where the right side is projected, a column where the left is. What is one line's business needs no
+other process; ``sum_``, ``norm``, ``mean``, ``row_sums`` and ``solve`` are what lines have in common.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..subspaces.basis import Frame, Lifted, Room
 
-FrameOf = Callable[[tuple[int, int], dict[str, Any]], Frame]
-
-
-class UnsupportedLayout(RuntimeError):
-    """A matrix is split over processes in a way that its method cannot handle."""
-
 
 class Whole:
     """A tensor of any shape whose moments live in its own coordinates."""
 
+    ranked = False
+
     def __init__(self, parameter: Tensor, position: int, room: Room) -> None:
         self.parameter = parameter
+        self.shape = tuple(parameter.shape)
         self.position = position  # among all parameters of the optimizer: the same on every process
         self.room = room
 
@@ -46,10 +49,30 @@ class Whole:
         a bf16 second moment cannot take up increments of a tenth of a percent."""
         return group.get("state_dtype") or torch.promote_types(self.parameter.dtype, torch.float32)
 
-    def norm(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """The Frobenius norm of a tensor laid out as this parameter; a scalar on its device."""
+    def norm(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The Frobenius norm of a tensor laid out as this parameter or its coordinates; a scalar on its device."""
         norm: Tensor = torch.linalg.vector_norm(like, dtype=dtype)
         return norm
+
+    def mean(self, like: Tensor, dim: int) -> Tensor:
+        """The mean over one dimension of a tensor laid out as this parameter or its coordinates."""
+        return like.mean(dim=dim)
+
+    def rms(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The root mean square of a tensor laid out as this parameter or its coordinates; a scalar on its device."""
+        rms: Tensor = self.norm(like, dtype) / math.sqrt(max(1, self.count(like)))
+        return rms
+
+    def weight_rms(self) -> Tensor:
+        """The root mean square of the weights, in fp32 at least; a scalar on their device."""
+        W = self.parameter
+        norm = torch.linalg.vector_norm(W, dtype=torch.promote_types(W.dtype, torch.float32))
+        rms: Tensor = norm / math.sqrt(max(1, W.numel()))
+        return rms
+
+    def count(self, like: Tensor) -> int:
+        """How many elements all processes together hold of such a tensor."""
+        return like.numel()
 
     def write(self, direction: Tensor | Lifted, step_size: float, decay: float | Tensor, decay_first: bool) -> None:
         """W <- W - step_size * direction, and W <- W - decay * W before or, as in GaLore's code, after it.
@@ -59,16 +82,22 @@ class Whole:
         W = self.parameter
         if isinstance(decay, Tensor) or (decay and decay_first):  # a tensor is not asked: that would stop the device
             W.mul_(1 - decay)
-        if isinstance(direction, Lifted):
-            direction.write_to_(W, -step_size, self.room)
-        else:
-            W.add_(direction, alpha=-step_size)
+        self.move(direction, -step_size)
         if not (decay_first or isinstance(decay, Tensor)) and decay:
             W.add_(W, alpha=-decay)
+
+    def move(self, direction: Tensor | Lifted, alpha: float) -> None:
+        """W <- W + alpha * direction."""
+        if isinstance(direction, Lifted):
+            direction.write_to_(self.parameter, alpha, self.room)
+        else:
+            self.parameter.add_(direction, alpha=alpha)
 
 
 class WholeMatrix(Whole):
     """An m x n matrix whose moments live in a subspace of rank r."""
+
+    ranked = True
 
     def __init__(self, parameter: Tensor, position: int, room: Room, frame: Frame) -> None:
         super().__init__(parameter, position, room)
@@ -78,26 +107,46 @@ class WholeMatrix(Whole):
     def coordinates_shape(self) -> tuple[int, ...]:
         return self.frame.projected_shape
 
-    def row_norms(self, dense: Tensor) -> Tensor:
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """The shape of ``grad`` and ``weights``: all lines, or those that this process works on."""
+        return self.frame.shape
+
+    @property
+    def weights(self) -> Tensor:
+        return self.parameter
+
+    def rewrite(self, weights: Tensor) -> None:
+        """W <- weights, laid out as ``weights`` is."""
+        if weights is not self.parameter:
+            self.parameter.copy_(weights)
+
+    def own(self, like: Tensor) -> Tensor:
+        """The lines of which this process is the one that counts them."""
+        return like
+
+    def own_rows(self, like: Tensor, begin: int, end: int) -> Tensor:
+        """``own``, and of these the rows from ``begin`` to ``end`` of the whole matrix. On the right only."""
+        return like[begin:end]
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """A sum over this process's own lines, made the sum over all lines, in place."""
+        return tensor
+
+    def row_sums(self, like: Tensor) -> Tensor:
         """m x 1."""
-        norms: Tensor = torch.linalg.vector_norm(dense, dim=1, keepdim=True)
+        sums: Tensor = like.sum(dim=1, keepdim=True)
+        return sums
+
+    def row_norms(self, like: Tensor) -> Tensor:
+        """m x 1."""
+        norms: Tensor = torch.linalg.vector_norm(like, dim=1, keepdim=True)
         return norms
 
+    def solve(self, block: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
+        """``find`` of the whole matrix that ``block`` is the lines of."""
+        return find(block)
 
-def shard_of(parameter: Tensor, group: dict[str, Any], position: int, room: Room, frame: FrameOf) -> Whole:
-    """What this process holds of ``parameter``; ``frame`` says where the subspace of an m x n matrix lies.
 
-    Raises UnsupportedLayout where a matrix with a rank is not whole here (DeepSpeed ZeRO, FSDP): its rows would be
-    projected as if they were the matrix, and the result would be something else.
-    """
-    if group.get("rank") is None:
-        return Whole(parameter, position, room)
-    split = hasattr(parameter, "device_mesh")  # a DTensor; importing its class would double the import time
-    if split or parameter.dim() != 2:
-        held = "a DTensor (FSDP2)" if split else f"{parameter.dim()}-D here (DeepSpeed ZeRO?)"
-        raise UnsupportedLayout(
-            f"rank={group['rank']} needs whole matrices, but a parameter of its group is {held}; "
-            "train on one process or with DistributedDataParallel, or leave rank out of the group"
-        )
-    shape = (parameter.shape[0], parameter.shape[1])
-    return WholeMatrix(parameter, position, room, frame(shape, group))
+def has_subspace(shard: Whole) -> TypeGuard[WholeMatrix]:
+    return shard.ranked

@@ -109,11 +109,6 @@ class Basis:
         N = coordinates.to(P.dtype)
         return Lifted(N, P.t()) if self.frame.right else Lifted(P, N)
 
-    def norm(self, coordinates: Tensor) -> Tensor:
-        """The norm of all coordinates, a scalar on their device."""
-        norm: Tensor = torch.linalg.vector_norm(coordinates)
-        return norm
-
     def line_norms(self, coordinates: Tensor) -> Tensor:
         """The norm of each line of coordinates along the projected axis, m x 1 (right) or 1 x n (left)."""
         norms: Tensor = torch.linalg.vector_norm(coordinates, dim=1 if self.frame.right else 0, keepdim=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .basis import Frame
+
+Total = Callable[[Tensor], Tensor]  # in place
 
 SUBSPACE_METHODS = ("svd", "iterate")
 COLD_ITERATIONS = 8  # from a random start; afterwards one from the previous subspace holds the energy
@@ -49,18 +52,22 @@ def _by_gram_matrix(G: Tensor, frame: Frame) -> Tensor:
     return long
 
 
-def orthogonal_iteration(gradient: Tensor, frame: Frame, previous: Tensor | None) -> Tensor:
+def orthogonal_iteration(
+    gradient: Tensor, frame: Frame, previous: Tensor | None, total: Total = lambda part: part
+) -> Tensor:
     """About the r leading singular vectors of an m x n gradient, near those of ``previous``, in the gradient's dtype.
 
     Q <- qr(G^T G Q) on the right, qr(G G^T Q) on the left: once from ``previous``, several times from a fixed random
     start where there is none. Coordinates move little between refreshes, so kept moments stay meaningful; with
     positive diagonals the QR has one answer. Where the gradient has fewer than r directions, the previous ones fill
     up; an all-zero gradient keeps them all, one that is not finite gives NaN.
+
+    ``gradient`` may be some lines of the matrix, each process's own: ``total`` then sums over processes.
     """
     G = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     Q = random_columns(frame.basis_shape, 0, G) if previous is None else previous.to(G.dtype)
     for _ in range(COLD_ITERATIONS if previous is None else 1):
-        Z = G.t() @ (G @ Q) if frame.right else G @ (G.t() @ Q)
+        Z = total(G.t() @ (G @ Q) if frame.right else G @ (G.t() @ Q))
         Q = orthonormalized(Z, Q)
     return Q.to(gradient.dtype)
 
@@ -77,39 +84,45 @@ def orthonormalized(columns: Tensor, previous: Tensor) -> Tensor:
 
 
 def randomized_range(
-    gradient: Tensor, frame: Frame, previous: Tensor | None, seed: int, oversampling: int = 8, iterations: int = 2
+    gradient: Tensor,
+    frame: Frame,
+    previous: Tensor | None,
+    seed: int,
+    oversampling: int = 8,
+    iterations: int = 2,
+    total: Total = lambda part: part,
 ) -> Tensor:
     """About the r leading singular vectors of an m x n gradient by randomized subspace iteration, in order.
 
-    Halko, Martinsson & Tropp 2011, arXiv:0909.4061. With A = G^T on the right, A = G on the left (a x b):
+    Halko, Martinsson & Tropp 2011, arXiv:0909.4061. With A = G^T on the right, A = G on the left (short x long):
 
-        Q  <-  qr(A Omega)               Omega: b x (r + p) normal; or Q = qr(previous, p normal columns)
-        Q  <-  qr(A qr(A^T Q))           ``iterations`` times
+        Q  <-  r + p normal columns; or those of ``previous`` and p normal ones
+        Q  <-  qr(A A^T Q)               ``iterations`` times, once more without ``previous``
         P  <-  the r first columns of Q U, U the left singular vectors of Q^T A
 
     p is ``oversampling``. Signs are fixed so that every process has the same columns. An all-zero gradient keeps
-    ``previous``; one that is not finite gives NaN.
+    ``previous``; one that is not finite gives NaN. ``total`` as for ``orthogonal_iteration``.
     """
-    finite = torch.isfinite(gradient).all()
-    G = torch.where(finite, gradient, 0).to(torch.promote_types(gradient.dtype, torch.float32))
+    G = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     A = G.t() if frame.right else G
-    a, b = A.shape
-    rank = frame.rank
-    width = min(rank + oversampling, a, b)
+    short, rank = frame.basis_shape
+    width = min(rank + oversampling, *frame.shape)
     if previous is None:
-        Q = torch.linalg.qr(A @ random_columns((b, width), seed, A))[0]
+        Q = random_columns((short, width), seed, A)
     else:
-        Q = torch.linalg.qr(torch.cat([previous.to(A.dtype), _normal((a, width - rank), seed, A)], dim=1))[0]
-    for _ in range(iterations):
-        Q = torch.linalg.qr(A @ torch.linalg.qr(A.t() @ Q)[0])[0]
-    small = Q.t() @ A  # (r + p) x b
-    squares = small @ small.t()  # its eigenvectors are U, at the price of one small symmetric problem
-    U = torch.linalg.eigh(squares.double())[1].flip(1)[:, :rank].to(A.dtype)
+        Q = torch.cat([previous.to(A.dtype), _normal((short, width - rank), seed, A)], dim=1)
+        Q = torch.linalg.qr(Q)[0]
+    for _ in range(iterations + (previous is None)):
+        Q = orthonormalized(total(A @ (A.t() @ Q)), Q)
+    small = Q.t() @ A  # (r + p) x long
+    squares = total(small @ small.t()).double()  # its eigenvectors are U, at the price of one small symmetric problem
+    finite = torch.isfinite(squares).all()  # LAPACK would raise; asking the device would stop it
+    U = torch.linalg.eigh(torch.where(finite, squares, 0))[1].flip(1)[:, :rank].to(A.dtype)
     columns = Q @ U
     largest = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True))  # one row of signs
     columns = columns * torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)
     if previous is not None:
-        columns = torch.where(torch.linalg.vector_norm(G) > 0, columns, previous.to(columns.dtype))
+        columns = torch.where(torch.diagonal(squares).sum() > 0, columns, previous.to(columns.dtype))
     return torch.where(finite, columns, torch.nan).to(gradient.dtype)
 
 

@@ -1,0 +1,276 @@
+"""A parameter of which this process holds a slice: DeepSpeed ZeRO's flat partitions, and FSDP2's rows.
+
+A slice is a range of the flattened parameter. The lines of a matrix that a process works on come from it:
+
+    right    the rows it touches. A row cut by a boundary is completed from its other parts, so that every process
+             that holds a part of it has all of it; it counts for the one that holds its first element. Where
+             boundaries lie between rows, the block is a view and nothing is sent.
+    left     a share of the columns, by one exchange of blocks; the update comes back the same way. Each process sends
+             and receives its share of the matrix, m n / world, whatever the rank: less than a reduce-scatter
+             and an all-gather of r x n each from world > 2 m / r on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..subspaces.basis import Frame, Lifted, Room
+from .whole import Whole, WholeMatrix
+from .world import World
+
+
+@dataclass(frozen=True)
+class Slice:
+    """``bounds[i]`` to ``bounds[i + 1]`` of the flattened parameter are process i's; ``offset`` is where this process's
+    part begins in its flat tensor."""
+
+    shape: tuple[int, ...]
+    bounds: tuple[int, ...]
+    offset: int
+    world: World
+
+    @property
+    def start(self) -> int:
+        return self.bounds[self.world.rank]
+
+    @property
+    def numel(self) -> int:
+        return self.bounds[self.world.rank + 1] - self.start
+
+    def of(self, flat: Tensor) -> Tensor:
+        """This process's part, a view into its flat tensor."""
+        return flat.narrow(0, self.offset, self.numel)
+
+
+class Sliced(Whole):
+    """A slice of a tensor whose moments live in its own coordinates."""
+
+    def __init__(self, parameter: Tensor, gradient: Tensor, piece: Slice, position: int, room: Room) -> None:
+        super().__init__(parameter, position, room)
+        self.shape, self.piece, self.gradient = piece.shape, piece, gradient
+
+    @property
+    def grad(self) -> Tensor:
+        return self.gradient
+
+    def norm(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return self.piece.world.sum_(super().norm(like, dtype).square_()).sqrt_()
+
+    def weight_rms(self) -> Tensor:
+        return _weight_rms(self.parameter, self.piece)
+
+    def count(self, like: Tensor) -> int:
+        return math.prod(self.shape)
+
+
+def _weight_rms(own: Tensor, piece: Slice) -> Tensor:
+    squares = torch.linalg.vector_norm(own, dtype=torch.promote_types(own.dtype, torch.float32)).square_()
+    return piece.world.sum_(squares).div_(max(1, math.prod(piece.shape))).sqrt_()
+
+
+class SlicedMatrix(WholeMatrix):
+    """A slice of an m x n matrix whose moments live in a subspace of rank r."""
+
+    def __init__(
+        self, parameter: Tensor, gradient: Tensor, piece: Slice, position: int, room: Room, frame: Frame
+    ) -> None:
+        super().__init__(parameter, position, room, frame)
+        self.shape, self.piece, self.gradient = piece.shape, piece, gradient
+        _, n = frame.shape
+        spans = list(zip(piece.bounds, piece.bounds[1:], strict=False))
+        # rows of each process: those it holds a part of, and those whose first element it holds
+        self.touched = [(a // n, -(-b // n)) if b > a else (-(-a // n),) * 2 for a, b in spans]
+        self.counted = [(-(-a // n), -(-b // n)) for a, b in spans]
+        self.cut = sorted({c // n for c in piece.bounds[1:-1] if c % n})
+        self.completed: Tensor | None = None  # the cut rows of the gradient (cut x n), where there are any
+
+    # ---- where things lie ---------------------------------------------------------------------------------------
+
+    @property
+    def world(self) -> World:
+        return self.piece.world
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """The columns that this process works on where the left side is projected."""
+        return self._columns_of(self.world.rank)
+
+    def _columns_of(self, rank: int) -> tuple[int, int]:
+        n = self.frame.shape[1]
+        share = -(-n // self.world.size)
+        return min(rank * share, n), min((rank + 1) * share, n)
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        m, n = self.frame.shape
+        first, last = self.touched[self.world.rank] if self.frame.right else self.columns
+        return (last - first, n) if self.frame.right else (m, last - first)
+
+    @property
+    def coordinates_shape(self) -> tuple[int, ...]:
+        rows, columns = self.block_shape
+        return (rows, self.frame.rank) if self.frame.right else (self.frame.rank, columns)
+
+    def own(self, like: Tensor) -> Tensor:
+        if not self.frame.right:
+            return like
+        first, _ = self.touched[self.world.rank]
+        begin, end = self.counted[self.world.rank]
+        return like.narrow(0, begin - first, end - begin)
+
+    def own_rows(self, like: Tensor, begin: int, end: int) -> Tensor:
+        first, last = self.counted[self.world.rank]
+        return self.own(like)[max(begin, first) - first : max(min(end, last), first) - first]
+
+    # ---- slices to lines and back -------------------------------------------------------------------------------
+
+    @property
+    def grad(self) -> Tensor:
+        return self._lines(self.gradient, self.completed)
+
+    @property
+    def weights(self) -> Tensor:
+        return self._lines(self.parameter, complete([self], [self.parameter])[0])
+
+    def fragments(self, own: Tensor) -> Tensor:
+        """This process's parts of the cut rows (cut x n), zeros elsewhere."""
+        _, n = self.frame.shape
+        rows = own.new_zeros(len(self.cut), n)
+        start, end = self.piece.start, self.piece.start + self.piece.numel
+        for row, target in zip(self.cut, rows, strict=True):
+            a, b = max(start, row * n), min(end, (row + 1) * n)
+            if b > a:
+                target[a - row * n : b - row * n] = own[a - start : b - start]
+        return rows
+
+    def _rows(self, own: Tensor, completed: Tensor | None) -> Tensor:
+        """The rows that this process touches, all of each: a view where no row is cut here."""
+        _, n = self.frame.shape
+        first, last = self.touched[self.world.rank]
+        here = [row for row in self.cut if first <= row < last]
+        if not here:
+            return own.view(last - first, n)
+        rows = own.new_empty(last - first, n)
+        lead = self.piece.start - first * n
+        rows.view(-1)[lead : lead + own.numel()] = own
+        assert completed is not None
+        for row in here:
+            rows[row - first] = completed[self.cut.index(row)]
+        return rows
+
+    def _lines(self, own: Tensor, completed: Tensor | None) -> Tensor:
+        rows = self._rows(own, completed)
+        if self.frame.right:
+            return rows
+        m, _ = self.frame.shape
+        first, _ = self.touched[self.world.rank]
+        begin, end = self.counted[self.world.rank]
+        counted = rows[begin - first : end - first]
+        parts = [counted[:, a:b].reshape(-1) for a, b in map(self._columns_of, range(self.world.size))]
+        a, b = self.columns
+        expected = [(last - first) * (b - a) for first, last in self.counted]
+        received = self.world.exchange(torch.cat(parts), [part.numel() for part in parts], expected)
+        return received.view(m, b - a)
+
+    def _slice(self, lines: Tensor) -> Tensor:
+        """This process's slice (flat) of an m x n tensor of which every process gives its lines."""
+        _, n = self.frame.shape
+        first, last = self.touched[self.world.rank]
+        rows = lines
+        if not self.frame.right:
+            parts = [lines[a:b].reshape(-1) for a, b in self.touched]
+            widths = [b - a for a, b in map(self._columns_of, range(self.world.size))]
+            expected = [(last - first) * width for width in widths]
+            received = self.world.exchange(torch.cat(parts), [part.numel() for part in parts], expected)
+            blocks = torch.split(received, expected)
+            rows = torch.cat([b.view(last - first, w) for b, w in zip(blocks, widths, strict=True)], dim=1)
+        lead = self.piece.start - first * n
+        return rows.reshape(-1)[lead : lead + self.piece.numel]
+
+    def move(self, direction: Tensor | Lifted, alpha: float) -> None:
+        if self.frame.right and not self.cut:
+            rows = self.parameter.view(self.block_shape)
+            if isinstance(direction, Lifted):
+                direction.write_to_(rows, alpha, self.room)
+            else:
+                rows.add_(direction, alpha=alpha)
+        else:
+            update = direction.dense() if isinstance(direction, Lifted) else direction
+            self.parameter.add_(self._slice(update).to(self.parameter.dtype), alpha=alpha)
+
+    def rewrite(self, weights: Tensor) -> None:
+        self.parameter.copy_(self._slice(weights))
+
+    # ---- what lines have in common ------------------------------------------------------------------------------
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return self.world.sum_(tensor)
+
+    def norm(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return self.sum_(super().norm(self.own(like), dtype).square_()).sqrt_()
+
+    def mean(self, like: Tensor, dim: int) -> Tensor:
+        lines = 0 if self.frame.right else 1
+        if dim % 2 != lines:
+            return like.mean(dim=dim)
+        return self.sum_(self.own(like).sum(dim=dim)) / self.frame.shape[lines]
+
+    def count(self, like: Tensor) -> int:
+        line = like.shape[1 if self.frame.right else 0]
+        return line * self.frame.shape[0 if self.frame.right else 1]
+
+    def weight_rms(self) -> Tensor:
+        return _weight_rms(self.parameter, self.piece)
+
+    def row_sums(self, like: Tensor) -> Tensor:
+        sums = super().row_sums(like)
+        return sums if self.frame.right else self.sum_(sums)
+
+    def row_norms(self, like: Tensor) -> Tensor:
+        if self.frame.right:
+            return super().row_norms(like)
+        return self.sum_(super().row_norms(like).square_()).sqrt_()
+
+    def solve(self, block: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
+        """One process gathers the matrix and finds; the others get what it found (side x r)."""
+        owner = self.position % self.world.size
+        m, n = self.frame.shape
+        counted = self.counted if self.frame.right else list(map(self._columns_of, range(self.world.size)))
+        width = n if self.frame.right else m
+        lines = self.own(block) if self.frame.right else block.t()
+        gathered = self.world.gather(
+            lines.contiguous().view(-1), [(last - first) * width for first, last in counted], owner
+        )
+        found = block.new_empty(self.frame.basis_shape)
+        if gathered is not None:
+            whole = gathered.view(-1, width)
+            found.copy_(find(whole if self.frame.right else whole.t()))
+        return self.world.send_from(found, owner)
+
+
+class SlicedRows(SlicedMatrix):
+    """A slice of an m x n tensor whose moments live in its own coordinates but are sums over its rows and columns."""
+
+    ranked = False
+
+    def __init__(self, parameter: Tensor, gradient: Tensor, piece: Slice, position: int, room: Room) -> None:
+        m, n = piece.shape
+        super().__init__(parameter, gradient, piece, position, room, Frame((m, n), n, right=True))
+
+
+def complete(shards: Sequence[SlicedMatrix], own: Sequence[Tensor]) -> list[Tensor | None]:
+    """The cut rows of several matrices, each whole, by one sum per world. Collective."""
+    parts = [shard.fragments(part) if shard.cut else None for shard, part in zip(shards, own, strict=True)]
+    worlds = {id(shard.world.group): shard.world for shard in shards}
+    for key, world in worlds.items():
+        mine = [p for p, s in zip(parts, shards, strict=True) if p is not None and id(s.world.group) == key]
+        if mine:
+            packed = world.sum_(torch.cat([p.view(-1) for p in mine]))
+            for part, whole in zip(mine, torch.split(packed, [p.numel() for p in mine]), strict=True):
+                part.copy_(whole.view(part.shape))
+    return parts

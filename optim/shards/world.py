@@ -1,0 +1,40 @@
+"""The processes among which a parameter is split, and what they say to each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+class World:
+    """A process group. Every call is collective: all its processes make it, in the same order."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """``tensor`` summed over all processes, in place; the same bits on each."""
+        if tensor.numel():
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def exchange(self, sent: Tensor, counts: list[int], expected: list[int]) -> Tensor:
+        """``counts[i]`` elements of ``sent`` (flat) go to process i; ``expected[i]`` come from it, in order."""
+        received = sent.new_empty(sum(expected))
+        dist.all_to_all_single(received, sent, expected, counts, group=self.group)
+        return received
+
+    def gather(self, sent: Tensor, expected: list[int], owner: int) -> Tensor | None:
+        """The flat ``sent`` of all processes one after the other, at ``owner`` alone."""
+        at_owner = self.rank == owner
+        counts = [sent.numel() if i == owner else 0 for i in range(self.size)]
+        received = self.exchange(sent, counts, expected if at_owner else [0] * self.size)
+        return received if at_owner else None
+
+    def send_from(self, tensor: Tensor, owner: int) -> Tensor:
+        """``tensor`` as process ``owner`` holds it, in place."""
+        dist.broadcast(tensor, src=dist.get_global_rank(self.group, owner) if self.group else owner, group=self.group)
+        return tensor
