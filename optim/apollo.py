@@ -17,7 +17,8 @@ where ``scale_front`` asks for it, and the limiter compares norms without bias c
 
 Departures: P is not kept but drawn again from its seed at each step, in fp32 also for bf16 gradients (the paper counts
 its memory so; the authors' code keeps P in the gradient's dtype); the norms run along the projected axis by the side,
-not by comparing lengths; a vanishing norm is not stored as the one to grow from; the host reads no norm. A GPU and a
+not by comparing lengths; a rank above the short side is capped there; a vanishing norm is not stored as the one to
+grow from; the host reads no norm. A GPU and a
 CPU draw different numbers from one seed: a run that moves between them changes its subspace, as a refresh does.
 """
 
@@ -99,9 +100,13 @@ class APOLLOAdamW(SubspaceOptimizer):
             require(isinstance(group[key], bool), f"{key} must be True or False", group[key])
         seed = group["seed"]
         require(is_whole(seed) and 0 <= seed < 2**62, "seed must be a whole number from 0 to 2**62", seed)
+
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
         if group["rank"] == 1 and group["scale_type"] == "channel":
             told = "rank=1 with scale_type='channel' is known to train badly; APOLLO-Mini is scale_type='tensor'"
-            warnings.warn(told, stacklevel=5)
+            warnings.warn(told, stacklevel=4)
 
     def basis_state(self, shard: WholeMatrix, group: Group) -> NewState:
         W = shard.parameter
@@ -136,7 +141,8 @@ class APOLLOAdamW(SubspaceOptimizer):
             s = shard.norm(N) / (shard.norm(R) + 1e-8)
         if group["scale_front"]:
             s = s * math.sqrt(group["scale"])
-        Z = G * s.to(G.dtype)
+        # |R_j| = 0 where |N_j| is not: a factor that fp16 cannot hold
+        Z = G * s.clamp(max=torch.finfo(G.dtype).max).to(G.dtype)
         if not group["disable_nl"]:
             limit_growth_(Z, shard, state["update_norm"], GROWTH)
         return Z, correction if group["scale_front"] else correction * math.sqrt(group["scale"])

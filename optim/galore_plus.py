@@ -97,7 +97,7 @@ class GaLorePlusAdamW(GaLore):
             require(proj_type in ("std", "right"), "proj_type must be std or right where num_heads is set", proj_type)
         fraction = group["residual_fraction"]
         require(is_real(fraction) and 0 <= fraction <= 1, "residual_fraction must be a number in [0, 1]", fraction)
-        for key, least in (("residual_warmup", 1), ("oversampling", 0), ("power_iterations", 0), ("seed", 0)):
+        for key, least in (("residual_warmup", 1), ("oversampling", 0), ("power_iterations", 1), ("seed", 0)):
             value = group[key]
             require(is_whole(value) and value >= least, f"{key} must be a whole number >= {least}", value)
 
@@ -144,7 +144,7 @@ class GaLorePlusAdamW(GaLore):
         if group["residual_fraction"] > 0:
             device = shard.parameter.device
             lines, entries = shard.block_shape if shard.frame.right else reversed(shard.block_shape)
-            q = math.ceil(group["residual_fraction"] * entries)
+            q = math.ceil(group["residual_fraction"] * entries - 1e-9)  # 0.07 * 100 is a little more than 7
             state["residual_places"] = first_support(lines, q, device)
             for key in ("exp_avg", "exp_avg_sq"):
                 state[f"residual_{key}"] = torch.zeros(lines, q, dtype=shard.state_dtype(group), device=device)

@@ -9,7 +9,7 @@ For a matrix W (m x n, one row an output) with gradient G, each row written as a
                      R   =  D P                                               m x r    project
                      N   =  Adam(R),  N_g = Adam(dg)                                   rule, moments kept
                      c  <-  (c - s * scale * N P^T) / |.|                     m x n    back to the sphere, row by row
-                     g  <-  g - s * N_g - lr * decay * g                      m x 1
+                     g  <-  (1 - lr * decay) * (g - s * N_g)                  m x 1
                      W  <-  g c                               with s = lr * sqrt(1 - b2^t) / (1 - b1^t)
 
 Paper, released optimizer and released script are three different things; this is a clean form of the optimizer.
@@ -29,7 +29,7 @@ from .base import Group, NewState, State, SubspaceOptimizer
 from .rules import adam
 from .shards import Whole, WholeMatrix, has_subspace
 
-SHORTEST = 1e-8  # a row of this length or less has no direction
+SHORTEST = 1e-30  # a row of this length or less has no direction
 
 
 class GradNormLoRPAdamW(SubspaceOptimizer):
@@ -69,7 +69,8 @@ class GradNormLoRPAdamW(SubspaceOptimizer):
     def init_state(self, shard: Whole, group: Group) -> NewState:
         state = super().init_state(shard, group)
         if has_subspace(shard):
-            lengths = shard.row_norms(shard.weights.float())
+            W = shard.weights
+            lengths = shard.row_norms(W.to(torch.promote_types(W.dtype, torch.float32)))
             state["length"] = lengths
             state |= {f"length_{key}": torch.zeros_like(lengths) for key in ("exp_avg", "exp_avg_sq")}
         return state
@@ -83,9 +84,8 @@ class GradNormLoRPAdamW(SubspaceOptimizer):
         """D (m x n) and dg (m x 1), in fp32 at least."""
         G, g = shard.grad, state["length"]
         per_length = torch.where(g.abs() > SHORTEST, 1 / g, 0)
-        dg = shard.row_sums((G * W).to(g.dtype)) * per_length
-        # g (G - dg c), with g c = W: one temporary
-        return torch.mul(G, g).sub_(W * dg), dg
+        dg = shard.row_sums(G.to(g.dtype) * W) * per_length
+        return torch.mul(G, g).addcmul_(W.to(g.dtype), dg, value=-1), dg  # g (G - dg c), with g c = W
 
     def update(self, shard: Whole, group: Group, state: State) -> None:
         if not has_subspace(shard):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def torchrun():
     def launch(ranks: int, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
         with socket.socket() as probe:

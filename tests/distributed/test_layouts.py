@@ -1,0 +1,90 @@
+"""Every optimizer, split over processes in every way, beside one process. ``cells.py`` runs in the processes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+CELLS = Path(__file__).with_name("cells.py")
+
+
+def cell(optimizer, layout, **options):
+    return {"optimizer": optimizer, "layout": layout, **options}
+
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+# Every class, every layout and every option at least once, on 2 and on 4 processes.
+ON = {
+    2: [
+        cell("Lion", "zero3", accumulation=4),
+        cell("GaLoreAdamW", "zero1", proj_type="left"),
+        cell("GaLoreAdamW", "zero2", zero={"reduce_scatter": False}),
+        cell("GaLoreAdamW", "fsdp2", proj_type="reverse_std", clip=0.05),
+        cell("GaLoreAdamW iterate", "zero3", zero_init=True, proj_type="left"),
+        cell("GaLoreAdamW iterate", "zero1", zero={"round_robin_gradients": True}),
+        cell("GaLoreAdamW8bit Q-GaLore", "zero3", clip=0.05),
+        cell("GaLoreAdafactor", "zero2", zero=OFFLOAD),
+        cell("GaLoreAdafactor", "zero3"),
+        cell("GaLoreLion", "zero0"),
+        cell("GaLorePlusAdamW", "zero3", accumulation=4, clip=0.05),
+        cell("FiraAdamW", "zero1"),
+        cell("FiraAdamW", "zero3", zero={"overlap_comm": True}),
+        cell("GradNormLoRPAdamW", "zero2", zero={"round_robin_gradients": True}),
+        cell("DCTAdamW", "zero1", accumulation=4),
+        cell("DCTAdamW fed back", "zero3", zero={"sub_group_size": 200}),
+        cell("APOLLOAdamW", "ddp"),
+        cell("APOLLOAdamW Mini", "zero2", zero={"overlap_comm": True}),
+        cell("APOLLOAdamW svd", "zero3", zero=OFFLOAD),
+        cell("LDAdamW", "zero3", zero={"sub_group_size": 200}),
+    ],
+    4: [
+        cell("Lion", "fsdp2"),
+        cell("GaLoreAdamW", "zero3"),
+        cell("GaLoreAdamW8bit", "fsdp2"),
+        cell("GaLoreAdafactor", "zero1", clip=0.05),
+        cell("GaLorePlusAdamW", "zero2", proj_type="left"),
+        cell("FiraAdamW", "fsdp2", accumulation=4),
+        cell("GradNormLoRPAdamW", "zero3", proj_type="left"),
+        cell("DCTAdamW", "zero3", proj_type="reverse_std"),
+        cell("APOLLOAdamW", "zero1", zero={"round_robin_gradients": True}),
+        cell("LDAdamW", "fsdp2", proj_type="left"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def results(torchrun, tmp_path_factory):
+    """Run all cells of one number of processes at once: starting them costs more than a cell."""
+    told = {}
+
+    def of(ranks):
+        if ranks not in told:
+            folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+            todo, done = folder / "cells.json", folder / "results.json"
+            todo.write_text(json.dumps(ON[ranks]))
+            process = torchrun(ranks, str(CELLS), str(todo), str(done), timeout=280)
+            assert process.returncode == 0, process.stdout[-3000:]
+            told[ranks] = json.loads(done.read_text())
+        return told[ranks]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number"),
+    [(ranks, number) for ranks, cells in ON.items() for number in range(len(cells))],
+    ids=lambda value: str(value),
+)
+def test_split_over_processes_it_is_what_it_is_in_one(results, ranks, number):
+    """20 steps with two or three refreshes. Replicas are equal to the bit, and no process holds all of the state."""
+    told = results(ranks)[number]
+    assert {key: told[key] for key in ON[ranks][number]} == ON[ranks][number]
+    assert told["moved"] > 1e-3
+    assert told["difference"] <= 1e-5, told
+    assert told["of_movement"] <= 1e-4, told
+    assert told["replicas_agree"]
+    if told["layout"] in ("ddp", "zero0"):
+        assert told["state_bytes"] == told["state_bytes_alone"]
+    else:
+        assert told["state_bytes"] < 0.8 * told["state_bytes_alone"]
