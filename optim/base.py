@@ -249,7 +249,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """What this process holds of the parameter or flat tensor ``p``, each with its state."""
         members = self._members[group["group_number"]]
         own = members.get(id(p))
-        if own is not None and not hasattr(p, "device_mesh") and tuple(p.shape) == own.shape:
+        by_element = group.get("rank") is None and not self.rule.needs_rows  # in any shape it is what it was
+        if own is not None and not hasattr(p, "device_mesh") and (tuple(p.shape) == own.shape or by_element):
             yield self._whole(p, group, own.position, room), self.state[p]
             return
         if id(p) not in self._layouts:

@@ -19,8 +19,8 @@ a gather: a column that stays keeps its moments, one that leaves loses them, one
 
 Departures from the authors' code: ``rotate_subspace`` is on by default, because moments that stay where they were
 belong to other columns as soon as the choice changes; Q is built with whole-number phases, in fp32 also for bf16
-gradients; the gradient is not used as scratch; ties are broken by index; betas, eps and step live in groups and state.
-Error feedback in 8 or 4 bits has a minimum and a step for each line: row, or column on the left.
+gradients (and for fp64 ones); the gradient is not used as scratch; ties are broken by index; betas, eps and step live
+in groups and state. Error feedback in 8 or 4 bits has a minimum and a step for each line: row, or column on the left.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..validation import is_whole, require
 from .base import Group, NewState, State, SubspaceOptimizer
-from .packed import packed, packed_state, unpacked
+from .packed import pack_, packed_state, unpacked
 from .rules import TORCH_ADAM
 from .shards import WholeMatrix
 from .subspaces.basis import Basis, Lifted
@@ -54,9 +54,9 @@ class DCTAdamW(SubspaceOptimizer):
         error_feedback: what the subspace misses is added to the next gradient: None, or kept as ``fp32``, ``8bit`` or
             ``4bit``.
 
-    State of an m x n matrix: ``2 * r * long`` numbers, r int32, a counter, and with error feedback m * n numbers, or
-    m * n bytes, or half of them. All matrices share one fp32 k x k cosine matrix for each distinct side k, which is
-    not state.
+    State of an m x n matrix: ``2 * r * long`` numbers, r int32, a counter, and with error feedback m * n fp32, or m * n
+    bytes or half of them and 8 more a line. All matrices share one fp32 k x k cosine matrix for each distinct side k,
+    which is not state.
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
@@ -142,6 +142,7 @@ class DCTAdamW(SubspaceOptimizer):
         if feedback == "fp32":
             return state["error"].add_(G)
         right = shard.frame.right
+        shard.room.clear()
         E = unpacked("error", state, G.shape[1 if right else 0], ERROR_BITS[feedback])
         return (E if right else E.t()).add_(G)
 
@@ -151,6 +152,4 @@ class DCTAdamW(SubspaceOptimizer):
             return
         (-1.0 * P.lift(R)).add_to_(A)
         if feedback != "fp32":
-            lines = A if shard.frame.right else A.t()
-            for key, value in packed("error", lines, ERROR_BITS[feedback]).items():
-                state[key].copy_(value)
+            pack_("error", A if shard.frame.right else A.t(), ERROR_BITS[feedback], state)

@@ -84,8 +84,9 @@ class GradNormLoRPAdamW(SubspaceOptimizer):
         """D (m x n) and dg (m x 1), in fp32 at least."""
         G, g = shard.grad, state["length"]
         per_length = torch.where(g.abs() > SHORTEST, 1 / g, 0)
-        dg = shard.row_sums(G.to(g.dtype) * W) * per_length
-        return torch.mul(G, g).addcmul_(W.to(g.dtype), dg, value=-1), dg  # g (G - dg c), with g c = W
+        D = torch.mul(G, g)
+        dg = shard.row_sums(D.mul_(W)) * per_length.square()
+        return torch.mul(G, g, out=D).addcmul_(W, dg, value=-1), dg  # g (G - dg c), with g c = W
 
     def update(self, shard: Whole, group: Group, state: State) -> None:
         if not has_subspace(shard):
@@ -102,7 +103,7 @@ class GradNormLoRPAdamW(SubspaceOptimizer):
         s = group["lr"] * correction
         directed = g.abs() > SHORTEST
         c = W.to(g.dtype).mul_(torch.where(directed, 1 / g, 0))  # W itself where it is fp32
-        (group["scale"] * P.lift(N)).write_to_(c, -s, shard.room)
+        (-s * group["scale"] * P.lift(N)).add_to_(c)
         size = shard.row_norms(c)
         g.sub_(torch.where(directed, N_g, 0), alpha=s).mul_(1 - group["lr"] * group["weight_decay"])
         c.mul_(torch.where(directed, g / size, 0))

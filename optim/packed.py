@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import torch
 from torch import Tensor
 
 BITS = (4, 8)
+PARTS = 8
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -23,9 +24,9 @@ def packed_state(name: str, rows: int, width: int, bits: int, device: torch.devi
 def packed(name: str, values: Tensor, bits: int) -> dict[str, Tensor]:
     """``values`` (rows x width) as ``packed_state`` holds them.
 
-    Off by at most half a step, (max - min) / (2^bits - 1) / 2; a constant row is exact. The minimum is stored as it
-    is: a zero point among the codes cannot reach rows far from zero. Two 4-bit codes share a byte, the first in its
-    low half.
+    Off by at most half a step, (max - min) / (2^bits - 1) / 2, where a step is a normal number of fp32; a constant row
+    is exact. The minimum is stored as it is: a zero point among the codes cannot reach rows far from zero. Two 4-bit
+    codes share a byte, the first in its low half.
     """
     values = values.float()
     low, high = torch.aminmax(values, dim=1, keepdim=True)
@@ -36,6 +37,16 @@ def packed(name: str, values: Tensor, bits: int) -> dict[str, Tensor]:
             codes = torch.nn.functional.pad(codes, (0, 1))
         codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
     return {name: codes, f"{name}_scale": scale, f"{name}_minimum": low}
+
+
+def pack_(name: str, values: Tensor, bits: int, state: MutableMapping[str, Tensor]) -> None:
+    """Write ``values`` (rows x width) into ``state`` as ``packed`` has them, some rows at a time: codes are made in
+    fp32, and all of them would be another matrix."""
+    begin = 0
+    for rows in torch.chunk(values, PARTS):
+        for key, value in packed(name, rows, bits).items():
+            state[key][begin : begin + len(rows)] = value
+        begin += len(rows)
 
 
 def unpacked(name: str, state: Mapping[str, Tensor], width: int, bits: int) -> Tensor:

@@ -15,7 +15,8 @@ Departures from Q-GaLore's code: codes are packed, two 4-bit ones in a byte, and
 than a clamped zero point, which cannot reach groups far from zero; c compares the whole subspace, not the signed
 cosine of the first vectors, which is -1 for an unchanged subspace whose sign flipped; the next refresh comes T_l after
 the last one instead of whenever T_l divides t; the five c are forgotten after a doubling, not counted twice. As in
-bitsandbytes, eps is added after the bias correction. Moments of fewer than 4096 elements stay fp32.
+bitsandbytes, eps is added after the bias correction. Moments of fewer than 4096 elements stay fp32. Weights of groups
+without a rank decay after the step, as matrices do; bitsandbytes has it before.
 """
 
 from __future__ import annotations

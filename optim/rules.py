@@ -93,9 +93,8 @@ def lion(gradient: Tensor, state: MutableMapping[str, Tensor], group: dict[str, 
     """
     beta1, beta2 = group["betas"]
     M = state["exp_avg"]
-    R = gradient.to(M.dtype)
-    N = M.mul(beta1).add_(R, alpha=1 - beta1).sign_()
-    M.mul_(beta2).add_(R, alpha=1 - beta2)
+    N = M.mul(beta1).add_(gradient, alpha=1 - beta1).sign_()
+    M.mul_(beta2).add_(gradient, alpha=1 - beta2)
     return N, 1.0
 
 

@@ -84,6 +84,10 @@ class Room:
     def __init__(self) -> None:
         self._memory: Tensor | None = None
 
+    def clear(self) -> None:
+        """Give the memory back, before a method that needs as much for something else."""
+        self._memory = None
+
     def like(self, tensor: Tensor) -> Tensor:
         """A contiguous tensor of the same shape and dtype, with anything in it."""
         held = self._memory

@@ -228,31 +228,31 @@ def assert_step_is_refused(optimizer, error, message):
     assert all(torch.equal(p, weight) for p, weight in zip(parameters, before, strict=True))
 
 
-def test_a_distributed_tensor_with_a_rank():
+def test_a_tensor_distributed_over_two_dimensions():
     odd = matrix()
     odd.grad = torch.ones_like(odd)
     optimizer = beside_a_sound_matrix(odd, rank=4)
-    odd.device_mesh = SimpleNamespace(ndim=1)
+    odd.device_mesh, odd.placements = SimpleNamespace(ndim=2), ("Shard(0)", "Shard(1)")
     assert issubclass(UnsupportedLayout, RuntimeError)
-    message = r"rank=4 needs whole matrices.* a DTensor \(FSDP2\).*or leave rank out of the group"
+    message = r"a DTensor placed as \('Shard\(0\)', 'Shard\(1\)'\) on a mesh of 2 dimension.*no tensor parallelism"
     assert_step_is_refused(optimizer, UnsupportedLayout, message)
 
 
 def test_a_matrix_flattened_after_construction():
-    """As DeepSpeed ZeRO does: its fragment would be projected as if it were the matrix."""
+    """As an engine that is not DeepSpeed may do: its fragment would be projected as if it were the matrix."""
     odd = matrix()
     optimizer = beside_a_sound_matrix(odd, rank=4)
     odd.data = odd.data.flatten()[:100]
     odd.grad = torch.ones_like(odd)
-    assert_step_is_refused(optimizer, UnsupportedLayout, r"rank=4 needs whole matrices.* 1-D here.*ZeRO")
+    assert_step_is_refused(optimizer, UnsupportedLayout, r"shape \(24, 40\) .*flat tensor of 100 elements.*DeepSpeed")
 
 
 def test_a_matrix_that_zero_init_left_empty():
-    """zero.Init keeps the shape beside the parameter: taken at construction, refused at the step."""
+    """zero.Init keeps the shape beside the parameter: taken at construction, refused at a step without its engine."""
     odd = nn.Parameter(torch.empty(0))
     odd.ds_shape = torch.Size((24, 40))
     odd.grad = torch.empty(0)
-    assert_step_is_refused(beside_a_sound_matrix(odd, rank=4), UnsupportedLayout, "needs whole matrices")
+    assert_step_is_refused(beside_a_sound_matrix(odd, rank=4), UnsupportedLayout, r"shape \(24, 40\) .*DeepSpeed")
 
 
 def test_a_vector_of_zero_init_is_no_matrix():
