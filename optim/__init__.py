@@ -3,6 +3,7 @@
 from .apollo import APOLLOAdamW
 from .dct import DCTAdamW
 from .fira import FiraAdamW
+from .full_state import full_state, load_full_state
 from .galore import GaLoreAdafactor, GaLoreAdamW, GaLoreLion
 from .galore_plus import GaLorePlusAdamW
 from .gradnormlorp import GradNormLoRPAdamW
@@ -24,6 +25,8 @@ __all__ = [
     "GradNormLoRPAdamW",
     "LDAdamW",
     "Lion",
+    "full_state",
+    "load_full_state",
     "param_groups",
     "state_bytes",
 ]

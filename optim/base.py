@@ -24,6 +24,7 @@ from .shards import (
     Whole,
     WholeMatrix,
     complete,
+    flat_tensors,
     full_shape,
     has_subspace,
     pieces_of,
@@ -235,9 +236,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                     continue
                 if p.grad is not None and p.grad.is_sparse:
                     raise RuntimeError(f"{type(self).__name__} needs dense gradients; build nn.Embedding(sparse=False)")
-                for shard, state in self._shards(p, group, room):
+                for _, shard, state in self.shards_of(p, group, room):
                     if not state:
-                        state.update(self._new_state(shard, group))
+                        state.update(self.new_state(shard, group))
                     if p.grad is not None:
                         work.append(Work(shard, group, state))
         cut = [shard for shard, _, _ in work if isinstance(shard, SlicedMatrix)]
@@ -245,13 +246,18 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             shard.completed = rows
         return work
 
-    def _shards(self, p: Tensor, group: Group, room: Room) -> Iterator[tuple[Whole, State]]:
+    def stepped_parameters(self) -> Iterator[tuple[Group, list[Tensor]]]:
+        """Each group with the tensors that ``step`` sees in it: parameters, or an engine's flat tensors."""
+        for group in self.param_groups:
+            yield group, group["params"] or flat_tensors(list(self._members[group["group_number"]].values()))
+
+    def shards_of(self, p: Tensor, group: Group, room: Room) -> Iterator[tuple[Member, Whole, State]]:
         """What this process holds of the parameter or flat tensor ``p``, each with its state."""
         members = self._members[group["group_number"]]
         own = members.get(id(p))
         by_element = group.get("rank") is None and not self.rule.needs_rows  # in any shape it is what it was
         if own is not None and not hasattr(p, "device_mesh") and (tuple(p.shape) == own.shape or by_element):
-            yield self._whole(p, group, own.position, room), self.state[p]
+            yield own, self._whole(p, group, own.position, room), self.state[p]
             return
         if id(p) not in self._layouts:
             if own is not None and hasattr(p, "device_mesh"):  # a DTensor; importing its class would take long
@@ -262,7 +268,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         slope = flat if p.grad is None else _local(p.grad)
         for member, piece in self._layouts[id(p)]:
             keys = self.state[p] if member is own else Keys(self.state[p], member.position)
-            yield self._sliced(piece.of(flat), piece.of(slope), piece, member, group, room), keys
+            yield member, self._sliced(piece.of(flat), piece.of(slope), piece, member, group, room), keys
 
     def _whole(self, p: Tensor, group: Group, position: int, room: Room) -> Whole:
         if group.get("rank") is None:
@@ -281,7 +287,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         frame = self.frame((member.shape[0], member.shape[1]), group)
         return SlicedMatrix(p, gradient, piece, member.position, room, frame)
 
-    def _new_state(self, shard: Whole, group: Group) -> NewState:
+    def new_state(self, shard: Whole, group: Group) -> NewState:
         step = torch.zeros((), dtype=torch.float32, device=shard.host)
         return {"step": step} | self.init_state(shard, group)
 
@@ -375,7 +381,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 )
 
     def _state_on_meta(self, parameter: Tensor, group: Group) -> NewState:
-        return self._new_state(self._whole(torch.empty_like(parameter, device="meta"), group, 0, Room()), group)
+        return self.new_state(self._whole(torch.empty_like(parameter, device="meta"), group, 0, Room()), group)
 
     @classmethod
     def state_bytes_for(cls, shape: Sequence[int], dtype: torch.dtype = torch.float32, **keys: Any) -> int:

@@ -34,10 +34,10 @@ def block_wise(rule: Rule) -> Rule:
 
     def direction(gradient: Tensor, state: MutableMapping[str, Tensor], group: dict[str, Any]) -> tuple[Tensor, float]:
         closed = [key for key in state if f"{key}_absmax" in state]
-        opened = {**state, **{key: _opened(state, key) for key in closed}}
-        N, correction = rule.direction(gradient, opened, group)
+        wide = {**state, **{key: opened(state, key) for key in closed}}
+        N, correction = rule.direction(gradient, wide, group)
         for key in closed:
-            _close(opened[key], state, key)
+            close(wide[key], state, key)
         return N, correction
 
     return Rule(rule.check, state, direction, rule.decay_first)
@@ -62,7 +62,8 @@ def _code_of(key: str, device: torch.device) -> Tensor:
     return _code(not key.endswith("_sq"), device)  # second moments have no sign to keep
 
 
-def _opened(state: MutableMapping[str, Tensor], key: str) -> Tensor:
+def opened(state: MutableMapping[str, Tensor], key: str) -> Tensor:
+    """The moment that ``state`` holds as codes under ``key``, in fp32."""
     from bitsandbytes.functional import dequantize_blockwise
 
     codes, absmax = state[key], state[f"{key}_absmax"]
@@ -70,7 +71,8 @@ def _opened(state: MutableMapping[str, Tensor], key: str) -> Tensor:
     return values
 
 
-def _close(values: Tensor, state: MutableMapping[str, Tensor], key: str) -> None:
+def close(values: Tensor, state: MutableMapping[str, Tensor], key: str) -> None:
+    """Write ``values`` (fp32) into ``state`` as codes under ``key``."""
     from bitsandbytes.functional import quantize_blockwise
 
     codes, scales = quantize_blockwise(values, code=_code_of(key, values.device), blocksize=BLOCK)

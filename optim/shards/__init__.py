@@ -4,7 +4,7 @@
 of one: DeepSpeed ZeRO and FSDP2. ``layout`` finds out which.
 """
 
-from .layout import Keys, Member, UnsupportedLayout, full_shape, pieces_of, rows_of
+from .layout import Keys, Member, UnsupportedLayout, flat_tensors, full_shape, pieces_of, rows_of
 from .sliced import Slice, Sliced, SlicedMatrix, SlicedRows, complete
 from .whole import Whole, WholeMatrix, has_subspace
 
@@ -19,6 +19,7 @@ __all__ = [
     "Whole",
     "WholeMatrix",
     "complete",
+    "flat_tensors",
     "full_shape",
     "has_subspace",
     "pieces_of",

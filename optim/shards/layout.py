@@ -98,6 +98,16 @@ def pieces_of(flat: Tensor, members: list[Member]) -> list[tuple[Member, Slice]]
         ) from None
 
 
+def flat_tensors(members: list[Member]) -> list[Tensor]:
+    """DeepSpeed ZeRO 3's flat partitions of one group, which it shows to the optimizer during ``step`` alone."""
+    engine: Any = getattr(members[0].parameter, "_z3_optimizer", None) if members else None
+    if engine is None:
+        return []
+    ours = {id(member.parameter) for member in members}
+    parts = zip(engine.fp32_partitioned_groups_flat, engine.fp16_groups, strict=True)
+    return [flat for flat, held in parts if id(held[0]) in ours]
+
+
 def _zero3(flat: Tensor, members: list[Member]) -> list[tuple[Member, Slice]]:
     """Each parameter is cut by itself, into equal parts, the last ones short or empty."""
     engine: Any = members[0].parameter._z3_optimizer  # type: ignore[attr-defined]

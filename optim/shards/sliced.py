@@ -108,7 +108,7 @@ class SlicedMatrix(WholeMatrix):
     @property
     def block_shape(self) -> tuple[int, int]:
         m, n = self.frame.shape
-        first, last = self.touched[self.world.rank] if self.frame.right else self.columns
+        first, last = self.lines
         return (last - first, n) if self.frame.right else (m, last - first)
 
     @property
@@ -116,12 +116,23 @@ class SlicedMatrix(WholeMatrix):
         rows, columns = self.block_shape
         return (rows, self.frame.rank) if self.frame.right else (self.frame.rank, columns)
 
+    @property
+    def lines(self) -> tuple[int, int]:
+        """From which line to which this process works."""
+        return self.touched[self.world.rank] if self.frame.right else self.columns
+
+    @property
+    def line_ranges(self) -> list[tuple[int, int]]:
+        """From which line to which each process counts."""
+        return self.counted if self.frame.right else [self._columns_of(rank) for rank in range(self.world.size)]
+
     def own(self, like: Tensor) -> Tensor:
-        if not self.frame.right:
-            return like
-        first, _ = self.touched[self.world.rank]
-        begin, end = self.counted[self.world.rank]
-        return like.narrow(0, begin - first, end - begin)
+        return self.own_lines(like) if self.frame.right else like
+
+    def own_lines(self, lined: Tensor) -> Tensor:
+        """``own`` of a tensor whose first dimension counts lines."""
+        begin, end = self.line_ranges[self.world.rank]
+        return lined.narrow(0, begin - self.lines[0], end - begin)
 
     def own_rows(self, like: Tensor, begin: int, end: int) -> Tensor:
         first, last = self.counted[self.world.rank]
@@ -240,12 +251,10 @@ class SlicedMatrix(WholeMatrix):
         """One process gathers the matrix and finds; the others get what it found (side x r)."""
         owner = self.position % self.world.size
         m, n = self.frame.shape
-        counted = self.counted if self.frame.right else list(map(self._columns_of, range(self.world.size)))
         width = n if self.frame.right else m
-        lines = self.own(block) if self.frame.right else block.t()
-        gathered = self.world.gather(
-            lines.contiguous().view(-1), [(last - first) * width for first, last in counted], owner
-        )
+        lines = self.own_lines(block if self.frame.right else block.t())
+        sizes = [(last - first) * width for first, last in self.line_ranges]
+        gathered = self.world.gather(lines.contiguous().view(-1), sizes, owner)
         found = block.new_empty(self.frame.basis_shape)
         if gathered is not None:
             whole = gathered.view(-1, width)

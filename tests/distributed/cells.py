@@ -132,9 +132,33 @@ def share(step, micro):
     return [part[dist.get_rank() * size :][:size] for part in batch(step, micro)]
 
 
+def steps_of(cell):
+    return range(*cell.get("steps", (0, STEPS)))
+
+
+def taken_over(net, cell):
+    """The full state that an earlier cell saved; its weights are put into the model."""
+    if "load" not in cell:
+        return None
+    saved = torch.load(cell["load"], weights_only=True)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.copy_(saved["model"][name])
+    return saved["optimizer"]
+
+
+def keep(full, optimizer, cell):
+    if "save" in cell:
+        state = optim.full_state(optimizer)
+        if dist.get_rank() == 0:
+            torch.save({"model": full, "optimizer": state}, cell["save"])
+        dist.barrier()
+
+
 def replicated(cell):
     """DistributedDataParallel and FSDP2, in a plain loop."""
     net = build()
+    state = taken_over(net, cell)
     if cell["layout"] == "fsdp2":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for module in net.children():
@@ -143,8 +167,10 @@ def replicated(cell):
     else:
         model = DistributedDataParallel(net)
     optimizer = make_optimizer(net, cell)
+    if state:
+        optim.load_full_state(optimizer, state)
     parts = cell.get("accumulation", 1)
-    for step in range(STEPS):
+    for step in steps_of(cell):
         for micro in range(parts):
             (model(*share(step, micro)) / parts).backward()
         if cell.get("clip"):
@@ -152,7 +178,9 @@ def replicated(cell):
         optimizer.step()
         optimizer.zero_grad()
     full = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in net.named_parameters()}
-    return {name: p.detach().clone() for name, p in full.items()}, optimizer
+    full = {name: p.detach().clone() for name, p in full.items()}
+    keep(full, optimizer, cell)
+    return full, optimizer
 
 
 def zero(cell):
@@ -173,9 +201,12 @@ def zero(cell):
     inside = deepspeed.zero.Init(config_dict_or_path=config) if cell.get("zero_init") else contextlib.nullcontext()
     with inside:
         net = build()
+    state = taken_over(net, cell)
     optimizer = make_optimizer(net, cell)
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
-    for step in range(STEPS):
+    if state:
+        optim.load_full_state(optimizer, state)
+    for step in steps_of(cell):
         for micro in range(cell.get("accumulation", 1)):
             engine.backward(engine(*share(step, micro)))
             engine.step()
@@ -183,6 +214,7 @@ def zero(cell):
     for name, p in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([p]) if hasattr(p, "ds_id") else contextlib.nullcontext():
             full[name] = p.detach().float().clone()
+    keep(full, optimizer, cell)
     engine.destroy()
     return full, optimizer
 

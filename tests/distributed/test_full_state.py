@@ -1,0 +1,75 @@
+"""A run that stops on four processes and goes on on two, in another layout, is the run of one process."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gracile.optim import GaLoreAdamW, LDAdamW, full_state, load_full_state
+
+CELLS = Path(__file__).with_name("cells.py")
+
+# optimizer, layout on four processes, layout on two
+MOVES = [
+    ("Lion", "zero1", "zero3"),
+    ("GaLoreAdamW", "zero2", "fsdp2"),
+    ("GaLoreAdamW8bit Q-GaLore", "zero3", "ddp"),
+    ("GaLoreAdafactor", "fsdp2", "zero1"),
+    ("GaLorePlusAdamW", "ddp", "zero3"),
+    ("FiraAdamW", "zero3", "zero2"),
+    ("GradNormLoRPAdamW", "zero3", "zero1"),
+    ("DCTAdamW fed back", "zero1", "zero2"),
+    ("APOLLOAdamW", "fsdp2", "zero3"),
+    ("LDAdamW", "zero3", "fsdp2"),
+]
+
+
+@pytest.fixture(scope="module")
+def moved(torchrun, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("moved")
+    first, second = [], []
+    for number, (optimizer, before, after) in enumerate(MOVES):
+        side = "left" if number % 2 else "std"
+        cell = {"optimizer": optimizer, "proj_type": side}
+        state = str(folder / f"{number}.pt")
+        first.append({**cell, "layout": before, "steps": [0, 11], "save": state})
+        second.append({**cell, "layout": after, "steps": [11, 20], "load": state})
+    for ranks, cells in ((4, first), (2, second)):
+        (folder / "cells.json").write_text(json.dumps(cells))
+        process = torchrun(ranks, str(CELLS), str(folder / "cells.json"), str(folder / "results.json"), timeout=200)
+        assert process.returncode == 0, process.stdout[-3000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("number", range(len(MOVES)), ids=[" ".join(move) for move in MOVES])
+def test_a_run_moves_to_fewer_processes_and_another_layout(moved, number):
+    """Moved between two refreshes, and compared after the next one."""
+    told = moved[number]
+    assert (told["optimizer"], told["layout"]) == MOVES[number][::2]
+    assert told["difference"] <= 1e-5, told
+    assert told["of_movement"] <= 1e-4, told
+
+
+def test_in_one_process_it_is_a_copy_and_refuses_what_does_not_fit():
+    def made(cls, *shape):
+        W = nn.Parameter(torch.full(shape, 0.1))
+        optimizer = cls([W], rank=3)
+        for t in range(3):
+            W.grad = torch.randn(shape, generator=torch.Generator().manual_seed(t))
+            optimizer.step()
+        return W, optimizer
+
+    W, one = made(GaLoreAdamW, 9, 7)
+    V, other = made(GaLoreAdamW, 9, 7)
+    other.state[V]["exp_avg"].zero_()
+    saved = full_state(one)
+    load_full_state(other, saved)
+    assert all(torch.equal(value, other.state[V][key]) for key, value in one.state[W].items())
+    other.state[V]["exp_avg"].zero_()
+    assert saved["parameters"][0]["exp_avg"].any()
+    with pytest.raises(ValueError, match=r"full state is of 'GaLoreAdamW'.* expected 'LDAdamW'"):
+        load_full_state(made(LDAdamW, 9, 7)[1], saved)
+    with pytest.raises(ValueError, match=r"'basis' of parameter 0 has shape \(7, 3\).* shape \(5, 4\)"):
+        load_full_state(made(GaLoreAdamW, 5, 4)[1], saved)
