@@ -29,7 +29,7 @@ from .. import __version__
 from ..models.llama import SIZES, build_llama, llama_config
 from ..optim.shards import UnsupportedLayout
 from ..validation import nearest
-from . import checkpoints, report
+from . import checkpoints, report, zero
 from .checks import DTYPES, RUN_FILE, check_same_run, check_values, resuming, starting_point
 from .config import Config, ModelArguments, load_config, mapping
 from .data import Blocks, Corpus, collate, make_blocks, open_corpus, tokenizer_identity
@@ -51,6 +51,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     output_dir = run.folder
     checkpoint = starting_point(run)
     check_values(config)
+    zero.prepare(run)
     architecture = _architecture(config.model)
     _check_optimizer(config, architecture)
     with run.main_process_first(desc="reading the data"):
@@ -150,7 +151,7 @@ def _overrides(chosen: ModelArguments) -> dict[str, Any]:
 
 def _check_optimizer(config: Config, architecture: PreTrainedConfig) -> None:
     """Build the optimizer on a model without memory: bad values show before any data is read."""
-    with torch.device("meta"):
+    with torch.device("meta"), zero.unpartitioned(config.run):
         model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
     build_optimizer(model, config.optimizer, config.run)
 
