@@ -11,10 +11,11 @@ For a matrix W (m x n) with gradient G, the picture for m >= n (``right``; trans
                      W  <-  W - lr * sqrt(1 - b2^t) / (1 - b1^t) * (scale * N P^T + S)
                      W  <-  W - lr * decay * W
 
-This is the arithmetic of the authors' ``fira``. Two of its choices differ from a plain reading of the paper and are
-options here. The residual subtracts the SCALED projection, so that (1 - scale) of the projected gradient leaks into S:
-``residual="orthogonal"`` subtracts R P^T. The limiter compares norms without bias correction, which throttles S to
-about half around step 10: ``limit_after_bias_correction=True`` compares corrected ones.
+With ``subspace_method="svd"`` this is the arithmetic of the authors' ``fira``. Two of its choices differ from a plain
+reading of the paper and are options here. The residual subtracts the SCALED projection, so that (1 - scale) of the
+projected gradient leaks into S: ``residual="orthogonal"`` subtracts R P^T. The limiter compares norms without bias
+correction, which throttles S to about half around step 10: ``limit_after_bias_correction=True`` compares corrected
+ones.
 
 Departures: as in ``galore.py``; the norms run along the projected axis by the side, not by comparing lengths, which
 is wrong at full rank; a vanishing norm is not stored as the one to grow from; the host reads no norm.
@@ -66,7 +67,7 @@ class FiraAdamW(SubspaceOptimizer):
         update_proj_gap: int = 200,
         scale: float = 0.25,
         proj_type: str = "std",
-        subspace_method: str = "svd",
+        subspace_method: str = "iterate",
         growth: float = 1.01,
         residual: str = "reference",
         limit_after_bias_correction: bool = False,

@@ -10,13 +10,16 @@ For a matrix W (m x n) with gradient G, the picture for m >= n (``right``; trans
                      W  <-  W - lr * sqrt(1 - b2^t) / (1 - b1^t) * scale * N P^T
                      W  <-  W - lr * decay * W
 
-The residual, G - G P P^T, is dropped. This is the arithmetic of the authors' ``galore-torch``, which differs from
-the paper in three places: eps is 1e-6, not 1e-8; the moments are not overwritten by their corrected values; the
-clock starts at t = 0 before the increment, so the first step always finds a subspace.
+The residual, G - G P P^T, is dropped. With ``subspace_method="svd"`` this is, to the bit, the arithmetic of the
+authors' ``galore-torch``, which differs from the paper in three places: eps is 1e-6, not 1e-8; the moments are not
+overwritten by their corrected values; the clock starts at t = 0 before the increment, so the first step always finds a
+subspace.
 
-Departures from the authors' code: moments are fp32 at least (``state_dtype`` restores the parameter's dtype; bf16
-second moments stall); the side is decided once from the shape, not from the projected gradient's, which is ambiguous
-at full rank; P is a tensor in ``state``, not a pickled object; a non-finite gradient keeps the old P.
+Departures from the authors' code: the default finds P by one orthogonal iteration from the previous P, which holds the
+same energy and trains to the same loss at a small part of the cost, and whose columns do not change sign when a sum is
+rounded another way (``benchmarks/RESULTS.md``); moments are fp32 at least (``state_dtype`` restores the parameter's
+dtype; bf16 second moments stall); the side is decided once from the shape, not from the projected gradient's, which is
+ambiguous at full rank; P is a tensor in ``state``, not a pickled object; a non-finite gradient keeps the old P.
 """
 
 from __future__ import annotations
@@ -58,8 +61,8 @@ class GaLoreAdamW(GaLore):
         update_proj_gap: T, steps between refreshes of the subspace.
         scale: factor on the projected update (the paper's alpha).
         proj_type: which side P replaces: ``std`` the shorter, ``reverse_std`` the longer, ``left``, ``right``.
-        subspace_method: ``svd``, the authors' exact one, or ``iterate``, one warm-started orthogonal iteration a
-            refresh: a small part of the cost, and coordinates that move little.
+        subspace_method: ``iterate``, one warm-started orthogonal iteration a refresh, or ``svd``, the authors' exact
+            singular vectors.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
 
     State of an m x n matrix: ``(r * short + 2 * r * long)`` elements and a counter, against AdamW's ``2 * m * n``.
@@ -81,7 +84,7 @@ class GaLoreAdamW(GaLore):
         update_proj_gap: int = 200,
         scale: float = 0.25,
         proj_type: str = "std",
-        subspace_method: str = "svd",
+        subspace_method: str = "iterate",
         state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, locals())
@@ -110,7 +113,7 @@ class GaLoreLion(GaLore):
         update_proj_gap: int = 200,
         scale: float = 0.25,
         proj_type: str = "std",
-        subspace_method: str = "svd",
+        subspace_method: str = "iterate",
         state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, locals())
@@ -160,7 +163,7 @@ class GaLoreAdafactor(GaLore):
         update_proj_gap: int = 200,
         scale: float = 0.25,
         proj_type: str = "std",
-        subspace_method: str = "svd",
+        subspace_method: str = "iterate",
         state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, locals())

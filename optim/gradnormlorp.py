@@ -61,7 +61,7 @@ class GradNormLoRPAdamW(SubspaceOptimizer):
         update_proj_gap: int = 200,
         scale: float = 0.25,
         proj_type: str = "std",
-        subspace_method: str = "svd",
+        subspace_method: str = "iterate",
         state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, locals())

@@ -73,7 +73,7 @@ class GaLoreAdamW8bit(GaLore):
         update_proj_gap: int = 200,
         scale: float = 0.25,
         proj_type: str = "std",
-        subspace_method: str = "svd",
+        subspace_method: str = "iterate",
         quant: bool = False,
         quant_n_bit: int = 4,
         quant_group_size: int = 256,

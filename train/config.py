@@ -85,7 +85,7 @@ class OptimizerArguments:
     )
     subspace_method: str | None = field(
         default=None,
-        metadata={"help": "How the subspace is found: svd, exact, or iterate, one cheap warm iteration."},
+        metadata={"help": "How the subspace is found: iterate, one cheap warm iteration, or svd, exact."},
     )
     proj_type: str = field(default="std", metadata={"help": "Side projected: std, reverse_std, left or right."})
     target_modules: list[str] = field(

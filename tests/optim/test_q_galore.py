@@ -1,12 +1,19 @@
 """8-bit GaLore and Q-GaLore: parity with the authors and bitsandbytes, the packed projector, the lazy clock."""
 
+from functools import partial
+
 import bitsandbytes
 import galore_torch
 import pytest
 import torch
 from torch import nn
 
-from gracile.optim import GaLoreAdamW, GaLoreAdamW8bit, state_bytes
+from gracile import optim
+from gracile.optim import state_bytes
+
+# the authors' exact singular vectors; the default is one cheap iteration
+GaLoreAdamW = partial(optim.GaLoreAdamW, subspace_method="svd")
+GaLoreAdamW8bit = partial(optim.GaLoreAdamW8bit, subspace_method="svd")
 
 SHAPES = {"tall": (20, 12), "wide": (12, 20), "square": (16, 16)}
 LARGE = {"tall": (160, 96), "wide": (96, 160), "square": (128, 128)}  # 48 coordinates a line are more than 4096
@@ -36,8 +43,11 @@ def step(optimizer, W, G):
     return optimizer.state[W]
 
 
-class Watched(GaLoreAdamW8bit):
-    """Notes the steps, counted from 0, at which a matrix was given a new subspace."""
+class Watched(optim.GaLoreAdamW8bit):
+    """Notes the steps, counted from 0, at which a matrix was given a new subspace; exact singular vectors."""
+
+    def __init__(self, params, **keys):
+        super().__init__(params, **{"subspace_method": "svd", **keys})
 
     def find_basis(self, shard, group, state):
         self.refreshes = [*getattr(self, "refreshes", []), int(state["step"].item())]
@@ -149,7 +159,7 @@ def test_bytes_are_those_of_the_formula(shape, bits, dtype):
         W = weight(*shape, dtype=dtype)
         optimizer = GaLoreAdamW8bit([W], rank=48, **keys)
         step(optimizer, W, gradients(*shape, steps=1, dtype=dtype)[0])
-        assert state_bytes(optimizer) == GaLoreAdamW8bit.state_bytes_for(shape, dtype, rank=48, **keys)
+        assert state_bytes(optimizer) == optim.GaLoreAdamW8bit.state_bytes_for(shape, dtype, rank=48, **keys)
         assert state_bytes(optimizer) == moments + basis
 
 
