@@ -104,7 +104,7 @@ def _finish(config: Config, trainer: PretrainTrainer, output_dir: Path, speed: f
         "name": config.name,
         "model": config.model.model,
         "optimizer": config.optimizer.optimizer,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": report.elements(model),
         "steps": steps,
         "tokens": steps * tokens_per_step,
         "tokens_per_second": None if speed is None else speed * tokens_per_step,
@@ -186,7 +186,7 @@ def _trainer(
 
 
 def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks, checkpoint: Path | None) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = report.elements(model)
     train = "streamed" if corpus.streamed else f"{len(blocks.train):,}"
     print(
         f"{config.name}: {config.model.model} LLaMA of {parameters:,} parameters, {config.optimizer.optimizer}, "

@@ -23,6 +23,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 
+def elements(model: nn.Module) -> int:
+    """Of all parameters, also of those that ZeRO 3 has split."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
 def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
     """Bytes of this process, counted from the tensors; AdamW's are what ``torch.optim.AdamW`` would hold."""
     parameters = list(model.parameters())
