@@ -100,7 +100,7 @@ def _finish(config: Config, trainer: PretrainTrainer, output_dir: Path, speed: f
     model = trainer.accelerator.unwrap_model(trainer.model)
     tokens_per_step = trainer.get_total_train_batch_size(config.run) * config.data.block_size
     steps = trainer.state.global_step
-    metrics = {
+    metrics: dict[str, Any] = {
         "name": config.name,
         "model": config.model.model,
         "optimizer": config.optimizer.optimizer,

@@ -42,17 +42,23 @@ REFUSED: list[tuple[tuple[str, ...], Any, str]] = [
 ]
 
 
+def _chosen(run: RunArguments) -> Any:
+    """DeepSpeed's configuration as transformers holds it, or None without one."""
+    return getattr(run, "hf_deepspeed_config", None)
+
+
 def prepare(run: RunArguments) -> None:
     """Let DeepSpeed know the processes, so that ZeRO 3 can split the model while it is built.
 
     Raises:
         BadInput: for a configuration that cannot work with our optimizers.
     """
-    if run.hf_deepspeed_config is None:
+    chosen = _chosen(run)
+    if chosen is None:
         return
     if find_spec("deepspeed") is None:
         raise BadInput("deepspeed is not installed; install it with: pip install 'gracile[deepspeed]'")
-    _refuse(run.hf_deepspeed_config.config)
+    _refuse(chosen.config)
     import deepspeed
 
     deepspeed.init_distributed("gloo" if run.use_cpu else None)
@@ -79,11 +85,12 @@ def _refuse(settings: dict[str, Any]) -> None:
 @contextmanager
 def unpartitioned(run: RunArguments) -> Iterator[None]:
     """Models built inside are not split by ZeRO 3."""
-    if run.hf_deepspeed_config is None:
+    chosen = _chosen(run)
+    if chosen is None:
         yield
         return
     unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        set_hf_deepspeed_config(run.hf_deepspeed_config)
+        set_hf_deepspeed_config(chosen)
