@@ -66,7 +66,7 @@ class APOLLOAdamW(SubspaceOptimizer):
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
-        RuntimeError: at ``step``, for sparse gradients, or for a ranked matrix this process holds only a part of.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
     """
 
     host_state = SubspaceOptimizer.host_state | {"seed"}

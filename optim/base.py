@@ -66,7 +66,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     State per parameter, tensors only: ``step`` (fp32 scalar), the rule's moments, and for a matrix ``basis``, r
     orthonormal columns in the parameter's dtype. All of it is born at the first ``step()``, for every trainable
-    parameter, so that all processes have the same keys.
+    parameter, so that all processes have the same keys. Where an engine steps flat tensors that hold several
+    parameters, keys begin with a parameter's position: ``"3.basis"``.
 
     A constructor's arguments are its group keys: it passes ``locals()`` on.
     """

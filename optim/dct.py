@@ -60,7 +60,7 @@ class DCTAdamW(SubspaceOptimizer):
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
-        RuntimeError: at ``step``, for sparse gradients, or for a ranked matrix this process holds only a part of.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
     """
 
     rule = TORCH_ADAM

@@ -69,7 +69,7 @@ class GaLoreAdamW(GaLore):
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
-        RuntimeError: at ``step``, for sparse gradients, or for a ranked matrix this process holds only a part of.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class GaLoreAdafactor(GaLore):
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
-        RuntimeError: at ``step``, for sparse gradients, or for a ranked matrix this process holds only a part of.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
     """
 
     rule = ADAFACTOR

@@ -59,7 +59,7 @@ class GaLorePlusAdamW(GaLore):
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
-        RuntimeError: at ``step``, for sparse gradients, or for a ranked matrix this process holds only a part of.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
     """
 
     subspace_methods = ("randomized", *GaLore.subspace_methods)

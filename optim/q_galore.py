@@ -55,7 +55,7 @@ class GaLoreAdamW8bit(GaLore):
     Raises:
         ImportError: at construction, without bitsandbytes.
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
-        RuntimeError: at ``step``, for sparse gradients, or for a ranked matrix this process holds only a part of.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
     """
 
     rule = block_wise(Rule(check_adam, adam_state, partial(adam, torch_eps=True)))
