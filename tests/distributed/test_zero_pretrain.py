@@ -1,0 +1,40 @@
+"""``gracile pretrain`` under DeepSpeed's engine: the run of one process, and one that is stopped and goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gracile.train.pretrain import main
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_two_processes_train_the_run_of_one(name, tiny, tmp_path, metrics, torchrun):
+    """And stopped after a checkpoint, they go on to the same bits; the saved model is whole.
+
+    From a saved model: ZeRO 3 draws the weights of a new one in another order.
+    """
+    start = str(tmp_path / "start")
+    assert main([tiny(max_steps=1, output_dir=start)]) == 0
+    config = tiny(max_steps=12, model=start, model_overrides=None)
+    assert main([config]) == 0
+    two = tmp_path / "two"
+    command = ["-m", "gracile.train.pretrain", config, "--gradient_accumulation_steps", "1", "--output_dir", str(two)]
+    command += ["--deepspeed", str(CONFIGS / f"{name}.json")]
+    done = torchrun(2, *command)
+    assert done.returncode == 0, done.stdout[-3000:]
+    one, other = metrics(tmp_path / "run"), metrics(two)
+    assert (other["tokens"], other["parameters"]) == (one["tokens"], one["parameters"])
+    whole, split = load_file(tmp_path / "run" / "model.safetensors"), load_file(two / "model.safetensors")
+    for key, value in whole.items():
+        assert torch.linalg.vector_norm(value - split[key]) <= 1e-4 * torch.linalg.vector_norm(value), key
+
+    again = torchrun(2, *command, "--resume_from_checkpoint", str(two / "checkpoint-5"))
+    assert again.returncode == 0, again.stdout[-3000:]
+    resumed = load_file(two / "model.safetensors")
+    assert all(torch.equal(split[key], value) for key, value in resumed.items())
+    assert json.loads((two / "metrics.json").read_text())["history"] == other["history"]
