@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..validation import is_real, is_whole, nearest, require
+from .loading import FaithfulLoading
 from .rules import ADAM, Rule
 from .shards import (
     Keys,
@@ -57,7 +58,7 @@ class MatrixWork(NamedTuple):
     state: State
 
 
-class SubspaceOptimizer(torch.optim.Optimizer):
+class SubspaceOptimizer(FaithfulLoading):
     """Base of the optimizers whose moments live in a subspace of each matrix.
 
     A group with a ``rank`` holds matrices only; a group without one gets the plain rule. A method says three
@@ -74,13 +75,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     rule: Rule = ADAM
     subspace_methods: tuple[str, ...] = SUBSPACE_METHODS
-    host_state = frozenset({"step"})  # clocks, always on the CPU so that reading them never stops a device
     _told_non_finite = False  # a class attribute: torch's __getstate__ keeps no others through pickle
 
     def __init__(self, params: ParamsT, arguments: Group) -> None:
         defaults = {key: value for key, value in arguments.items() if key not in ("self", "params", "__class__")}
         self.defaults = defaults  # what the checks of groups look at; torch sets it again
-        self._check_values(defaults)
+        self.check_values(defaults)
         self._members: dict[int, dict[int, Member]] = {}  # by group number and id: what this optimizer was given
         self._layouts: dict[int, list[tuple[Member, Slice]]] = {}  # by id of what it is stepped with
         super().__init__(params, defaults)
@@ -169,10 +169,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: Group) -> None:
         for key in group.keys() - self.defaults.keys() - FOREIGN_KEYS:
             raise ValueError(f"unknown parameter group key {key!r} = {group[key]!r}; {nearest(key, self.defaults)}")
-        self._check_values(group)
+        self.check_values(group)
         self._check_parameters(group)
 
-    def _check_values(self, group: Group) -> None:
+    def check_values(self, group: Group) -> None:
         decay = group["weight_decay"]
         require(is_real(decay) and decay >= 0, "weight_decay must be a number >= 0", decay)
         dtype = group.get("state_dtype")
@@ -316,70 +316,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             state["step"] += 1
             self.update(shard, group, state)
 
-    # ---- saving and loading -------------------------------------------------------------------------------------
+    # ---- state before it exists -------------------------------------------------------------------------------------
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer.load_state_dict``, but every tensor keeps its own dtype and is a copy.
-
-        torch casts state to the parameter's dtype, which would round fp32 moments of bf16 parameters, and shares
-        tensors with ``state_dict``. Raises ValueError, before anything is changed, where the state is not one of
-        this optimizer for parameters of these shapes.
-        """
-        saved_state: dict[int, State] = {}  # by position among all parameters
-
-        def withhold(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            ids = [i for group in saved["param_groups"] for i in group["params"]]
-            saved_state.update({ids.index(i): state for i, state in saved["state"].items() if i in ids})
-            # A key that was not saved keeps its present value: another optimizer's groups must not lose the rank.
-            groups = [
-                {**{key: own[key] for key in self.defaults}, **other, "group_number": own["group_number"]}
-                for own, other in zip(self.param_groups, saved["param_groups"], strict=False)
-            ]
-            self._check_state(saved_state, groups)
-            rest = saved["param_groups"][len(groups) :]  # torch refuses unequal lengths
-            return {**saved, "state": {}, "param_groups": groups + rest}
-
-        def restore(_: torch.optim.Optimizer) -> None:
-            parameters = [p for group in self.param_groups for p in group["params"]]
-            for number, state in saved_state.items():
-                p = parameters[number]
-                self.state[p] = {
-                    # where a flat tensor holds several members, keys begin with a member's position
-                    k: v.to("cpu" if k.split(".")[-1] in self.host_state else p.device, copy=True)
-                    for k, v in state.items()
-                }
-
-        before = self.register_load_state_dict_pre_hook(withhold)  # runs after the user's own
-        after = self.register_load_state_dict_post_hook(restore, prepend=True)  # runs before the user's own
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
-
-    def _check_state(self, saved_state: dict[int, State], saved_groups: list[Group]) -> None:
-        """Compare saved tensors with those this optimizer would create, on the meta device: nothing is allocated."""
-        for group in saved_groups:
-            self._check_values(group)
-        # The saved rank counts: loading restores the saved groups too.
-        owners = [
-            (p, saved) for group, saved in zip(self.param_groups, saved_groups, strict=False) for p in group["params"]
-        ]
-        for number, state in saved_state.items():
-            if number >= len(owners):
-                return  # torch refuses this too, with its own message
-            p, group = owners[number]
-            if id(p) not in self._members[group["group_number"]]:
-                continue  # an engine's flat tensor: its engine checks
-            expected = self._state_on_meta(p, group)
-            saved = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in state.items()}
-            wanted = {k: tuple(v.shape) for k, v in expected.items()}
-            if saved != wanted:
-                raise ValueError(
-                    f"the saved state of parameter {number} does not fit {type(self).__name__} on a parameter of "
-                    f"shape {tuple(p.shape)}: it holds {saved}, expected {wanted}; load it into the optimizer and "
-                    "model that saved it"
-                )
+    def expected_state(self, parameter: Tensor, group: Group) -> NewState | None:
+        if group.get("group_number") is not None and id(parameter) not in self._members[group["group_number"]]:
+            return None  # an engine's flat tensor: its engine checks
+        return self._state_on_meta(parameter, group)
 
     def _state_on_meta(self, parameter: Tensor, group: Group) -> NewState:
         return self.new_state(self._whole(torch.empty_like(parameter, device="meta"), group, 0, Room()), group)

@@ -1,0 +1,86 @@
+"""Loading that gives back what was saved: every tensor in its own dtype, nothing shared, nothing that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class FaithfulLoading(torch.optim.Optimizer):
+    """An optimizer whose ``load_state_dict`` keeps dtypes, copies, and checks before it changes anything."""
+
+    host_state = frozenset({"step"})  # clocks, always on the CPU so that reading them never stops a device
+
+    def check_values(self, group: dict[str, Any]) -> None:
+        """Refuse bad values of a group."""
+        raise NotImplementedError
+
+    def expected_state(self, parameter: Tensor, group: dict[str, Any]) -> Mapping[str, Tensor] | None:
+        """The state this optimizer would make for ``parameter``, on the meta device; None where it cannot be said."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer.load_state_dict``, but every tensor keeps its own dtype and is a copy.
+
+        torch casts state to the parameter's dtype, which would round fp32 moments of bf16 parameters, and shares
+        tensors with ``state_dict``. Raises ValueError, before anything is changed, where the state is not one of
+        this optimizer for parameters of these shapes.
+        """
+        saved_state: dict[int, dict[str, Tensor]] = {}  # by position among all parameters
+
+        def withhold(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            ids = [i for group in saved["param_groups"] for i in group["params"]]
+            saved_state.update({ids.index(i): state for i, state in saved["state"].items() if i in ids})
+            # A key that was not saved keeps its present value: another optimizer's groups must not lose the rank.
+            groups = [
+                {**{key: own[key] for key in self.defaults}, **other, "group_number": own["group_number"]}
+                for own, other in zip(self.param_groups, saved["param_groups"], strict=False)
+            ]
+            self._check_state(saved_state, groups)
+            rest = saved["param_groups"][len(groups) :]  # torch refuses unequal lengths
+            return {**saved, "state": {}, "param_groups": groups + rest}
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            for number, state in saved_state.items():
+                p = parameters[number]
+                self.state[p] = {
+                    # where a flat tensor holds several members, keys begin with a member's position
+                    k: v.to("cpu" if k.split(".")[-1] in self.host_state else p.device, copy=True)
+                    for k, v in state.items()
+                }
+
+        before = self.register_load_state_dict_pre_hook(withhold)  # runs after the user's own
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)  # runs before the user's own
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _check_state(self, saved_state: dict[int, dict[str, Tensor]], saved_groups: list[dict[str, Any]]) -> None:
+        """Compare saved tensors with those this optimizer would create, on the meta device: nothing is allocated."""
+        for group in saved_groups:
+            self.check_values(group)
+        # The saved rank counts: loading restores the saved groups too.
+        owners = [
+            (p, saved) for group, saved in zip(self.param_groups, saved_groups, strict=False) for p in group["params"]
+        ]
+        for number, state in saved_state.items():
+            if number >= len(owners):
+                return  # torch refuses this too, with its own message
+            p, group = owners[number]
+            expected = self.expected_state(p, group)
+            if expected is None:
+                continue
+            saved = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in state.items()}
+            wanted = {k: tuple(v.shape) for k, v in expected.items()}
+            if saved != wanted:
+                raise ValueError(
+                    f"the saved state of parameter {number} does not fit {type(self).__name__} on a parameter of "
+                    f"shape {tuple(p.shape)}: it holds {saved}, expected {wanted}; load it into the optimizer and "
+                    "model that saved it"
+                )
