@@ -18,8 +18,8 @@ where ``scale_front`` asks for it, and the limiter compares norms without bias c
 Departures: P is not kept but drawn again from its seed at each step, in fp32 also for bf16 gradients (the paper counts
 its memory so; the authors' code keeps P in the gradient's dtype); the norms run along the projected axis by the side,
 not by comparing lengths; a rank above the short side is capped there; a vanishing norm is not stored as the one to
-grow from; the host reads no norm. A GPU and a
-CPU draw different numbers from one seed: a run that moves between them changes its subspace, as a refresh does.
+grow from; the host reads no norm. A GPU and a CPU draw different numbers from one seed: a run that moves between them
+changes its subspace, as a refresh does.
 """
 
 from __future__ import annotations

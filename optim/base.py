@@ -38,7 +38,7 @@ Group = dict[str, Any]
 State = MutableMapping[str, Tensor]
 NewState = dict[str, Tensor]
 
-# Keys that other code puts into groups: torch's named parameters, its LR schedulers, and a label for humans.
+# Keys beside the constructor's: torch's named parameters, its LR schedulers, a label for humans, and our own number.
 FOREIGN_KEYS = {"params", "param_names", "initial_lr", "name", "group_number"}
 
 
@@ -203,12 +203,16 @@ class SubspaceOptimizer(FaithfulLoading):
         require(len({id(p) for p in tensors}) == len(tensors), "params must hold each parameter once", len(tensors))
         for p in tensors:
             require(p.is_floating_point(), "parameters must be real floating point tensors", p.dtype)
-            shape = full_shape(p)
-            if group.get("rank") is not None and len(shape) != 2:
-                raise ValueError(
-                    f"rank={group['rank']} needs matrices, got a parameter of shape {shape}; "
-                    "put it into a group without a rank (gracile.optim.param_groups does)"
-                )
+            if group.get("rank") is not None:
+                self._check_shape(full_shape(p), group)
+
+    def _check_shape(self, shape: tuple[int, ...], group: Group) -> None:
+        """Refuse a parameter that a group with a rank cannot hold."""
+        if len(shape) != 2:
+            raise ValueError(
+                f"rank={group['rank']} needs matrices, got a parameter of shape {shape}; "
+                "put it into a group without a rank (gracile.optim.param_groups does)"
+            )
 
     # ---- one step, in three phases ------------------------------------------------------------------------------
 
@@ -319,7 +323,7 @@ class SubspaceOptimizer(FaithfulLoading):
     # ---- state before it exists -------------------------------------------------------------------------------------
 
     def expected_state(self, parameter: Tensor, group: Group) -> NewState | None:
-        if group.get("group_number") is not None and id(parameter) not in self._members[group["group_number"]]:
+        if id(parameter) not in self._members[group["group_number"]]:
             return None  # an engine's flat tensor: its engine checks
         return self._state_on_meta(parameter, group)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .base import Group, State, SubspaceOptimizer
-from .rules import ADAFACTOR, LION, adafactor
+from .rules import ADAFACTOR, LION
 from .shards import Whole, WholeMatrix, has_subspace
 from .subspaces.basis import Lifted
 
@@ -171,7 +171,7 @@ class GaLoreAdafactor(GaLore):
     def update(self, shard: Whole, group: Group, state: State) -> None:
         lr = self._learning_rate(shard, group, state)
         P = self.basis(shard, group, state) if has_subspace(shard) else None
-        N, _ = adafactor(P.project(shard.grad) if P else shard.grad, state, group, shard)
+        N, _ = self.rule.direction(P.project(shard.grad) if P else shard.grad, state, group, shard)
         N.mul_(lr)
         if group["beta1"] is not None:  # averages whole steps, their learning rates too
             N = state["exp_avg"].mul_(group["beta1"]).add_(N, alpha=1 - group["beta1"])

@@ -101,15 +101,11 @@ class GaLorePlusAdamW(GaLore):
             value = group[key]
             require(is_whole(value) and value >= least, f"{key} must be a whole number >= {least}", value)
 
-    def _check_parameters(self, group: Group) -> None:
-        super()._check_parameters(group)
+    def _check_shape(self, shape: tuple[int, ...], group: Group) -> None:
+        super()._check_shape(shape, group)
         heads = group["num_heads"]
-        if heads is None or group["rank"] is None:
-            return
-        for entry in group["params"]:
-            p = entry[1] if isinstance(entry, tuple) else entry
-            rows, _ = getattr(p, "ds_shape", p.shape)
-            require(rows % heads == 0, f"num_heads must divide the rows of each matrix, here {rows}", heads)
+        if heads is not None:
+            require(shape[0] % heads == 0, f"num_heads must divide the rows of each matrix, here {shape[0]}", heads)
 
     # ---- the cross-head, randomized subspace --------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..validation import nearest
+from .shards import full_shape
 
 # The linear layers of a transformer block in the LLaMA and GPT-2 families, as the GaLore papers choose them.
 DEFAULT_TARGETS = ("attn", "mlp")
@@ -54,7 +55,7 @@ def param_groups(
 
 
 def _dim(parameter: Tensor) -> int:
-    return len(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed's zero.Init leaves shape empty
+    return len(full_shape(parameter))
 
 
 def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -106,7 +107,7 @@ def _found(key: str, patterns: list[str], names: Collection[str], whole_name: bo
     Raises:
         ValueError: for a pattern that matches none.
     """
-    found = {pattern: _matching(pattern, names, whole_name) for pattern in patterns}
+    found = {pattern: _matching(key, pattern, names, whole_name) for pattern in patterns}
     for pattern, matched in found.items():
         if not matched:
             parts = {part for name in names for part in name.split(".") if not part.isdigit()}
@@ -114,9 +115,9 @@ def _found(key: str, patterns: list[str], names: Collection[str], whole_name: bo
     return found
 
 
-def _matching(pattern: str, names: Iterable[str], whole_name: bool) -> set[str]:
+def _matching(key: str, pattern: str, names: Iterable[str], whole_name: bool) -> set[str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"target_modules: {pattern!r} is not a regular expression ({error})") from None
+        raise ValueError(f"{key}: {pattern!r} is not a regular expression ({error})") from None
     return {name for name in names if expression.fullmatch(name) or (not whole_name and pattern in name)}

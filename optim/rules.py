@@ -28,7 +28,7 @@ class Rule:
 
     check: Callable[[dict[str, Any]], None]
     state: Callable[[Shape, torch.dtype, torch.device, dict[str, Any]], dict[str, Tensor]]
-    direction: Callable[[Tensor, MutableMapping[str, Tensor], dict[str, Any]], tuple[Tensor, float]]
+    direction: Callable[..., tuple[Tensor, float]]  # of (gradient, state, group); Adafactor's asks for the shard too
     decay_first: bool = False
     needs_rows: bool = False  # a part of a matrix must come in whole rows
 
@@ -134,12 +134,8 @@ class Statistics(Protocol):
     def rms(self, like: Tensor) -> Tensor: ...
 
 
-def _mean(squares: Tensor, dim: int, over: Statistics | None) -> Tensor:
-    return squares.mean(dim=dim) if over is None else over.mean(squares, dim)
-
-
 def adafactor(
-    gradient: Tensor, state: MutableMapping[str, Tensor], group: dict[str, Any], over: Statistics | None = None
+    gradient: Tensor, state: MutableMapping[str, Tensor], group: dict[str, Any], over: Statistics
 ) -> tuple[Tensor, float]:
     """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) as fairseq's and Hugging Face's code write it.
 
@@ -149,7 +145,7 @@ def adafactor(
         N    =  U / max(1, rms(U) / clip_threshold)
 
     The first moment, where ``beta1`` asks for one, averages steps that contain the learning rate: the caller's part.
-    ``over`` takes the means over a whole matrix where ``gradient`` is a part of its lines.
+    ``over`` takes the means over the whole matrix, also where ``gradient`` is a part of its lines.
     """
     dtype = state["exp_avg_sq_row" if "exp_avg_sq_row" in state else "exp_avg_sq"].dtype
     R = gradient.to(dtype)
@@ -157,16 +153,14 @@ def adafactor(
     squares = R.square().add_(group["eps"][0])
     if "exp_avg_sq_row" in state:
         C, D = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-        over_columns, over_rows = (_mean(squares, dim, over) for dim in (-1, -2))
-        C.mul_(beta2).add_(over_columns, alpha=1 - beta2)
-        D.mul_(beta2).add_(over_rows, alpha=1 - beta2)
-        size = C.mean(dim=-1, keepdim=True) if over is None else over.mean(C.unsqueeze(-1), -2)
+        C.mul_(beta2).add_(over.mean(squares, -1), alpha=1 - beta2)
+        D.mul_(beta2).add_(over.mean(squares, -2), alpha=1 - beta2)
+        size = over.mean(C.unsqueeze(-1), -2)
         N = torch.mul((C / size).rsqrt_().unsqueeze(-1), D.unsqueeze(-2).rsqrt(), out=squares)
     else:
         N = state["exp_avg_sq"].mul_(beta2).add_(squares, alpha=1 - beta2).rsqrt()
     N.mul_(R)
-    rms = torch.linalg.vector_norm(N) / math.sqrt(max(1, N.numel())) if over is None else over.rms(N)
-    return N.div_((rms / group["clip_threshold"]).clamp_(min=1.0)), 1.0
+    return N.div_((over.rms(N) / group["clip_threshold"]).clamp_(min=1.0)), 1.0
 
 
 ADAM = Rule(check_adam, adam_state, adam)

@@ -77,9 +77,9 @@ def build_optimizer(model: nn.Module, chosen: OptimizerArguments, run: RunArgume
     """
     recipe = _recipe(chosen)
     keywords = mapping("optimizer_args", chosen.optimizer_args, '{"error_feedback": "8bit"}')
+    known = recipe.accepts() - {"rank", *SUBSPACE_KEYS}
     for key in keywords:
-        if key not in recipe.accepts() - {"rank", *SUBSPACE_KEYS}:
-            known = recipe.accepts() - {"rank", *SUBSPACE_KEYS}
+        if key not in known:
             raise BadInput(f"optimizer_args: {chosen.optimizer} takes no {key!r} there; {nearest(key, known)}")
     try:
         if "rank" in recipe.accepts():

@@ -58,13 +58,16 @@ def prepare(run: RunArguments) -> None:
         return
     if find_spec("deepspeed") is None:
         raise BadInput("deepspeed is not installed; install it with: pip install 'gracile[deepspeed]'")
-    _refuse(chosen.config)
+    refuse(chosen.config)
     import deepspeed
 
     deepspeed.init_distributed("gloo" if run.use_cpu else None)
 
 
-def _refuse(settings: dict[str, Any]) -> None:
+def refuse(settings: dict[str, Any]) -> None:
+    """Raises BadInput for a DeepSpeed configuration that cannot work with our optimizers."""
+    if not settings.get("torch_autocast", {}).get("enabled"):
+        settings = {**settings, "torch_autocast": {}}
     for path, values, reason in REFUSED:
         value: Any = settings
         for key in path:

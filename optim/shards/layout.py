@@ -64,7 +64,7 @@ def rows_of(parameter: Any) -> Slice:
         UnsupportedLayout: for a mesh of several dimensions, or a tensor that is not split by rows.
     """
     mesh, placements = parameter.device_mesh, parameter.placements
-    if mesh.ndim != 1 or not (placements[0].is_replicate() or placements[0].is_shard(0)):
+    if mesh.ndim != 1 or not placements[0].is_shard(0):
         raise UnsupportedLayout(
             f"a parameter is a DTensor placed as {placements} on a mesh of {mesh.ndim} dimension(s); only rows over "
             "one dimension (fully_shard on a 1-D mesh) are supported, no tensor parallelism"
@@ -75,7 +75,7 @@ def rows_of(parameter: Any) -> Slice:
     share = -(-shape[0] // world.size)
     bounds = tuple(min(i * share, shape[0]) * row for i in range(world.size + 1))
     piece = Slice(shape, bounds, 0, world)
-    if placements[0].is_shard(0) and parameter.to_local().numel() != piece.numel:
+    if parameter.to_local().numel() != piece.numel:
         raise UnsupportedLayout(f"a DTensor of shape {shape} holds {parameter.to_local().numel()} elements here")
     return piece
 

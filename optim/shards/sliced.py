@@ -205,11 +205,7 @@ class SlicedMatrix(WholeMatrix):
 
     def move(self, direction: Tensor | Lifted, alpha: float) -> None:
         if self.frame.right and not self.cut:
-            rows = self.parameter.view(self.block_shape)
-            if isinstance(direction, Lifted):
-                direction.write_to_(rows, alpha, self.room)
-            else:
-                rows.add_(direction, alpha=alpha)
+            self._add(self.parameter.view(self.block_shape), direction, alpha)
         else:
             update = direction.dense() if isinstance(direction, Lifted) else direction
             self.parameter.add_(self._slice(update).to(self.parameter.dtype), alpha=alpha)

@@ -88,10 +88,13 @@ class Whole:
 
     def move(self, direction: Tensor | Lifted, alpha: float) -> None:
         """W <- W + alpha * direction."""
+        self._add(self.parameter, direction, alpha)
+
+    def _add(self, weights: Tensor, direction: Tensor | Lifted, alpha: float) -> None:
         if isinstance(direction, Lifted):
-            direction.write_to_(self.parameter, alpha, self.room)
+            direction.write_to_(weights, alpha, self.room)
         else:
-            self.parameter.add_(direction, alpha=alpha)
+            weights.add_(direction, alpha=alpha)
 
 
 class WholeMatrix(Whole):

@@ -338,6 +338,11 @@ def test_a_mapping_that_matches_nothing_raises(llama):
         param_groups(llama, 8, num_heads={"q_prj": 4})
 
 
+def test_a_mapping_with_a_pattern_that_is_none_names_its_key(llama):
+    with pytest.raises(ValueError, match=r"num_heads: '\(' is not a regular expression"):
+        param_groups(llama, 8, num_heads={"(": 4})
+
+
 def test_a_mapping_owns_a_weight_that_two_layers_share_once():
     model = Small()
     model.blocks[1].attn.weight = model.blocks[0].attn.weight

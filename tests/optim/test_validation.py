@@ -238,6 +238,16 @@ def test_a_tensor_distributed_over_two_dimensions():
     assert_step_is_refused(optimizer, UnsupportedLayout, message)
 
 
+def test_a_replicated_distributed_tensor():
+    """Each process would update a share of it, and the replicas would part."""
+    odd = matrix()
+    odd.grad = torch.ones_like(odd)
+    optimizer = beside_a_sound_matrix(odd, rank=4)
+    odd.device_mesh = SimpleNamespace(ndim=1)
+    odd.placements = (SimpleNamespace(is_shard=lambda dim: False, is_replicate=lambda: True),)
+    assert_step_is_refused(optimizer, UnsupportedLayout, "a DTensor placed as .* on a mesh of 1 dimension")
+
+
 def test_a_matrix_flattened_after_construction():
     """As an engine that is not DeepSpeed may do: its fragment would be projected as if it were the matrix."""
     odd = matrix()

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from importlib import resources
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 from gracile.train.cli import main as gracile
 from gracile.train.config import DataArguments, ModelArguments, OptimizerArguments, RunArguments, load_config
 from gracile.train.errors import BadInput
+from gracile.train.optimizers import OPTIMIZERS
 from gracile.train.usage import COMMON, usage
 
 EMBEDDED = sorted(
@@ -105,6 +107,11 @@ def test_help_names_every_key_of_ours_and_the_common_ones():
     assert max(len(line) for line in text.splitlines()) <= 110
     everything = usage(everything=True)
     assert all(f"--{f.name}" in everything for f in dataclasses.fields(RunArguments) if f.init)
+
+
+def test_the_help_of_optimizer_names_every_one_of_them():
+    (described,) = (f for f in dataclasses.fields(OptimizerArguments) if f.name == "optimizer")
+    assert set(re.findall(r"\w+", described.metadata["help"])) - {"or"} == set(OPTIMIZERS)
 
 
 def test_cli_help_version_and_unknown_command(monkeypatch, capsys):
