@@ -36,7 +36,7 @@ from ..validation import is_whole, require
 from .base import Group, NewState, State, SubspaceOptimizer
 from .residuals import limit_growth_
 from .rules import adam
-from .shards import WholeMatrix
+from .shards import Solving, WholeMatrix
 from .subspaces.basis import Lifted
 from .subspaces.gaussian import following, gaussian_columns
 from .subspaces.singular import leading_singular_vectors
@@ -57,6 +57,7 @@ class APOLLOAdamW(SubspaceOptimizer):
         params, lr, betas, eps, weight_decay, rank, update_proj_gap, proj_type, state_dtype: as for ``GaLoreAdamW``.
         scale: its square root multiplies the update of a matrix.
         proj: ``random``, or ``svd`` for GaLore's subspace, which is kept as state.
+        shard_basis: as for ``GaLoreAdamW``; a random projection is drawn anew and never kept.
         scale_type: one factor a ``channel`` (each line along the long side) or one for the whole ``tensor``.
         scale_front: multiply by the root of ``scale`` before the growth limiter instead of after.
         disable_nl: leave out the limiter on the growth of the update's norm.
@@ -88,6 +89,7 @@ class APOLLOAdamW(SubspaceOptimizer):
         proj: str = "random",
         scale_type: str = "channel",
         seed: int = 1,
+        shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, locals())
@@ -117,7 +119,7 @@ class APOLLOAdamW(SubspaceOptimizer):
 
     def columns(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
         if group["proj"] == "svd":
-            return state["basis"]
+            return super().columns(shard, group, state)
         return gaussian_columns(shard.frame, int(state["seed"].item()), shard.parameter.device)
 
     def refresh_is_due(self, group: Group, state: State) -> bool:
@@ -128,8 +130,8 @@ class APOLLOAdamW(SubspaceOptimizer):
             state["seed"].fill_(following(int(state["seed"].item())))
         return False  # nothing to find: a seed is all there is
 
-    def find_basis(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
-        return shard.solve(shard.grad, partial(leading_singular_vectors, frame=shard.frame))
+    def find_basis(self, shard: WholeMatrix, group: Group, state: State) -> Tensor | Solving:
+        return shard.solving(shard.grad, partial(leading_singular_vectors, frame=shard.frame))
 
     def direction(self, shard: WholeMatrix, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
         G, P = shard.grad, self.basis(shard, group, state)

@@ -21,6 +21,7 @@ from .shards import (
     Sliced,
     SlicedMatrix,
     SlicedRows,
+    Solving,
     UnsupportedLayout,
     Whole,
     WholeMatrix,
@@ -40,6 +41,10 @@ NewState = dict[str, Tensor]
 
 # Keys beside the constructor's: torch's named parameters, its LR schedulers, a label for humans, and our own number.
 FOREIGN_KEYS = {"params", "param_names", "initial_lr", "name", "group_number"}
+
+
+# From so many processes on, a basis on each would cost more than the moments: each keeps a part.
+MANY = 8
 
 
 class Work(NamedTuple):
@@ -99,11 +104,11 @@ class SubspaceOptimizer(FaithfulLoading):
         return self.basis_state(shard, group) | moments if has_subspace(shard) else moments
 
     def basis_state(self, shard: WholeMatrix, group: Group) -> NewState:
-        return {"basis": first_columns(shard.frame, shard.parameter.dtype, shard.parameter.device)}
+        return {"basis": shard.kept(first_columns(shard.frame, shard.parameter.dtype, shard.parameter.device))}
 
     def columns(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
-        """P of one matrix (side x r), from how the state holds it."""
-        return state["basis"]
+        """P of one matrix (side x r), from how the state holds it. Collective where each process keeps a part."""
+        return shard.collected(state["basis"], shard.frame.basis_shape[0])
 
     def basis(self, shard: WholeMatrix, group: Group, state: State) -> Basis:
         """P of one matrix, as ``direction`` uses it."""
@@ -113,20 +118,22 @@ class SubspaceOptimizer(FaithfulLoading):
         """Before the counter moves on: at steps 0, T, 2T, ... of this matrix."""
         return int(state["step"].item()) % int(group["update_proj_gap"]) == 0
 
-    def find_basis(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
+    def find_basis(self, shard: WholeMatrix, group: Group, state: State) -> Tensor | Solving:
         """The new columns of one matrix at a refresh. Non-finite ones are not taken over."""
         previous = None if state["step"].item() == 0 else self.columns(shard, group, state)
         return self.singular_vectors(shard.grad, previous, shard, group)
 
-    def singular_vectors(self, dense: Tensor, previous: Tensor | None, shard: WholeMatrix, group: Group) -> Tensor:
+    def singular_vectors(
+        self, dense: Tensor, previous: Tensor | None, shard: WholeMatrix, group: Group
+    ) -> Tensor | Solving:
         """The leading singular vectors of a matrix of which ``dense`` is this process's lines."""
         if group["subspace_method"] == "svd":
-            return shard.solve(dense, partial(leading_singular_vectors, frame=shard.frame))
+            return shard.solving(dense, partial(leading_singular_vectors, frame=shard.frame))
         return orthogonal_iteration(shard.own(dense), shard.frame, previous, shard.sum_)
 
     def store_basis(self, columns: Tensor, usable: Tensor, shard: WholeMatrix, group: Group, state: State) -> None:
         """Write new columns into ``state`` where ``usable``, a flag on the device."""
-        state["basis"].copy_(torch.where(usable, columns, state["basis"]))
+        state["basis"].copy_(torch.where(usable, shard.kept(columns), state["basis"]))
 
     def refreshed(self, work: list[MatrixWork]) -> None:
         """Called once a step for the matrices that got new columns, if there are any."""
@@ -193,6 +200,9 @@ class SubspaceOptimizer(FaithfulLoading):
             require(is_whole(gap) and gap >= 1, "update_proj_gap must be a whole number >= 1", gap)
         if "scale" in group:
             require(is_real(group["scale"]), "scale must be a finite number", group["scale"])
+        if "shard_basis" in group:
+            chosen = group["shard_basis"]
+            require(chosen is None or isinstance(chosen, bool), "shard_basis must be True, False or None", chosen)
         if "subspace_method" in group:
             method, known = group["subspace_method"], self.subspace_methods
             require(method in known, f"subspace_method must be one of {', '.join(known)}", method)
@@ -290,7 +300,10 @@ class SubspaceOptimizer(FaithfulLoading):
                 )
             return SlicedRows(p, gradient, piece, member.position, room)
         frame = self.frame((member.shape[0], member.shape[1]), group)
-        return SlicedMatrix(p, gradient, piece, member.position, room, frame)
+        shard_basis = group.get("shard_basis")
+        if shard_basis is None:
+            shard_basis = piece.world.size >= MANY
+        return SlicedMatrix(p, gradient, piece, member.position, room, frame, shard_basis)
 
     def new_state(self, shard: Whole, group: Group) -> NewState:
         step = torch.zeros((), dtype=torch.float32, device=shard.host)
@@ -298,14 +311,18 @@ class SubspaceOptimizer(FaithfulLoading):
 
     def _refresh(self, work: list[Work]) -> None:
         """Phase 2: a new subspace for each matrix whose clock struck (steps 0, T, 2T, ... of that matrix)."""
-        due, finite = [], []
-        for shard, group, state in work:
-            if has_subspace(shard) and self.refresh_is_due(group, state):
-                # A non-finite gradient has no singular vectors: keep the old ones, without asking the device.
-                fresh = self.find_basis(shard, group, state)
-                finite.append(torch.isfinite(fresh).all())
-                self.store_basis(fresh, finite[-1], shard, group, state)
-                due.append(MatrixWork(shard, group, state))
+        due = [
+            MatrixWork(shard, group, state)
+            for shard, group, state in work
+            if has_subspace(shard) and self.refresh_is_due(group, state)
+        ]
+        finite: list[Tensor] = []
+        begun: list[tuple[MatrixWork, Tensor | Solving]] = []
+        for matrix in due:
+            begun.append((matrix, self.find_basis(*matrix)))
+            if len(begun) >= _wave(begun[-1][1]) or matrix is due[-1]:
+                finite += self._stored(begun)
+                begun.clear()
         if due:
             self.refreshed(due)
         if not finite or self._told_non_finite:
@@ -313,6 +330,21 @@ class SubspaceOptimizer(FaithfulLoading):
         if not torch.stack([flag.to(finite[0].device) for flag in finite]).all():  # one host read for all matrices
             self._told_non_finite = True
             warnings.warn("a gradient was not finite at a refresh; its matrix keeps its old subspace", stacklevel=5)
+
+    def _stored(self, begun: list[tuple[MatrixWork, Tensor | Solving]]) -> Iterator[Tensor]:
+        """The new columns of some matrices written; for each, whether they were finite.
+
+        Several processes solve a matrix each before any of them is waited for.
+        """
+        for _, found in begun:
+            if isinstance(found, Solving):
+                found.work()
+        for matrix, found in begun:
+            columns = found.result() if isinstance(found, Solving) else found
+            # A non-finite gradient has no singular vectors: keep the old ones, without asking the device.
+            usable = torch.isfinite(columns).all()
+            self.store_basis(columns, usable, *matrix)
+            yield usable
 
     def _update(self, work: list[Work]) -> None:
         """Phase 3: the method's direction for matrices, the plain rule for the rest, and the weights written."""
@@ -357,6 +389,11 @@ class SubspaceOptimizer(FaithfulLoading):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+
+
+def _wave(found: Tensor | Solving) -> int:
+    """How many matrices may be begun before one is waited for."""
+    return found.wave if isinstance(found, Solving) else 1
 
 
 def _local(tensor: Any) -> Tensor:

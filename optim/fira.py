@@ -44,8 +44,8 @@ class FiraAdamW(SubspaceOptimizer):
 
     Args:
         params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method,
-            state_dtype: as for ``GaLoreAdamW``. The authors' groups call ``scale`` alpha; it does not scale the
-            residual.
+            shard_basis, state_dtype: as for ``GaLoreAdamW``. The authors' groups call ``scale`` alpha; it does
+            not scale the residual.
         growth: the norm of the residual grows by at most this factor a step (the paper's gamma).
         residual: ``reference`` subtracts the scaled projection, as the authors' code does; ``orthogonal`` all of it.
         limit_after_bias_correction: let the limiter see bias-corrected norms.
@@ -71,6 +71,7 @@ class FiraAdamW(SubspaceOptimizer):
         growth: float = 1.01,
         residual: str = "reference",
         limit_after_bias_correction: bool = False,
+        shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, locals())

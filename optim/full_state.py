@@ -33,8 +33,10 @@ def full_state(optimizer: SubspaceOptimizer) -> dict[str, Any]:
     parameters: dict[int, dict[str, Tensor]] = {}
     for member, shard, group, state in _held(optimizer):
         whole = {}
-        for key, axis in _line_axes(optimizer, shard, group).items():
+        for key, (shape, axis) in _whole_state(optimizer, shard, group).items():
             value = opened(state, key) if f"{key}_absmax" in state else state[key]
+            if key.startswith("basis") and has_subspace(shard):
+                value = shard.collected(value, shape[0])
             whole[key] = _gathered(value, axis, shard)
         if isinstance(shard, (Sliced, SlicedMatrix)):
             whole["weight"] = _put_together(shard.parameter, shard.piece)
@@ -79,8 +81,10 @@ def _held(optimizer: SubspaceOptimizer) -> Iterator[tuple[Member, Whole, Group, 
                     yield member, shard, group, state
 
 
-def _line_axes(optimizer: SubspaceOptimizer, shard: Whole, group: Group) -> dict[str, int | None]:
-    """For each key of the state the dimension that counts lines, or None where every process has the same."""
+def _whole_state(
+    optimizer: SubspaceOptimizer, shard: Whole, group: Group
+) -> dict[str, tuple[tuple[int, ...], int | None]]:
+    """For each key of the state its shape for the whole parameter, and the dimension that counts lines, if any does."""
     states = []
     for more in (0, 1):
         if has_subspace(shard):
@@ -96,7 +100,7 @@ def _line_axes(optimizer: SubspaceOptimizer, shard: Whole, group: Group) -> dict
     for key, value in states[0].items():
         pairs = enumerate(zip(value.shape, states[1][key].shape, strict=True))
         if not key.endswith("_absmax"):  # those are scales of codes, which are opened
-            axes[key] = next((axis for axis, (a, b) in pairs if a != b), None)
+            axes[key] = tuple(value.shape), next((axis for axis, (a, b) in pairs if a != b), None)
     return axes
 
 
@@ -126,7 +130,7 @@ def _part(
 ) -> dict[str, Tensor]:
     """This process's part of the state of one parameter."""
     part = dict(optimizer.new_state(shard, group))
-    for key, axis in _line_axes(optimizer, shard, group).items():
+    for key, (_, axis) in _whole_state(optimizer, shard, group).items():
         if key not in whole:
             raise ValueError(f"the full state of parameter {member.position} has no {key!r}; it has {sorted(whole)}")
         value = whole[key]
@@ -135,6 +139,8 @@ def _part(
         elif axis is not None and isinstance(shard, SlicedMatrix):
             first, last = shard.lines
             value = value.narrow(axis, first, last - first)
+        elif key.startswith("basis") and has_subspace(shard):
+            value = shard.kept(value)
         if value.shape != part[key].shape:
             raise ValueError(
                 f"{key!r} of parameter {member.position} has shape {tuple(whole[key].shape)} in the full state, which "

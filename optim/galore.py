@@ -63,6 +63,8 @@ class GaLoreAdamW(GaLore):
         proj_type: which side P replaces: ``std`` the shorter, ``reverse_std`` the longer, ``left``, ``right``.
         subspace_method: ``iterate``, one warm-started orthogonal iteration a refresh, or ``svd``, the authors' exact
             singular vectors.
+        shard_basis: where a matrix is split over processes (ZeRO, FSDP2), each keeps a part of P and they put it
+            together when it is used, instead of each keeping all of it. None: from 8 processes on.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
 
     State of an m x n matrix: ``(r * short + 2 * r * long)`` elements and a counter, against AdamW's ``2 * m * n``.
@@ -85,6 +87,7 @@ class GaLoreAdamW(GaLore):
         scale: float = 0.25,
         proj_type: str = "std",
         subspace_method: str = "iterate",
+        shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, locals())
@@ -114,6 +117,7 @@ class GaLoreLion(GaLore):
         scale: float = 0.25,
         proj_type: str = "std",
         subspace_method: str = "iterate",
+        shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, locals())
@@ -127,8 +131,8 @@ class GaLoreAdafactor(GaLore):
     step.
 
     Args:
-        params, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method, state_dtype: as for
-            ``GaLoreAdamW``.
+        params, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method, shard_basis, state_dtype:
+            as for ``GaLoreAdamW``.
         lr: learning rate; None where ``relative_step`` finds one. LR schedulers need a number.
         eps: added to squared gradients, and the smallest root mean square of weights that ``scale_parameter`` sees.
         clip_threshold: the largest root mean square of an update before the learning rate.
@@ -164,6 +168,7 @@ class GaLoreAdafactor(GaLore):
         scale: float = 0.25,
         proj_type: str = "std",
         subspace_method: str = "iterate",
+        shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, locals())

@@ -32,7 +32,7 @@ from ..validation import is_real, is_whole, require
 from .base import Group, NewState, State
 from .galore import GaLore
 from .rules import adam
-from .shards import WholeMatrix
+from .shards import Solving, WholeMatrix
 from .subspaces.basis import Frame, Lifted
 from .subspaces.singular import leading_singular_vectors, orthogonal_iteration, randomized_range
 from .subspaces.support import absorb_, first_support
@@ -45,8 +45,8 @@ class GaLorePlusAdamW(GaLore):
     a group for each number of heads.
 
     Args:
-        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, state_dtype: as for
-            ``GaLoreAdamW``; with ``num_heads`` the side is always the right one.
+        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, shard_basis,
+            state_dtype: as for ``GaLoreAdamW``; with ``num_heads`` the side is always the right one.
         subspace_method: ``randomized``, or ``svd`` or ``iterate`` as for ``GaLoreAdamW``.
         num_heads: the rows of each matrix of the group are that many heads of equal size, and one of them is looked at
             in a refresh; None looks at the whole matrix.
@@ -83,6 +83,7 @@ class GaLorePlusAdamW(GaLore):
         oversampling: int = 8,
         power_iterations: int = 2,
         seed: int = 0,
+        shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, locals())
@@ -115,7 +116,7 @@ class GaLorePlusAdamW(GaLore):
         m, n = shape
         return Frame(shape, min(group["rank"], m // group["num_heads"], n), right=True)
 
-    def find_basis(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
+    def find_basis(self, shard: WholeMatrix, group: Group, state: State) -> Tensor | Solving:
         G, frame, step = shard.grad, shard.frame, int(state["step"].item())
         seed = _mixed(group["seed"], shard.position, step)
         rows = slice(None)
@@ -126,8 +127,8 @@ class GaLorePlusAdamW(GaLore):
             rows = slice(int(head) * size, int(head + 1) * size)
             part = shard.own_rows(G, rows.start, rows.stop)
         if group["subspace_method"] == "svd":
-            return shard.solve(G, lambda whole: leading_singular_vectors(whole[rows], frame))
-        previous = None if step == 0 else state["basis"]
+            return shard.solving(G, lambda whole: leading_singular_vectors(whole[rows], frame))
+        previous = None if step == 0 else self.columns(shard, group, state)
         if group["subspace_method"] == "iterate":
             return orthogonal_iteration(part, frame, previous, shard.sum_)
         width, times = group["oversampling"], group["power_iterations"]

@@ -27,7 +27,7 @@ from torch.optim.optimizer import ParamsT
 
 from .base import Group, NewState, State, SubspaceOptimizer
 from .rules import adam
-from .shards import Whole, WholeMatrix, has_subspace
+from .shards import Solving, Whole, WholeMatrix, has_subspace
 
 SHORTEST = 1e-30  # a row of this length or less has no direction
 
@@ -38,7 +38,8 @@ class GradNormLoRPAdamW(SubspaceOptimizer):
     Groups without a ``rank`` get plain AdamW.
 
     Args:
-        params, lr, betas, eps, rank, update_proj_gap, proj_type, subspace_method, state_dtype: as for ``GaLoreAdamW``.
+        params, lr, betas, eps, rank, update_proj_gap, proj_type, subspace_method, shard_basis, state_dtype: as for
+            ``GaLoreAdamW``.
         scale: factor on the update of directions, which are of length one.
         weight_decay: decoupled, on the lengths of a matrix's rows, and on the parameters without a rank.
 
@@ -62,6 +63,7 @@ class GradNormLoRPAdamW(SubspaceOptimizer):
         scale: float = 0.25,
         proj_type: str = "std",
         subspace_method: str = "iterate",
+        shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, locals())
@@ -75,9 +77,9 @@ class GradNormLoRPAdamW(SubspaceOptimizer):
             state |= {f"length_{key}": torch.zeros_like(lengths) for key in ("exp_avg", "exp_avg_sq")}
         return state
 
-    def find_basis(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
+    def find_basis(self, shard: WholeMatrix, group: Group, state: State) -> Tensor | Solving:
         D, _ = self._gradients(shard, shard.weights, state)
-        previous = None if state["step"].item() == 0 else state["basis"]
+        previous = None if state["step"].item() == 0 else self.columns(shard, group, state)
         return self.singular_vectors(D.to(shard.parameter.dtype), previous, shard, group)
 
     def _gradients(self, shard: WholeMatrix, W: Tensor, state: State) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ from ..validation import is_real, require
 from .base import Group, NewState, State, SubspaceOptimizer
 from .rules import TORCH_ADAM
 from .shards import WholeMatrix
-from .subspaces.basis import Lifted, first_columns
+from .subspaces.basis import Basis, Lifted, first_columns
 from .subspaces.singular import leading_singular_vectors, orthonormalized
 
 
@@ -46,8 +46,8 @@ class LDAdamW(SubspaceOptimizer):
     Groups without a ``rank`` get AdamW as torch has it.
 
     Args:
-        params, lr, eps, weight_decay, rank, proj_type, state_dtype: as for ``GaLoreAdamW``; ``eps`` is added after the
-            bias correction and weights decay before the step, as in ``torch.optim.AdamW``.
+        params, lr, eps, weight_decay, rank, proj_type, shard_basis, state_dtype: as for ``GaLoreAdamW``; ``eps`` is
+            added after the bias correction and weights decay before the step, as in ``torch.optim.AdamW``.
         betas: Adam's; the authors use a shorter memory than usual.
         rho: share of the momentum in what the next subspace is found from.
         error_feedback: keep what the subspace misses and add it to the next gradient.
@@ -73,6 +73,7 @@ class LDAdamW(SubspaceOptimizer):
         proj_type: str = "std",
         rho: float = 0.908,
         error_feedback: bool = True,
+        shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, locals())
@@ -85,7 +86,7 @@ class LDAdamW(SubspaceOptimizer):
     def basis_state(self, shard: WholeMatrix, group: Group) -> NewState:
         W = shard.parameter
         dtype = torch.promote_types(W.dtype, torch.float32)  # transported at every step: bf16 would drift
-        state = {"basis": first_columns(shard.frame, dtype, W.device)}
+        state = {"basis": shard.kept(first_columns(shard.frame, dtype, W.device))}
         if group["error_feedback"]:
             state["error"] = torch.zeros(shard.block_shape, dtype=dtype, device=W.device)
         return state
@@ -94,18 +95,19 @@ class LDAdamW(SubspaceOptimizer):
         return False  # the subspace moves in ``direction``, for the gradient and the error together
 
     def direction(self, shard: WholeMatrix, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
-        previous = state["basis"].clone()
+        previous = self.columns(shard, group, state).clone()
         A = state["error"].add_(shard.grad) if group["error_feedback"] else shard.grad.to(previous.dtype)
         if state["step"].item() == 1:
-            state["basis"].copy_(shard.solve(A, partial(leading_singular_vectors, frame=shard.frame)))
+            columns = shard.solving(A, partial(leading_singular_vectors, frame=shard.frame)).result()
         else:
-            state["basis"].copy_(_next_columns(A, previous, shard, group, state))
-        P = self.basis(shard, group, state)
+            columns = _next_columns(A, previous, shard, group, state)
+        state["basis"].copy_(shard.kept(columns))
+        P = Basis(columns, shard.frame)
         R = P.project(A)
         if group["error_feedback"]:
             (-1.0 * P.lift(R)).add_to_(A)
         if state["step"].item() > 1:
-            _carry(_wide(A, shard) if group["error_feedback"] else None, previous, shard, group, state)
+            _carry(_wide(A, shard) if group["error_feedback"] else None, previous, columns, shard, group, state)
         N, correction = self.rule.direction(R, state, group)
         return P.lift(N), correction
 
@@ -125,11 +127,10 @@ def _next_columns(A: Tensor, P: Tensor, shard: WholeMatrix, group: Group, state:
     return orthonormalized(shard.sum_(Z), P)
 
 
-def _carry(E: Tensor | None, previous: Tensor, shard: WholeMatrix, group: Group, state: State) -> None:
+def _carry(E: Tensor | None, previous: Tensor, P: Tensor, shard: WholeMatrix, group: Group, state: State) -> None:
     """M and V (r x long) rotated into the new subspace; what M loses goes to E (short x long)."""
     beta1, beta2 = group["betas"]
     t = state["step"].item() - 1
-    P = state["basis"]
     C = P.t() @ previous
     held = _wide(state["exp_avg"], shard), _wide(state["exp_avg_sq"], shard)
     M, V = (moment.to(P.dtype) for moment in held)

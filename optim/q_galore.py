@@ -34,6 +34,9 @@ from .packed import BITS, packed, packed_state, unpacked
 from .quantized import block_wise, require_bitsandbytes
 from .rules import Rule, adam, adam_state, check_adam
 from .shards import WholeMatrix
+from .subspaces.basis import first_columns
+
+PACKED = ("basis", "basis_scale", "basis_minimum")
 
 
 class GaLoreAdamW8bit(GaLore):
@@ -42,8 +45,8 @@ class GaLoreAdamW8bit(GaLore):
     A drop-in for ``galore_torch.GaLoreAdamW8bit``, whose defaults it has. Groups without a ``rank`` get 8-bit AdamW.
 
     Args:
-        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method: as for
-            ``GaLoreAdamW``.
+        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method,
+            shard_basis: as for ``GaLoreAdamW``.
         quant: hold P in ``quant_n_bit`` bits (4 or 8), in groups of ``quant_group_size`` elements.
         cos_threshold: refresh a matrix ``gamma_proj`` times more rarely each time that the overlap of its last
             ``queue_size`` new subspaces with their predecessors averages to this; None refreshes every
@@ -74,6 +77,7 @@ class GaLoreAdamW8bit(GaLore):
         scale: float = 0.25,
         proj_type: str = "std",
         subspace_method: str = "iterate",
+        shard_basis: bool | None = None,
         quant: bool = False,
         quant_n_bit: int = 4,
         quant_group_size: int = 256,
@@ -99,13 +103,14 @@ class GaLoreAdamW8bit(GaLore):
     # ---- the packed projector -----------------------------------------------------------------------------------
 
     def basis_state(self, shard: WholeMatrix, group: Group) -> NewState:
-        state = super().basis_state(shard, group)
-        device = shard.parameter.device
+        state, device = super().basis_state(shard, group), shard.parameter.device
         if group["quant"]:
             size, bits = group["quant_group_size"], group["quant_n_bit"]
-            groups = -(-state["basis"].numel() // size)
-            first = _in_groups(state["basis"], size)
+            columns = first_columns(shard.frame, shard.parameter.dtype, device)
+            groups = -(-columns.numel() // size)
+            first = _in_groups(columns, size)
             state = packed_state("basis", groups, size, bits, device) if first.is_meta else packed("basis", first, bits)
+            state = {key: shard.kept(value) for key, value in state.items()}
         if group["cos_threshold"] is not None:
             state["overlap"] = torch.zeros((), dtype=torch.float32, device=device)
             state["next_refresh"] = torch.zeros((), dtype=torch.int64, device=shard.host)
@@ -115,9 +120,11 @@ class GaLoreAdamW8bit(GaLore):
 
     def columns(self, shard: WholeMatrix, group: Group, state: State) -> Tensor:
         if not group["quant"]:
-            return state["basis"]
+            return super().columns(shard, group, state)
         side, rank = shard.frame.basis_shape
-        rows = unpacked("basis", state, group["quant_group_size"], group["quant_n_bit"])
+        size = group["quant_group_size"]
+        held = {key: shard.collected(state[key], -(-side * rank // size)) for key in PACKED}
+        rows = unpacked("basis", held, size, group["quant_n_bit"])
         return rows.flatten()[: side * rank].view(side, rank).to(shard.parameter.dtype)
 
     def store_basis(self, columns: Tensor, usable: Tensor, shard: WholeMatrix, group: Group, state: State) -> None:
@@ -129,7 +136,7 @@ class GaLoreAdamW8bit(GaLore):
             return
         fresh = packed("basis", _in_groups(columns, group["quant_group_size"]), group["quant_n_bit"])
         for key, value in fresh.items():
-            state[key].copy_(torch.where(usable, value, state[key]))
+            state[key].copy_(torch.where(usable, shard.kept(value), state[key]))
 
     # ---- the lazy clock -----------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ of one: DeepSpeed ZeRO and FSDP2. ``layout`` finds out which.
 
 from .layout import Keys, Member, UnsupportedLayout, flat_tensors, full_shape, pieces_of, rows_of
 from .sliced import Slice, Sliced, SlicedMatrix, SlicedRows, complete
-from .whole import Whole, WholeMatrix, has_subspace
+from .whole import Solving, Whole, WholeMatrix, has_subspace
 
 __all__ = [
     "Keys",
@@ -15,6 +15,7 @@ __all__ = [
     "Sliced",
     "SlicedMatrix",
     "SlicedRows",
+    "Solving",
     "UnsupportedLayout",
     "Whole",
     "WholeMatrix",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..subspaces.basis import Frame, Lifted, Room
-from .whole import Whole, WholeMatrix
+from .whole import Solving, Whole, WholeMatrix
 from .world import World
 
 
@@ -77,10 +77,17 @@ class SlicedMatrix(WholeMatrix):
     """A slice of an m x n matrix whose moments live in a subspace of rank r."""
 
     def __init__(
-        self, parameter: Tensor, gradient: Tensor, piece: Slice, position: int, room: Room, frame: Frame
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        piece: Slice,
+        position: int,
+        room: Room,
+        frame: Frame,
+        shard_basis: bool = False,
     ) -> None:
         super().__init__(parameter, position, room, frame)
-        self.shape, self.piece, self.gradient = piece.shape, piece, gradient
+        self.shape, self.piece, self.gradient, self.shard_basis = piece.shape, piece, gradient, shard_basis
         _, n = frame.shape
         spans = list(zip(piece.bounds, piece.bounds[1:], strict=False))
         # rows of each process: those it holds a part of, and those whose first element it holds
@@ -243,7 +250,13 @@ class SlicedMatrix(WholeMatrix):
             return super().row_norms(like)
         return self.sum_(super().row_norms(like).square_()).sqrt_()
 
-    def solve(self, block: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
+    def kept(self, rows: Tensor) -> Tensor:
+        return rows[self.world.share(len(rows))].clone() if self.shard_basis else rows
+
+    def collected(self, kept: Tensor, count: int) -> Tensor:
+        return self.world.all_rows(kept, count) if self.shard_basis else kept
+
+    def solving(self, block: Tensor, find: Callable[[Tensor], Tensor]) -> Solving:
         """One process gathers the matrix and finds; the others get what it found (side x r)."""
         owner = self.position % self.world.size
         m, n = self.frame.shape
@@ -251,11 +264,13 @@ class SlicedMatrix(WholeMatrix):
         lines = self.own_lines(block if self.frame.right else block.t())
         sizes = [(last - first) * width for first, last in self.line_ranges]
         gathered = self.world.gather(lines.contiguous().view(-1), sizes, owner)
-        found = block.new_empty(self.frame.basis_shape)
-        if gathered is not None:
-            whole = gathered.view(-1, width)
-            found.copy_(find(whole if self.frame.right else whole.t()))
-        return self.world.send_from(found, owner)
+        matrix = None if gathered is None else gathered.view(-1, width)
+
+        def shared(found: Tensor | None) -> Tensor:
+            columns = block.new_empty(self.frame.basis_shape) if found is None else found.contiguous()
+            return self.world.send_from(columns, owner)
+
+        return Solving(find, matrix if matrix is None or self.frame.right else matrix.t(), shared, self.world.size)
 
 
 class SlicedRows(SlicedMatrix):

@@ -17,6 +17,31 @@ from torch import Tensor
 from ..subspaces.basis import Frame, Lifted, Room
 
 
+class Solving:
+    """Something found from a whole matrix, on one process while others find theirs; then every process gets it."""
+
+    def __init__(
+        self,
+        find: Callable[[Tensor], Tensor],
+        matrix: Tensor | None,
+        shared: Callable[[Tensor | None], Tensor],
+        wave: int = 1,
+    ) -> None:
+        self._find, self._matrix, self._shared = find, matrix, shared
+        self._found: Tensor | None = None
+        self.wave = wave  # how many processes can solve at the same time
+
+    def work(self) -> None:
+        """Solve, where this process holds the matrix."""
+        if self._matrix is not None:
+            self._found, self._matrix = self._find(self._matrix), None
+
+    def result(self) -> Tensor:
+        """What was found. Collective: every process asks in the order in which they were begun."""
+        self.work()
+        return self._shared(self._found)
+
+
 class Whole:
     """A tensor of any shape whose moments live in its own coordinates."""
 
@@ -146,9 +171,22 @@ class WholeMatrix(Whole):
         norms: Tensor = torch.linalg.vector_norm(like, dim=1, keepdim=True)
         return norms
 
-    def solve(self, block: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
-        """``find`` of the whole matrix that ``block`` is the lines of."""
-        return find(block)
+    def solving(self, block: Tensor, find: Callable[[Tensor], Tensor]) -> Solving:
+        """``find`` of the whole matrix that ``block`` is the lines of, begun."""
+        return Solving(find, block, _found)
+
+    def kept(self, rows: Tensor) -> Tensor:
+        """What this process keeps of the rows of a basis, which all processes have."""
+        return rows
+
+    def collected(self, kept: Tensor, count: int) -> Tensor:
+        """All ``count`` rows of a basis from what each process keeps."""
+        return kept
+
+
+def _found(columns: Tensor | None) -> Tensor:
+    assert columns is not None, "a whole matrix is solved where it is"
+    return columns
 
 
 def has_subspace(shard: Whole) -> TypeGuard[WholeMatrix]:

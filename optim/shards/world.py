@@ -34,6 +34,20 @@ class World:
         received = self.exchange(sent, counts, expected if at_owner else [0] * self.size)
         return received if at_owner else None
 
+    def all_rows(self, kept: Tensor, count: int) -> Tensor:
+        """``count`` rows of which each process keeps its ``share``, on every process."""
+        share = -(-count // self.size)
+        padded = kept.new_zeros(share, *kept.shape[1:])
+        padded[: len(kept)] = kept
+        rows = kept.new_empty(share * self.size, *kept.shape[1:])
+        dist.all_gather_into_tensor(rows, padded, group=self.group)
+        return rows[:count]
+
+    def share(self, count: int) -> slice:
+        """Which of ``count`` rows this process keeps: equal shares, the last ones short or empty."""
+        size = -(-count // self.size)
+        return slice(min(self.rank * size, count), min((self.rank + 1) * size, count))
+
     def send_from(self, tensor: Tensor, owner: int) -> Tensor:
         """``tensor`` as process ``owner`` holds it, in place."""
         dist.broadcast(tensor, src=dist.get_global_rank(self.group, owner) if self.group else owner, group=self.group)

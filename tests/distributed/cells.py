@@ -3,8 +3,12 @@
     torchrun --nproc-per-node 2 cells.py CELLS.json RESULTS.json
 
 A cell is a mapping: ``optimizer`` (a name below), ``layout`` (ddp, fsdp2, zero0 to zero3) and options. Every rank
-trains its share of the same batches as one process, which rank 0 runs for itself; the results hold, for each cell, the
-largest difference of a parameter relative to its norm and to its movement, and whether replicas agree.
+trains its share of the same batches as one process; the results hold, for each cell, the largest difference of a
+parameter relative to its norm and to its movement, whether replicas agree, the bytes of state and the bytes that the
+optimizer sends.
+
+In fp32 the one process is a plain loop, which rank 0 runs for itself. In bf16 it is the same engine on one rank: a
+launch on one rank writes its weights to ``alone``, later ones read them there.
 """
 
 import contextlib
@@ -21,10 +25,13 @@ logging.disable(logging.WARNING)
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gracile import optim
 
@@ -95,7 +102,7 @@ def make_optimizer(net, cell):
     trained = [p for p in net.parameters() if p.requires_grad]
     if matrix_keys is None:
         return kind([{"params": trained[:5]}, {"params": trained[5:]}], **{"lr": 0.01, **keys})
-    ranked = {"rank": RANK, "weight_decay": 0.1, **matrix_keys}
+    ranked = {"rank": RANK, "weight_decay": 0.1, **matrix_keys, **cell.get("keys", {})}
     if "update_proj_gap" not in ranked and kind is not optim.LDAdamW:
         ranked["update_proj_gap"] = GAP
     other = {**ranked, "rank": max(1, ranked["rank"] - 2), "proj_type": cell.get("proj_type", "std")}
@@ -161,18 +168,23 @@ def replicated(cell):
     state = taken_over(net, cell)
     if cell["layout"] == "fsdp2":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        options = {"mesh": mesh, **({"mp_policy": policy} if is_bf16(cell) else {})}
         for module in net.children():
-            fully_shard(module, mesh=mesh)
-        model = fully_shard(net, mesh=mesh)
+            fully_shard(module, **options)
+        model = fully_shard(net, **options)
     else:
         model = DistributedDataParallel(net)
     optimizer = make_optimizer(net, cell)
     if state:
         optim.load_full_state(optimizer, state)
+    traffic = Traffic(optimizer)
     parts = cell.get("accumulation", 1)
     for step in steps_of(cell):
         for micro in range(parts):
-            (model(*share(step, micro)) / parts).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16(cell) and cell["layout"] == "ddp"):
+                loss = model(*share(step, micro))
+            (loss / parts).backward()
         if cell.get("clip"):
             nn.utils.clip_grad_norm_(net.parameters(), cell["clip"])
         optimizer.step()
@@ -180,7 +192,7 @@ def replicated(cell):
     full = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in net.named_parameters()}
     full = {name: p.detach().clone() for name, p in full.items()}
     keep(full, optimizer, cell)
-    return full, optimizer
+    return full, optimizer, traffic
 
 
 def zero(cell):
@@ -196,8 +208,11 @@ def zero(cell):
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": options,
-        **cell.get("config", {}),
     }
+    if is_bf16(cell):
+        config["bf16"] = {"enabled": True}
+    if cell.get("precision") == "bf16, fp32 gradients":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     inside = deepspeed.zero.Init(config_dict_or_path=config) if cell.get("zero_init") else contextlib.nullcontext()
     with inside:
         net = build()
@@ -206,23 +221,76 @@ def zero(cell):
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
     if state:
         optim.load_full_state(optimizer, state)
+    traffic = Traffic(optimizer)
     for step in steps_of(cell):
         for micro in range(cell.get("accumulation", 1)):
             engine.backward(engine(*share(step, micro)))
             engine.step()
     full = {}
     for name, p in engine.module.named_parameters():
+        if is_bf16(cell) and p.requires_grad:
+            full[name] = safe_get_full_fp32_param(p).clone()
+            continue
         with deepspeed.zero.GatheredParameters([p]) if hasattr(p, "ds_id") else contextlib.nullcontext():
             full[name] = p.detach().float().clone()
     keep(full, optimizer, cell)
     engine.destroy()
-    return full, optimizer
+    return full, optimizer, traffic
 
 
-def replicas_agree(full, optimizer):
+def is_bf16(cell):
+    return cell.get("precision", "fp32") != "fp32"
+
+
+class Traffic:
+    """The bytes that this rank sends in each step of an optimizer, in the usual algorithms of each collective."""
+
+    def __init__(self, optimizer):
+        self.steps, inner = [], optimizer.step
+        if not isinstance(optimizer, optim.base.SubspaceOptimizer):
+            return  # torch's own sends nothing
+
+        def step(*arguments, **keywords):
+            with Counting() as counting:
+                told = inner(*arguments, **keywords)
+            self.steps.append(counting.bytes)
+            return told
+
+        optimizer.step = step
+
+
+    def told(self):
+        """Bytes sent in a step between refreshes, and in one with a refresh (after the first, which starts cold)."""
+        if not self.steps:
+            return {"sent": 0, "sent_at_refresh": 0}
+        calls = len(self.steps) // STEPS  # DeepSpeed steps each group, or sub-group, by itself
+        steps = [sum(self.steps[i : i + calls]) for i in range(0, len(self.steps), calls)]
+        return {"sent": min(steps), "sent_at_refresh": max(steps[1:])}
+
+
+class Counting(TorchDispatchMode):
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            ranks = dist.get_world_size()
+            first, second = ([t for t in tree_leaves(a) if isinstance(t, torch.Tensor)] for a in args[:2])
+            size = sum(t.numel() * t.element_size() for t in first)
+            name = func.name().split("::")[1].rstrip("_")
+            self.bytes += round({
+                "allreduce": 2 * (ranks - 1) / ranks * size,
+                "_allgather_base": (ranks - 1) / ranks * size,  # first: what comes out
+                "alltoall_base": sum(t.numel() * t.element_size() for t in second),
+                "broadcast": (ranks - 1) / ranks * size,
+            }[name])  # fmt: skip
+        return func(*args, **(kwargs or {}))
+
+
+def replicas_agree(full, optimizer, cell):
     """Whether all ranks hold the same bits of the weights, and of each basis that they all hold."""
     held = [*full.values()]
-    held += [v for p in optimizer.state.values() for k, v in sorted(p.items()) if k.endswith("basis")]
+    if not cell.get("keys", {}).get("shard_basis"):
+        held += [v for p in optimizer.state.values() for k, v in sorted(p.items()) if k.endswith("basis")]
     same = True
     for tensor in held:
         first = tensor.float().contiguous()
@@ -235,8 +303,11 @@ def replicas_agree(full, optimizer):
 
 
 def run(cell, reference):
-    full, optimizer = replicated(cell) if cell["layout"] in ("ddp", "fsdp2") else zero(cell)
-    agree = replicas_agree(full, optimizer)
+    full, optimizer, traffic = replicated(cell) if cell["layout"] in ("ddp", "fsdp2") else zero(cell)
+    agree = replicas_agree(full, optimizer, cell)
+    if dist.get_world_size() == 1:
+        torch.save((weights_of(build()), full, optim.state_bytes(optimizer)), cell["alone"])
+        return None
     held = torch.tensor(float(optim.state_bytes(optimizer)))
     dist.all_reduce(held, dist.ReduceOp.MAX)
     if dist.get_rank() != 0:
@@ -251,6 +322,7 @@ def run(cell, reference):
         "replicas_agree": agree,
         "state_bytes": int(held),
         "state_bytes_alone": whole,
+        **traffic.told(),
     }
 
 
@@ -262,7 +334,9 @@ def main():
         todo = json.load(file)
     told = []
     for cell in todo:
-        reference = alone(cell) if dist.get_rank() == 0 else None
+        reference = None
+        if dist.get_rank() == 0 and dist.get_world_size() > 1:
+            reference = torch.load(cell["alone"]) if is_bf16(cell) else alone(cell)
         result = run(cell, reference)
         told.append({**cell, **(result or {})})
     if dist.get_rank() == 0:

@@ -11,7 +11,9 @@ from gracile.optim import GaLoreAdamW
 from gracile.optim.shards import UnsupportedLayout
 
 NAN, INF = float("nan"), float("inf")
-KEYS = "betas, eps, lr, proj_type, rank, scale, state_dtype, subspace_method, update_proj_gap, weight_decay"
+KEYS = (
+    "betas, eps, lr, proj_type, rank, scale, shard_basis, state_dtype, subspace_method, update_proj_gap, weight_decay"
+)
 
 # (field, value, what the message asks for)
 BAD_VALUES = [
