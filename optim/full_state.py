@@ -25,7 +25,7 @@ FORMAT = 1
 
 @torch.no_grad()
 def full_state(optimizer: SubspaceOptimizer) -> dict[str, Any]:
-    """Everything that ``optimizer`` remembers, and the weights where it holds them apart from the model's.
+    """Everything that ``optimizer`` remembers, and the weights where it holds them in parts.
 
     Collective: every process calls it, after the first step. Process 0 of each parameter's group gets the tensors, on
     the CPU; the others an empty mapping. 8-bit moments are given in fp32.
@@ -43,6 +43,19 @@ def full_state(optimizer: SubspaceOptimizer) -> dict[str, Any]:
         if all(value is not None for value in whole.values()):
             parameters[member.position] = {key: value.cpu() for key, value in whole.items() if value is not None}
     return {"format": FORMAT, "class": type(optimizer).__name__, "parameters": parameters} if parameters else {}
+
+
+def full_state_of(class_name: str, saved: dict[str, Any]) -> dict[str, Any]:
+    """The full state from the ``state_dict()`` of an optimizer of that class that is not split over processes."""
+    parameters = {
+        position: {
+            key: opened(state, key) if f"{key}_absmax" in state else value
+            for key, value in state.items()
+            if not key.endswith("_absmax")
+        }
+        for position, state in saved["state"].items()
+    }
+    return {"format": FORMAT, "class": class_name, "parameters": parameters}
 
 
 @torch.no_grad()
@@ -68,9 +81,8 @@ def load_full_state(optimizer: SubspaceOptimizer, saved: dict[str, Any]) -> None
         for key, value in part.items():
             state[key] = value
         own = saved["parameters"][member.position]
-        if "weight" in own and isinstance(shard, (Sliced, SlicedMatrix)):
-            flat = own["weight"].reshape(-1)
-            shard.parameter.copy_(flat[shard.piece.start : shard.piece.start + shard.piece.numel])
+        if "weight" in own:
+            shard.parameter.copy_(_own_weights(own["weight"], shard))
 
 
 def _held(optimizer: SubspaceOptimizer) -> Iterator[tuple[Member, Whole, Group, State]]:
@@ -123,6 +135,12 @@ def _put_together(own: Tensor, piece: Slice) -> Tensor | None:
     sizes = [b - a for a, b in zip(piece.bounds, piece.bounds[1:], strict=False)]
     flat = piece.world.gather(own.contiguous().view(-1), sizes, 0)
     return None if flat is None else flat.view(piece.shape)
+
+
+def _own_weights(weight: Tensor, shard: Whole) -> Tensor:
+    if not isinstance(shard, (Sliced, SlicedMatrix)):
+        return weight.view(shard.parameter.shape)
+    return weight.reshape(-1).narrow(0, shard.piece.start, shard.piece.numel)
 
 
 def _part(

@@ -29,7 +29,7 @@ from .. import __version__
 from ..models.llama import SIZES, build_llama, llama_config
 from ..optim.shards import UnsupportedLayout
 from ..validation import nearest
-from . import checkpoints, report, zero
+from . import checkpoints, layouts, report, zero
 from .checks import DTYPES, RUN_FILE, check_same_run, check_values, resuming, starting_point
 from .config import Config, ModelArguments, load_config, mapping
 from .data import Blocks, Corpus, collate, make_blocks, open_corpus, tokenizer_identity
@@ -52,6 +52,8 @@ def pretrain(config: Config) -> dict[str, Any]:
     checkpoint = starting_point(run)
     check_values(config)
     zero.prepare(run)
+    layout = layouts.Layout.of(run)
+    split_anew = checkpoint is not None and layouts.must_be_split_anew(checkpoint, layout)
     architecture = _architecture(config.model)
     _check_optimizer(config, architecture)
     with run.main_process_first(desc="reading the data"):
@@ -64,14 +66,16 @@ def pretrain(config: Config) -> dict[str, Any]:
         check_same_run(config, output_dir if checkpoint is None else checkpoint.parent, data_identity)
 
     set_seed(run.seed)
-    model = _model(config.model)
+    model = _model(config.model, checkpoint if split_anew else None)
     if run.should_save:
         _make(output_dir)
-    trainer = _trainer(config, model, tokenizer, blocks)
+    trainer = _trainer(config, model, tokenizer, blocks, layout, split_anew)
     if run.should_save:
         text = yaml.safe_dump({"gracile": __version__, "data": data_identity, "config": config.resolved()})
         checkpoints.write_atomically(output_dir / RUN_FILE, text)
-        _announce(config, model, corpus, blocks, checkpoint)
+        _announce(config, model, corpus, blocks)
+        if checkpoint is not None:
+            _announce_checkpoint(checkpoint, layout, split_anew)
 
     steps_per_second = _train(trainer, checkpoint)
     return _finish(config, trainer, output_dir, steps_per_second)
@@ -160,21 +164,29 @@ def _saved_tokenizer(chosen: ModelArguments) -> str | None:
     return None if chosen.model in SIZES else chosen.model
 
 
-def _model(chosen: ModelArguments) -> PreTrainedModel:
-    dtype = DTYPES[chosen.dtype]
-    if chosen.model in SIZES:
-        return build_llama(chosen.model, dtype=dtype, **_overrides(chosen))
-    return AutoModelForCausalLM.from_pretrained(chosen.model, dtype=dtype, trust_remote_code=chosen.trust_remote_code)
+def _model(chosen: ModelArguments, checkpoint: Path | None) -> PreTrainedModel:
+    """The model, with a checkpoint's weights where one is given: engines copy them when they take the model over."""
+    dtype, source = DTYPES[chosen.dtype], chosen.model if checkpoint is None else str(checkpoint)
+    if source in SIZES:
+        return build_llama(source, dtype=dtype, **_overrides(chosen))
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=chosen.trust_remote_code)
 
 
 def _trainer(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, blocks: Blocks
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: Blocks,
+    layout: layouts.Layout,
+    weights_are_loaded: bool,
 ) -> PretrainTrainer:
     for settings in (model.config, model.generation_config):
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(settings, token, getattr(tokenizer, token))
     return PretrainTrainer(
         chosen=config.optimizer,
+        layout=layout,
+        weights_are_loaded=weights_are_loaded,
         model=model,
         args=config.run,
         train_dataset=blocks.train,
@@ -185,7 +197,7 @@ def _trainer(
     )
 
 
-def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks, checkpoint: Path | None) -> None:
+def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks) -> None:
     parameters = report.elements(model)
     train = "streamed" if corpus.streamed else f"{len(blocks.train):,}"
     print(
@@ -197,8 +209,17 @@ def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks, 
     idle = without_effect(config)
     if idle:
         print(f"no effect with {config.optimizer.optimizer}: {', '.join(idle)}")
-    if checkpoint is not None:
-        print(f"continuing from {checkpoint}")
+
+
+def _announce_checkpoint(checkpoint: Path, layout: layouts.Layout, split_anew: bool) -> None:
+    before = layouts.saved(checkpoint)
+    told = f", made by {before}; its state is split anew for {layout}" if split_anew else ""
+    print(f"continuing from {checkpoint}{told}")
+    if before is not None and before.examples_per_step != layout.examples_per_step:
+        print(
+            f"a step takes {layout.examples_per_step} examples now, {before.examples_per_step} before; "
+            "gradient_accumulation_steps or per_device_train_batch_size can make it the same run"
+        )
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from . import checkpoints
+from . import checkpoints, layouts
 from .config import OptimizerArguments, RunArguments
 from .errors import RunStopped
 from .optimizers import build_optimizer
@@ -22,14 +22,18 @@ class PretrainTrainer(Trainer):
     args: RunArguments
     model: PreTrainedModel
 
-    def __init__(self, *, chosen: OptimizerArguments, **kwargs: Any) -> None:
-        self.chosen = chosen
+    def __init__(
+        self, *, chosen: OptimizerArguments, layout: layouts.Layout, weights_are_loaded: bool, **kwargs: Any
+    ) -> None:
+        self.chosen, self.layout, self.weights_are_loaded = chosen, layout, weights_are_loaded
+        self.own_optimizer: torch.optim.Optimizer | None = None  # as engines were given it, before they wrapped it
         super().__init__(**kwargs)
         self._first_bad_step = torch.full((), -1, dtype=torch.long, device=self.args.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.model if model is None else model, self.chosen, self.args)
+            self.own_optimizer = self.optimizer
         return self.optimizer
 
     # ---- non-finite losses --------------------------------------------------------------------------------------
@@ -70,6 +74,8 @@ class PretrainTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        assert self.own_optimizer is not None
+        layouts.save(checkpoint, self.layout, self.own_optimizer, self.args.should_save)
         self.accelerator.wait_for_everyone()  # every process writes files of its own
         if self.args.should_save:
             checkpoints.seal(checkpoint)
@@ -79,6 +85,24 @@ class PretrainTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.weights_are_loaded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """A checkpoint of another layout is not the engine's to load: its optimizer state is split anew."""
+        if resume_from_checkpoint is None or not self.weights_are_loaded:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        checkpoint = Path(resume_from_checkpoint)
+        assert self.own_optimizer is not None
+        assert self.lr_scheduler is not None
+        layouts.take_over(checkpoint, self.own_optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
+        for group, lr in zip(self.own_optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr  # a scheduler sets it at its next step only
+        return prepared
 
     def is_finished(self, checkpoint: Path) -> bool:
         """Whether the checkpoint is the end of this run: the Trainer's loop would train one step more."""

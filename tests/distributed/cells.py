@@ -12,6 +12,7 @@ launch on one rank writes its weights to ``alone``, later ones read them there.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -34,6 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gracile import optim
+from gracile.optim.base import SubspaceOptimizer
+from gracile.optim.subspaces.basis import Room
 
 STEPS, GAP, RANK, BATCH = 20, 7, 6, 8
 
@@ -44,13 +47,13 @@ OPTIMIZERS = {
     "AdamW": (torch.optim.AdamW, EPS, None),
     "Lion": (optim.Lion, {"lr": 1e-3}, None),
     "GaLoreAdamW": (optim.GaLoreAdamW, {}, {}),
-    "GaLoreAdamW iterate": (optim.GaLoreAdamW, {}, {"subspace_method": "iterate"}),
+    "GaLoreAdamW svd": (optim.GaLoreAdamW, {}, {"subspace_method": "svd"}),
     "GaLoreAdamW8bit": (optim.GaLoreAdamW8bit, EPS, {}),
     "GaLoreAdamW8bit Q-GaLore": (optim.GaLoreAdamW8bit, EPS, {"quant": True, "cos_threshold": 0.4}),
     "GaLoreAdafactor": (optim.GaLoreAdafactor, ADAFACTOR, {}),
     "GaLoreLion": (optim.GaLoreLion, {"lr": 3e-3}, {}),
     "GaLorePlusAdamW": (optim.GaLorePlusAdamW, {}, {"residual_warmup": 5, "residual_fraction": 0.1}),
-    "FiraAdamW": (optim.FiraAdamW, {}, {"subspace_method": "iterate"}),
+    "FiraAdamW": (optim.FiraAdamW, {}, {}),
     "GradNormLoRPAdamW": (optim.GradNormLoRPAdamW, {"lr": 3e-3}, {}),
     "DCTAdamW": (optim.DCTAdamW, EPS, {"update_proj_gap": 1}),
     "DCTAdamW fed back": (optim.DCTAdamW, EPS, {"update_proj_gap": 5, "error_feedback": "fp32"}),
@@ -58,7 +61,7 @@ OPTIMIZERS = {
     "APOLLOAdamW": (optim.APOLLOAdamW, {}, {}),
     "APOLLOAdamW Mini": (optim.APOLLOAdamW, {}, {"rank": 1, "scale_type": "tensor", "scale": 8.0}),
     "APOLLOAdamW svd": (optim.APOLLOAdamW, {}, {"proj": "svd"}),
-    "LDAdamW": (optim.LDAdamW, EPS, {}),
+    "LDAdamW": (optim.LDAdamW, {**EPS, "lr": 3e-3}, {}),
 }
 
 
@@ -178,7 +181,7 @@ def replicated(cell):
     optimizer = make_optimizer(net, cell)
     if state:
         optim.load_full_state(optimizer, state)
-    traffic = Traffic(optimizer)
+    watch = Watch(optimizer, cell)
     parts = cell.get("accumulation", 1)
     for step in steps_of(cell):
         for micro in range(parts):
@@ -192,7 +195,8 @@ def replicated(cell):
     full = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in net.named_parameters()}
     full = {name: p.detach().clone() for name, p in full.items()}
     keep(full, optimizer, cell)
-    return full, optimizer, traffic
+    watch.close(optimizer)
+    return full, optimizer, watch
 
 
 def zero(cell):
@@ -221,36 +225,97 @@ def zero(cell):
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
     if state:
         optim.load_full_state(optimizer, state)
-    traffic = Traffic(optimizer)
+    watch = Watch(optimizer, cell)
     for step in steps_of(cell):
         for micro in range(cell.get("accumulation", 1)):
             engine.backward(engine(*share(step, micro)))
             engine.step()
     full = {}
     for name, p in engine.module.named_parameters():
-        if is_bf16(cell) and p.requires_grad:
+        # DeepSpeed's own way to the fp32 weights is wrong under round_robin_gradients
+        if is_bf16(cell) and p.requires_grad and not options.get("round_robin_gradients"):
             full[name] = safe_get_full_fp32_param(p).clone()
             continue
         with deepspeed.zero.GatheredParameters([p]) if hasattr(p, "ds_id") else contextlib.nullcontext():
             full[name] = p.detach().float().clone()
     keep(full, optimizer, cell)
+    watch.close(optimizer)
     engine.destroy()
-    return full, optimizer, traffic
+    return full, optimizer, watch
 
 
 def is_bf16(cell):
     return cell.get("precision", "fp32") != "fp32"
 
 
-class Traffic:
-    """The bytes that this rank sends in each step of an optimizer, in the usual algorithms of each collective."""
+class Replay:
+    """One process, whole and in fp32, that is fed the very gradients of a run: what differs is the optimizer's doing,
+    not that of gradients in bf16."""
 
-    def __init__(self, optimizer):
+    def __init__(self, cell):
+        self.optimizer = make_optimizer(build(), cell)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.before = None
+
+    def step(self, split):
+        if self.before is None:
+            self.before = self.weights(split)
+            for position, weights in self.before.items():
+                self.parameters[position].data = weights.clone()
+        for member, shard, gradient in self.shards(split):
+            gradient = together(shard, gradient)
+            if dist.get_rank() == 0:
+                self.parameters[member.position].grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def weights(self, split):
+        """By position, at rank 0."""
+        found = {m.position: together(shard, shard.parameter) for m, shard, _ in self.shards(split, stepped_now=False)}
+        return {position: weights.clone() for position, weights in found.items() if weights is not None}
+
+    def shards(self, split, stepped_now=True):
+        # DeepSpeed steps group by group, and with offload all groups have gradients all the time
+        now = ((group, group["params"]) for group in split.param_groups)
+        for group, tensors in now if stepped_now else split.stepped_parameters():
+            for p in tensors:
+                if p.grad is not None or (p.requires_grad and not stepped_now):
+                    for member, shard, _ in split.shards_of(p, group, Room()):
+                        yield member, shard, getattr(shard, "gradient", p.grad)
+
+    def told(self, split):
+        """The largest difference of a parameter, relative to it and to its movement."""
+        gaps, moved = [0.0], [0.0]
+        for position, weights in self.weights(split).items():
+            p = self.parameters[position].detach()
+            gap = torch.linalg.vector_norm(weights - p)
+            gaps.append((gap / torch.linalg.vector_norm(p)).item())
+            moved.append((gap / torch.linalg.vector_norm(p - self.before[position])).item())
+        return {"replayed": max(gaps), "replayed_of_movement": max(moved)}
+
+
+def together(shard, own):
+    """A whole tensor at rank 0 from each rank's part."""
+    if not hasattr(shard, "piece"):
+        return own.detach().float()
+    bounds = shard.piece.bounds
+    whole = shard.piece.world.gather(own.contiguous(), [b - a for a, b in itertools.pairwise(bounds)], 0)
+    return None if whole is None else whole.view(shard.shape).float()
+
+
+class Watch:
+    """The steps of an optimizer watched: the bytes that this rank sends, in the usual algorithms of each collective,
+    and what one process makes of the same gradients."""
+
+    def __init__(self, optimizer, cell):
         self.steps, inner = [], optimizer.step
-        if not isinstance(optimizer, optim.base.SubspaceOptimizer):
+        self.replay = None
+        if not isinstance(optimizer, SubspaceOptimizer):
             return  # torch's own sends nothing
+        self.replay = Replay(cell)
 
         def step(*arguments, **keywords):
+            self.replay.step(optimizer)
             with Counting() as counting:
                 told = inner(*arguments, **keywords)
             self.steps.append(counting.bytes)
@@ -258,6 +323,8 @@ class Traffic:
 
         optimizer.step = step
 
+    def close(self, optimizer):
+        self.replayed = self.replay.told(optimizer) if self.replay else {}
 
     def told(self):
         """Bytes sent in a step between refreshes, and in one with a refresh (after the first, which starts cold)."""
@@ -265,7 +332,7 @@ class Traffic:
             return {"sent": 0, "sent_at_refresh": 0}
         calls = len(self.steps) // STEPS  # DeepSpeed steps each group, or sub-group, by itself
         steps = [sum(self.steps[i : i + calls]) for i in range(0, len(self.steps), calls)]
-        return {"sent": min(steps), "sent_at_refresh": max(steps[1:])}
+        return {"sent": min(steps), "sent_at_refresh": max(steps[1:]), **self.replayed}
 
 
 class Counting(TorchDispatchMode):
@@ -303,7 +370,7 @@ def replicas_agree(full, optimizer, cell):
 
 
 def run(cell, reference):
-    full, optimizer, traffic = replicated(cell) if cell["layout"] in ("ddp", "fsdp2") else zero(cell)
+    full, optimizer, watch = replicated(cell) if cell["layout"] in ("ddp", "fsdp2") else zero(cell)
     agree = replicas_agree(full, optimizer, cell)
     if dist.get_world_size() == 1:
         torch.save((weights_of(build()), full, optim.state_bytes(optimizer)), cell["alone"])
@@ -315,14 +382,16 @@ def run(cell, reference):
     before, after, whole = reference
     gaps = {name: torch.linalg.vector_norm(full[name] - after[name]).item() for name in after}
     moved = {name: torch.linalg.vector_norm(after[name] - before[name]).item() for name in after}
+    all_gaps, all_moved = (sum(x**2 for x in values.values()) ** 0.5 for values in (gaps, moved))
     return {
+        "overall": all_gaps / all_moved,
         "difference": max(gap / torch.linalg.vector_norm(after[name]).item() for name, gap in gaps.items()),
         "of_movement": max(gap / moved[name] for name, gap in gaps.items() if moved[name] > 0),
         "moved": min(moved[name] for name in after if name != "frozen"),
         "replicas_agree": agree,
         "state_bytes": int(held),
         "state_bytes_alone": whole,
-        **traffic.told(),
+        **watch.told(),
     }
 
 

@@ -1,0 +1,138 @@
+"""``gracile pretrain`` goes on from a checkpoint on other processes, in another stage, or after a kill."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gracile.train.checkpoints import newest_whole
+from gracile.train.errors import BadInput
+from gracile.train.layouts import Layout, must_be_split_anew
+from gracile.train.pretrain import main
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
+
+
+def options(ranks: int, stage: str | None) -> list[str]:
+    """The same eight examples a step, on one process or two."""
+    flags = ["--gradient_accumulation_steps", str(2 // ranks)]
+    return flags + (["--deepspeed", str(CONFIGS / f"{stage}.json")] if stage else [])
+
+
+@pytest.fixture
+def start(tiny, tmp_path):
+    """The settings of a run from a saved model: ZeRO 3 draws the weights of a new one in another order."""
+    folder = str(tmp_path / "start")
+    assert main([tiny(max_steps=1, output_dir=folder)]) == 0
+    return tiny(max_steps=12, model=folder, model_overrides=None)
+
+
+def stopped_after(run: Path, step: int) -> None:
+    """Leave what a run that was killed after this step leaves."""
+    for path in run.iterdir():
+        if path.name.startswith("checkpoint-") and int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
+        elif path.name in ("metrics.json", "model.safetensors", "config.json", "loss.png"):
+            path.unlink()
+
+
+def farthest(one: Path, other: Path) -> float:
+    """The largest difference of a weight matrix relative to its norm."""
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return max((torch.linalg.vector_norm(a[key] - b[key]) / torch.linalg.vector_norm(a[key])).item() for key in a)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, "zero3"), (1, None)), ((2, "zero3"), (2, "zero2")), ((1, None), (2, "zero3")), ((2, "zero1"), (1, "zero3"))],
+    ids=lambda place: f"{place[0]} {place[1] or 'plain'}",
+)
+def test_a_run_goes_on_elsewhere_as_if_it_had_never_stopped(before, after, start, tmp_path, torchrun, capsys):
+    run = tmp_path / "run"
+    command = ["-m", "gracile.train.pretrain", start, "--output_dir", str(run)]
+    done = torchrun(before[0], *command, *options(*before))
+    assert done.returncode == 0, done.stdout[-3000:]
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    shutil.copy(run / "model.safetensors", undisturbed)
+    stopped_after(run, 5)
+    again = torchrun(after[0], *command, *options(*after), "--resume_from_checkpoint", "true")
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert again.stdout.count("its state is split anew") == 1
+    assert "examples now" not in again.stdout
+    assert farthest(undisturbed, run) <= 1e-5
+    assert json.loads((run / "metrics.json").read_text())["steps"] == 12
+
+
+def test_killed_under_the_launcher_it_goes_on_to_the_same_bits(start, tmp_path, metrics):
+    """SIGKILL to the launcher and both processes of ``deepspeed --num_accelerators 2``, after the first checkpoint."""
+
+    def launch(output_dir, *more):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher = Path(sys.executable).with_name("deepspeed")
+        command = [str(launcher), "--num_accelerators", "2", "--master_port", str(port), "--module"]
+        command += ["gracile.train.pretrain", start, "--output_dir", str(output_dir), *options(2, "zero3"), *more]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment["PATH"] = f"{launcher.parent}{os.pathsep}{environment['PATH']}"
+        log = (tmp_path / f"{output_dir.name}.log").open("a")
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def finish(process, output_dir):
+        try:
+            assert process.wait(timeout=150) == 0, (tmp_path / f"{output_dir.name}.log").read_text()[-3000:]
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(launch(whole), whole)
+    process = launch(killed)
+    try:
+        deadline = time.monotonic() + 150
+        while process.poll() is None and newest_whole(killed)[0] is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None, "it must still be running to be killed"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (killed / "metrics.json").exists()
+    finish(launch(killed, "--resume_from_checkpoint", "true"), killed)
+    assert metrics(killed)["history"] == metrics(whole)["history"]
+    first, second = load_file(whole / "model.safetensors"), load_file(killed / "model.safetensors")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_what_cannot_be_split_anew_is_refused_by_name(tmp_path):
+    checkpoint = tmp_path / "checkpoint-5"
+    checkpoint.mkdir()
+    here = Layout("plain", 1, {}, 8)
+    assert not must_be_split_anew(checkpoint, here)  # made before layouts were written: the engine's to load
+    there = {"engine": "deepspeed", "processes": 2, "settings": {"stage": 3}, "examples_per_step": 8}
+    (checkpoint / "layout.json").write_text(json.dumps(there))
+    with pytest.raises(BadInput, match=r"made by DeepSpeed ZeRO 3 on 2 processes and has no full_state\.pt"):
+        must_be_split_anew(checkpoint, here)
+    (checkpoint / "full_state.pt").touch()
+    with pytest.raises(BadInput, match=r"has no model\.safetensors"):
+        must_be_split_anew(checkpoint, here)
+    (checkpoint / "model-00001-of-00002.safetensors").touch()
+    assert must_be_split_anew(checkpoint, here)
+    assert not must_be_split_anew(checkpoint, Layout(**there))
+    assert not must_be_split_anew(checkpoint, Layout(**{**there, "examples_per_step": 4}))
+    assert must_be_split_anew(checkpoint, Layout(**{**there, "processes": 4}))
+
+
+def test_replicas_are_one_layout_on_any_number_of_processes():
+    assert Layout("plain", 1, {}, 8).holds(Layout("plain", 4, {}, 8))
+    assert not Layout("fsdp", 2, {}, 8).holds(Layout("fsdp", 4, {}, 8))
