@@ -100,8 +100,11 @@ class SubspaceOptimizer(FaithfulLoading):
         return Frame.of(shape, group["rank"], group["proj_type"])
 
     def init_state(self, shard: Whole, group: Group) -> NewState:
-        moments = self.rule.state(shard.coordinates_shape, shard.state_dtype(group), shard.parameter.device, group)
+        moments = self.moments(shard, group)
         return self.basis_state(shard, group) | moments if has_subspace(shard) else moments
+
+    def moments(self, shard: Whole, group: Group) -> NewState:
+        return self.rule.state(shard.coordinates_shape, shard.state_dtype(group), shard.parameter.device, group)
 
     def basis_state(self, shard: WholeMatrix, group: Group) -> NewState:
         return {"basis": shard.kept(first_columns(shard.frame, shard.parameter.dtype, shard.parameter.device))}

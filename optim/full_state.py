@@ -34,7 +34,7 @@ def full_state(optimizer: SubspaceOptimizer) -> dict[str, Any]:
     for member, shard, group, state in _held(optimizer):
         whole = {}
         for key, (shape, axis) in _whole_state(optimizer, shard, group).items():
-            value = opened(state, key) if f"{key}_absmax" in state else state[key]
+            value = opened(state, key, shard) if f"{key}_absmax" in state else state[key]
             if key.startswith("basis") and has_subspace(shard):
                 value = shard.collected(value, shape[0])
             whole[key] = _gathered(value, axis, shard)
@@ -165,7 +165,7 @@ def _part(
                 f"does not fit a parameter of shape {member.shape} in this optimizer"
             )
         if f"{key}_absmax" in part:
-            close(value.to(part[key].device).contiguous(), part, key)
+            close(value.to(part[key].device).contiguous(), part, key, shard)
         else:
             part[key].copy_(value)
     return part

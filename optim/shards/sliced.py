@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..subspaces.basis import Frame, Lifted, Room
-from .whole import Solving, Whole, WholeMatrix
+from .whole import Runs, Solving, Whole, WholeMatrix
 from .world import World
 
 
@@ -50,6 +50,8 @@ class Slice:
 class Sliced(Whole):
     """A slice of a tensor whose moments live in its own coordinates."""
 
+    split = True
+
     def __init__(self, parameter: Tensor, gradient: Tensor, piece: Slice, position: int, room: Room) -> None:
         super().__init__(parameter, position, room)
         self.shape, self.piece, self.gradient = piece.shape, piece, gradient
@@ -60,6 +62,13 @@ class Sliced(Whole):
 
     def norm(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return self.piece.world.sum_(super().norm(like, dtype).square_()).sqrt_()
+
+    @property
+    def runs(self) -> Runs:
+        return Runs(1, self.piece.numel, self.piece.start, 0, math.prod(self.shape))
+
+    def largest_(self, tensor: Tensor) -> Tensor:
+        return self.piece.world.largest_(tensor)
 
     def weight_rms(self) -> Tensor:
         return _weight_rms(self.parameter, self.piece)
@@ -75,6 +84,8 @@ def _weight_rms(own: Tensor, piece: Slice) -> Tensor:
 
 class SlicedMatrix(WholeMatrix):
     """A slice of an m x n matrix whose moments live in a subspace of rank r."""
+
+    split = True
 
     def __init__(
         self,
@@ -122,6 +133,14 @@ class SlicedMatrix(WholeMatrix):
     def coordinates_shape(self) -> tuple[int, ...]:
         rows, columns = self.block_shape
         return (rows, self.frame.rank) if self.frame.right else (self.frame.rank, columns)
+
+    @property
+    def runs(self) -> Runs:
+        rows, columns = self.frame.projected_shape
+        first, last = self.lines
+        if self.frame.right:
+            return Runs(1, (last - first) * columns, first * columns, 0, rows * columns)
+        return Runs(rows, last - first, first, columns, rows * columns)
 
     @property
     def lines(self) -> tuple[int, int]:
@@ -224,6 +243,9 @@ class SlicedMatrix(WholeMatrix):
 
     def sum_(self, tensor: Tensor) -> Tensor:
         return self.world.sum_(tensor)
+
+    def largest_(self, tensor: Tensor) -> Tensor:
+        return self.world.largest_(tensor)
 
     def norm(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return self.sum_(super().norm(self.own(like), dtype).square_()).sqrt_()

@@ -9,12 +9,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..subspaces.basis import Frame, Lifted, Room
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Which elements of a whole tensor, flattened, a process holds: ``count`` runs of ``width`` of them, the first from
+    ``begin`` on, each ``stride`` behind the one before; ``whole`` is how many there are on all processes."""
+
+    count: int
+    width: int
+    begin: int
+    stride: int
+    whole: int
+
+    def begin_of(self, run: int) -> int:
+        return self.begin + run * self.stride
 
 
 class Solving:
@@ -46,6 +62,7 @@ class Whole:
     """A tensor of any shape whose moments live in its own coordinates."""
 
     ranked = False
+    split = False  # whether other processes hold parts of it
 
     def __init__(self, parameter: Tensor, position: int, room: Room) -> None:
         self.parameter = parameter
@@ -68,6 +85,16 @@ class Whole:
     def coordinates_shape(self) -> tuple[int, ...]:
         """The shape of what the rule sees."""
         return tuple(self.parameter.shape)
+
+    @property
+    def runs(self) -> Runs:
+        """Where the coordinates that this process holds lie among all of them."""
+        numel = math.prod(self.coordinates_shape)
+        return Runs(1, numel, 0, 0, numel)
+
+    def largest_(self, tensor: Tensor) -> Tensor:
+        """The largest of each element over all processes, in place."""
+        return tensor
 
     def state_dtype(self, group: dict[str, Any]) -> torch.dtype:
         """Moments are fp32 at least, also for bf16 parameters, unless the group says otherwise: with b2 = 0.999

@@ -21,6 +21,12 @@ class World:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def largest_(self, tensor: Tensor) -> Tensor:
+        """The largest of each element over all processes, in place."""
+        if tensor.numel():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
     def exchange(self, sent: Tensor, counts: list[int], expected: list[int]) -> Tensor:
         """``counts[i]`` elements of ``sent`` (flat) go to process i; ``expected[i]`` come from it, in order."""
         received = sent.new_empty(sum(expected))

@@ -13,8 +13,10 @@ def cell(optimizer, layout, **options):
 
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+SHARD_BASIS = {"keys": {"shard_basis": True}}
+LARGE = {"sizes": [96, 401, 113], "rank": 12}  # moments of at least 4096 numbers, so that they are held in 8 bits
 
-# Every class, every layout and every option at least once, on 2 and on 4 processes.
+# Every class, every layout and every option at least once, on 2 and on 4 processes; matrix.py has every pair.
 ON = {
     2: [
         cell("Lion", "zero3", accumulation=4),
@@ -37,6 +39,11 @@ ON = {
         cell("APOLLOAdamW Mini", "zero2", zero={"overlap_comm": True}),
         cell("APOLLOAdamW svd", "zero3", zero=OFFLOAD),
         cell("LDAdamW", "zero3", zero={"sub_group_size": 200}),
+        cell("GaLoreAdamW svd", "zero3", **SHARD_BASIS),
+        cell("GaLoreAdamW8bit", "zero2", **LARGE),
+        cell("GaLoreAdamW8bit Q-GaLore", "zero1", **LARGE, **SHARD_BASIS),
+        cell("FiraAdamW", "zero1", precision="bf16, fp32 gradients", accumulation=4),
+        cell("GaLoreAdamW", "zero3", precision="bf16", proj_type="left", zero=OFFLOAD),
     ],
     4: [
         cell("Lion", "fsdp2"),
@@ -48,7 +55,9 @@ ON = {
         cell("GradNormLoRPAdamW", "zero3", proj_type="left"),
         cell("DCTAdamW", "zero3", proj_type="reverse_std"),
         cell("APOLLOAdamW", "zero1", zero={"round_robin_gradients": True}),
-        cell("LDAdamW", "fsdp2", proj_type="left"),
+        cell("LDAdamW", "fsdp2", proj_type="left", **SHARD_BASIS),
+        cell("GaLoreAdamW8bit", "zero3", proj_type="left", **LARGE),
+        cell("GaLorePlusAdamW", "zero2", precision="bf16", **SHARD_BASIS),
     ],
 }
 
@@ -77,13 +86,11 @@ def results(torchrun, tmp_path_factory):
     ids=lambda value: str(value),
 )
 def test_split_over_processes_it_is_what_it_is_in_one(results, ranks, number):
-    """20 steps with two or three refreshes. Replicas are equal to the bit, and no process holds all of the state."""
+    """20 steps with two or three refreshes; ``cells.holds`` has the limits. Replicas are equal to the bit, and no
+    process holds all of the state."""
     told = results(ranks)[number]
     assert {key: told[key] for key in ON[ranks][number]} == ON[ranks][number]
-    assert told["moved"] > 1e-3
-    assert told["difference"] <= 1e-5, told
-    assert told["of_movement"] <= 1e-4, told
-    assert told["replicas_agree"]
+    assert told["holds"], told
     if told["layout"] in ("ddp", "zero0"):
         assert told["state_bytes"] == told["state_bytes_alone"]
     else:
