@@ -58,11 +58,11 @@ OPTIMIZERS = {
 class Net(nn.Module):
     """Tall, wide and square matrices of sizes that no number of ranks divides, one smaller than a partition."""
 
-    def __init__(self):
+    def __init__(self, width):
         super().__init__()
         self.embed = nn.Embedding(37, 24)
-        self.tall = nn.Linear(24, 45)
-        self.wide = nn.Linear(45, 28, bias=False)
+        self.tall = nn.Linear(24, width)
+        self.wide = nn.Linear(width, 28, bias=False)
         self.near = nn.Linear(28, 30)
         self.square = nn.Linear(30, 30, bias=False)
         self.small = nn.Linear(30, 13, bias=False)
@@ -78,9 +78,9 @@ class Net(nn.Module):
         return nn.functional.cross_entropy(self.head(self.norm(self.out(h))).flatten(0, 1).float(), y.flatten())
 
 
-def build():
+def build(cell):
     torch.manual_seed(0)
-    return Net()
+    return Net(cell.get("width", 45))
 
 
 def batch(step, micro):
@@ -114,7 +114,7 @@ def weights_of(net):
 
 def alone(cell):
     """The weights before and after, in one process, and the bytes of its state."""
-    net = build()
+    net = build(cell)
     before, optimizer = weights_of(net), make_optimizer(net, cell)
     parts = cell.get("accumulation", 1)
     for step in range(STEPS):
@@ -157,7 +157,7 @@ def keep(full, optimizer, cell):
 
 def replicated(cell):
     """DistributedDataParallel and FSDP2, in a plain loop."""
-    net = build()
+    net = build(cell)
     state = taken_over(net, cell)
     if cell["layout"] == "fsdp2":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -183,8 +183,8 @@ def replicated(cell):
     return full, optimizer
 
 
-def zero(cell):
-    """DeepSpeed's engine, as its users write it."""
+def started(cell):
+    """DeepSpeed's engine, as its users make it, and the optimizer that they give it."""
     stage = int(cell["layout"][-1])
     options = {"stage": stage, **cell.get("zero", {})}
     if stage == 3:
@@ -200,20 +200,34 @@ def zero(cell):
     }
     inside = deepspeed.zero.Init(config_dict_or_path=config) if cell.get("zero_init") else contextlib.nullcontext()
     with inside:
-        net = build()
+        net = build(cell)
     state = taken_over(net, cell)
     optimizer = make_optimizer(net, cell)
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
     if state:
         optim.load_full_state(optimizer, state)
-    for step in steps_of(cell):
+    return engine, optimizer
+
+
+def train(engine, cell, steps):
+    for step in steps:
         for micro in range(cell.get("accumulation", 1)):
             engine.backward(engine(*share(step, micro)))
             engine.step()
+
+
+def weights_of_engine(engine):
     full = {}
     for name, p in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([p]) if hasattr(p, "ds_id") else contextlib.nullcontext():
             full[name] = p.detach().float().clone()
+    return full
+
+
+def zero(cell):
+    engine, optimizer = started(cell)
+    train(engine, cell, steps_of(cell))
+    full = weights_of_engine(engine)
     keep(full, optimizer, cell)
     engine.destroy()
     return full, optimizer
