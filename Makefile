@@ -4,19 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help pretrain test lint kill clean
+.PHONY: help pretrain test test-distributed lint kill clean
 
 help:
-	@echo "make pretrain   train a small LLaMA with GaLore (runs/quickstart); ARGS='--key value ...' changes it"
-	@echo "make test       the test suite"
-	@echo "make lint       ruff and mypy"
-	@echo "make kill       kill a run ten times at random and compare it with an undisturbed one"
+	@echo "make pretrain           train a small LLaMA with GaLore (runs/quickstart); ARGS='--key value ...' changes it"
+	@echo "make test               the test suite"
+	@echo "make test-distributed   every optimizer in every layout, each pair of options, as a table; half an hour"
+	@echo "make lint               ruff and mypy"
+	@echo "make kill               kill a run ten times at random and compare it with an undisturbed one"
 
 pretrain: $(VENV)/.run
 	$(BIN)/gracile pretrain $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+test-distributed: $(VENV)/.dev
+	$(BIN)/python tests/distributed/matrix.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

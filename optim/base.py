@@ -391,7 +391,8 @@ class SubspaceOptimizer(FaithfulLoading):
                 self._register(group)
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                group.setdefault(key, value)
+                if key != "differentiable":  # torch has put it among the defaults just now; ours is no group key
+                    group.setdefault(key, value)
 
 
 def _wave(found: Tensor | Solving) -> int:

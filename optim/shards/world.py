@@ -46,7 +46,8 @@ class World:
         padded = kept.new_zeros(share, *kept.shape[1:])
         padded[: len(kept)] = kept
         rows = kept.new_empty(share * self.size, *kept.shape[1:])
-        dist.all_gather_into_tensor(rows, padded, group=self.group)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+        gather(rows, padded, group=self.group)
         return rows[:count]
 
     def share(self, count: int) -> slice:

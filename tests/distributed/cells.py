@@ -37,12 +37,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gracile import optim
 from gracile.optim.base import SubspaceOptimizer
 from gracile.optim.subspaces.basis import Room
+from gracile.train.traffic import Traffic
 
 STEPS, GAP, RANK, BATCH = 20, 7, 6, 8
 OF_PARAMETER, OF_MOVEMENT = 1e-5, 1e-4
@@ -206,8 +205,8 @@ def replicated(cell):
     return full, optimizer, watch
 
 
-def zero(cell):
-    """DeepSpeed's engine, as its users write it."""
+def started(cell):
+    """DeepSpeed's engine, as its users make it, and the optimizer that they give it."""
     stage = int(cell["layout"][-1])
     options = {"stage": stage, **cell.get("zero", {})}
     if stage == 3:
@@ -232,19 +231,34 @@ def zero(cell):
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
     if state:
         optim.load_full_state(optimizer, state)
-    watch = Watch(optimizer, cell)
-    for step in steps_of(cell):
+    return engine, optimizer
+
+
+def train(engine, cell, steps):
+    for step in steps:
         for micro in range(cell.get("accumulation", 1)):
             engine.backward(engine(*share(step, micro)))
             engine.step()
+
+
+def weights_of_engine(engine, cell):
+    """The fp32 weights, whole."""
     full = {}
     for name, p in engine.module.named_parameters():
         # DeepSpeed's own way to the fp32 weights is wrong under round_robin_gradients
-        if is_bf16(cell) and p.requires_grad and not options.get("round_robin_gradients"):
+        if is_bf16(cell) and p.requires_grad and not cell.get("zero", {}).get("round_robin_gradients"):
             full[name] = safe_get_full_fp32_param(p).clone()
             continue
         with deepspeed.zero.GatheredParameters([p]) if hasattr(p, "ds_id") else contextlib.nullcontext():
             full[name] = p.detach().float().clone()
+    return full
+
+
+def zero(cell):
+    engine, optimizer = started(cell)
+    watch = Watch(optimizer, cell)
+    train(engine, cell, steps_of(cell))
+    full = weights_of_engine(engine, cell)
     keep(full, optimizer, cell)
     watch.close(optimizer)
     engine.destroy()
@@ -321,9 +335,9 @@ class Watch:
 
         def step(*arguments, **keywords):
             self.replay.step(optimizer)
-            with Counting() as counting:
+            with Traffic() as traffic:
                 told = inner(*arguments, **keywords)
-            self.steps.append(counting.bytes)
+            self.steps.append(traffic.bytes)
             return told
 
         optimizer.step = step
@@ -338,24 +352,6 @@ class Watch:
         calls = len(self.steps) // STEPS  # DeepSpeed steps each group, or sub-group, by itself
         steps = [sum(self.steps[i : i + calls]) for i in range(0, len(self.steps), calls)]
         return {"sent": min(steps), "sent_at_refresh": max(steps[1:]), **self.replayed}
-
-
-class Counting(TorchDispatchMode):
-    bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
-            ranks = dist.get_world_size()
-            first, second = ([t for t in tree_leaves(a) if isinstance(t, torch.Tensor)] for a in args[:2])
-            size = sum(t.numel() * t.element_size() for t in first)
-            name = func.name().split("::")[1].rstrip("_")
-            self.bytes += round({
-                "allreduce": 2 * (ranks - 1) / ranks * size,
-                "_allgather_base": (ranks - 1) / ranks * size,  # first: what comes out
-                "alltoall_base": sum(t.numel() * t.element_size() for t in second),
-                "broadcast": (ranks - 1) / ranks * size,
-            }[name])  # fmt: skip
-        return func(*args, **(kwargs or {}))
 
 
 def replicas_agree(full, optimizer, cell):
