@@ -74,7 +74,7 @@ def rows_of(parameter: Any) -> Slice:
     world = World(mesh.get_group())
     share = -(-shape[0] // world.size)
     bounds = tuple(min(i * share, shape[0]) * row for i in range(world.size + 1))
-    piece = Slice(shape, bounds, 0, world)
+    piece = Slice(shape, bounds, 0, world, chunked=True)
     if parameter.to_local().numel() != piece.numel:
         raise UnsupportedLayout(f"a DTensor of shape {shape} holds {parameter.to_local().numel()} elements here")
     return piece

@@ -5,9 +5,10 @@ A slice is a range of the flattened parameter. The lines of a matrix that a proc
     right    the rows it touches. A row cut by a boundary is completed from its other parts, so that every process
              that holds a part of it has all of it; it counts for the one that holds its first element. Where
              boundaries lie between rows, the block is a view and nothing is sent.
-    left     a share of the columns, by one exchange of blocks; the update comes back the same way. Each process sends
-             and receives its share of the matrix, m n / world, whatever the rank: less than a reduce-scatter
-             and an all-gather of r x n each from world > 2 m / r on.
+    left     columns, as many of all as it holds of the matrix, by one exchange of blocks; the update comes back the
+             same way. Each process sends and receives its part of the matrix at most, whatever the rank: less than a
+             reduce-scatter and an all-gather of r x n each from world > 2 m / r on. A process that holds all of a
+             matrix works on all of it and sends nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Slice:
     bounds: tuple[int, ...]
     offset: int
     world: World
+    chunked: bool = False  # cut as torch cuts DTensors: other dimensions are then cut so, too
 
     @property
     def start(self) -> int:
@@ -119,9 +121,11 @@ class SlicedMatrix(WholeMatrix):
         return self._columns_of(self.world.rank)
 
     def _columns_of(self, rank: int) -> tuple[int, int]:
-        n = self.frame.shape[1]
-        share = -(-n // self.world.size)
-        return min(rank * share, n), min((rank + 1) * share, n)
+        m, n = self.frame.shape
+        if self.piece.chunked:
+            share = -(-n // self.world.size)
+            return min(rank * share, n), min((rank + 1) * share, n)
+        return -(-self.piece.bounds[rank] // m), -(-self.piece.bounds[rank + 1] // m)
 
     @property
     def block_shape(self) -> tuple[int, int]:

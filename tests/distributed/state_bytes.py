@@ -1,0 +1,75 @@
+"""The optimizer state that processes hold of a LLaMA under DeepSpeed's engine, after one step.
+
+torchrun --nproc-per-node 2 state_bytes.py CELLS.json RESULTS.json
+"""
+
+import json
+import sys
+
+from cells import OPTIMIZERS, deepspeed, dist, torch
+
+from gracile.models import build_llama
+from gracile.optim import param_groups, state_bytes
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3, "vocab_size": 512}
+    return build_llama("2m", num_attention_heads=4, **sizes)
+
+
+def made(model, cell):
+    kind, keys, matrix_keys = OPTIMIZERS[cell["optimizer"]]
+    if matrix_keys is None:
+        return kind(param_groups(model), **keys)
+    return kind(param_groups(model, **{"rank": 32, **matrix_keys, **cell["keys"]}), **keys)
+
+
+def stepped(model, optimizer):
+    """One step of one process."""
+    tokens = torch.randint(512, (2, 16), generator=torch.Generator().manual_seed(0))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    return optimizer
+
+
+def basis_bytes(optimizer):
+    return sum(v.nbytes for s in optimizer.state.values() for k, v in s.items() if k.startswith("basis"))
+
+
+def measure(cell):
+    model = llama()
+    alone = stepped(model, made(model, cell))
+    model = llama()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": cell["stage"], "stage3_param_persistence_threshold": 0},
+    }
+    optimizer = made(model, cell)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    tokens = torch.randint(512, (1, 16), generator=torch.Generator().manual_seed(dist.get_rank()))
+    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+    engine.step()
+    held = torch.tensor([state_bytes(optimizer), -state_bytes(optimizer)])
+    dist.all_reduce(held, dist.ReduceOp.MAX)
+    engine.destroy()
+    most, least = held[0].item(), -held[1].item()
+    return {"most": most, "least": least, "alone": state_bytes(alone), "basis": basis_bytes(alone)}
+
+
+def main():
+    cells, results = sys.argv[1:3]
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo")
+    with open(cells) as file:
+        told = [measure(cell) for cell in json.load(file)]
+    if dist.get_rank() == 0:
+        with open(results, "w") as file:
+            json.dump(told, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""State is split like the weights: a process of n holds an n-th of it, to 5 percent. ``state_bytes.py`` runs there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("state_bytes.py")
+
+OPTIMIZERS = [
+    "Lion", "GaLoreAdamW8bit", "GaLoreAdamW8bit Q-GaLore", "GaLoreAdafactor", "GaLoreLion", "GaLorePlusAdamW",
+    "FiraAdamW", "GradNormLoRPAdamW", "DCTAdamW", "DCTAdamW fed back in 8 bits", "APOLLOAdamW", "APOLLOAdamW svd",
+    "LDAdamW",
+]  # fmt: skip
+CELLS = [{"optimizer": name, "stage": 1 + i % 3, "keys": {}} for i, name in enumerate(OPTIMIZERS)]
+CELLS += [{"optimizer": "GaLoreAdamW", "stage": stage, "keys": {}} for stage in (1, 2, 3)]
+CELLS += [
+    {"optimizer": name, "stage": stage, "keys": {"shard_basis": True}}
+    for name, stage in (("GaLoreAdamW", 1), ("GaLoreAdamW8bit Q-GaLore", 2), ("LDAdamW", 3), ("FiraAdamW", 3))
+]
+
+
+@pytest.fixture(scope="module")
+def measured(torchrun, tmp_path_factory):
+    told = {}
+
+    def on(ranks):
+        if ranks not in told:
+            folder = tmp_path_factory.mktemp(f"bytes{ranks}")
+            todo, done = folder / "cells.json", folder / "results.json"
+            todo.write_text(json.dumps(CELLS))
+            process = torchrun(ranks, str(WORKER), str(todo), str(done), timeout=200)
+            assert process.returncode == 0, process.stdout[-3000:]
+            told[ranks] = json.loads(done.read_text())
+        return told[ranks]
+
+    return on
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("number", range(len(CELLS)), ids=lambda i: " ".join(map(str, CELLS[i].values())))
+def test_a_process_holds_its_part_of_the_state(measured, ranks, number):
+    """Beside it, all of the basis where each process keeps it."""
+    told = measured(ranks)[number]
+    basis = 0 if CELLS[number]["keys"] else told["basis"]
+    moments = told["alone"] - basis
+    assert told["most"] <= 1.05 * moments / ranks + basis, told
+    assert ranks * told["most"] >= moments, "nothing is lost"
