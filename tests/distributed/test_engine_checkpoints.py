@@ -74,7 +74,7 @@ def launched(torchrun, tmp_path_factory):
     def launch(ranks, cells):
         todo, done = folder / f"cells{ranks}.json", folder / f"results{ranks}.json"
         todo.write_text(json.dumps(cells))
-        process = torchrun(ranks, str(CELLS), str(todo), str(done), timeout=280)
+        process = torchrun(ranks, str(CELLS), str(todo), str(done), timeout=400)
         assert process.returncode == 0, process.stdout[-3000:]
         return json.loads(done.read_text())
 
