@@ -23,11 +23,20 @@ class UnsupportedLayout(RuntimeError):
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter as the optimizer was given it."""
+    """A parameter as the optimizer was given it.
 
-    parameter: Tensor
+    Reached through its group's list: accelerate takes the parameters out of that list before it splits them, and a
+    reference kept here would hold each whole one in memory.
+    """
+
+    held: list[Tensor]
+    index: int
     position: int  # among all parameters of the optimizer: the same on every process
     shape: tuple[int, ...]
+
+    @property
+    def parameter(self) -> Tensor:
+        return self.held[self.index]
 
 
 class Keys(MutableMapping[str, Tensor]):
