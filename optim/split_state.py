@@ -55,7 +55,7 @@ class SplitState:
         from torch.distributed.tensor import DTensor, Shard  # here: only FSDP2 needs it, and importing it takes long
 
         axis, whole = self.axes[key], self.whole[key]
-        lines = _as_lines(value, whole)
+        lines = _as_lines(value, whole).contiguous()  # torch broadcasts states of other strides as other numbers
         if axis is None:
             return lines
         share = -(-whole.shape[axis] // self.mesh.size())
@@ -75,8 +75,8 @@ class SplitState:
         if isinstance(value, DTensor):
             axis = self.axes[key]
             value = value.redistribute(placements=[Replicate() if axis is None else Shard(axis)]).to_local()
-        part: Tensor = value.reshape(self.own[key].shape)
-        return part
+        part = torch.empty_like(self.own[key], dtype=value.dtype, device=value.device)  # its strides: BLAS sees them
+        return part.copy_(value.reshape(part.shape))
 
     def _is_whole(self, key: str, value: Any) -> bool:
         if key not in self.axes:
