@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from gracile.optim.shards import UnsupportedLayout
 
 CELL = {"optimizer": "GaLoreAdamW", "proj_type": "left"}
+PLACED = {"optimizer": "APOLLOAdamW"}  # draws its projections by a parameter's place
 HALF, STEPS = 8, 16
 
 
@@ -47,9 +48,9 @@ def apart(one, other):
     return max((torch.linalg.vector_norm(one[n] - other[n]) / torch.linalg.vector_norm(other[n])).item() for n in other)
 
 
-def alone(accelerator):
+def alone(accelerator, cell):
     net = cells.build()
-    train(accelerator, net, cells.make_optimizer(net, CELL), 0, STEPS, batch=cells.batch)
+    train(accelerator, net, cells.make_optimizer(net, cell), 0, STEPS, batch=cells.batch)
     return cells.weights_of(net)
 
 
@@ -84,7 +85,7 @@ def stopped_and_resumed(accelerator, reference, folder):
 def split_later(swap):
     """The optimizer is built first, then torch splits the model; ``swap`` brings the DTensors into its groups."""
     net = cells.build()
-    optimizer = cells.make_optimizer(net, CELL)
+    optimizer = cells.make_optimizer(net, PLACED)
     before = dict(net.named_parameters())
     fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     swap(optimizer, {id(before[name]): p for name, p in net.named_parameters()})
@@ -133,9 +134,9 @@ def main():
         accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
         assert accelerator.is_fsdp2
         accelerator.state.fsdp_plugin = plugin  # a process has one state, the first accelerator's
-        reference = alone(accelerator)
-        told[form] = stopped_and_resumed(accelerator, reference, f"{folder}/{form}")
+        told[form] = stopped_and_resumed(accelerator, alone(accelerator, CELL), f"{folder}/{form}")
     told["originals_left"] = originals_left(accelerator)
+    reference = alone(accelerator, PLACED)
     for swap in (in_its_list, in_a_new_list):
         net, optimizer = split_later(swap)
         train(accelerator, net, optimizer, 0, STEPS)

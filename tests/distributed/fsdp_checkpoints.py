@@ -25,7 +25,8 @@ HALF, STEPS = 8, 16  # refreshes at 0, 5, 7 and 10, 14, 15
 
 
 class Large(nn.Module):
-    """Moments that 8 bits are worth it for: 4096 elements in each part, or in all but the last."""
+    """Moments that 8 bits are worth it for: 4096 elements in each part, or in all but the last. And one number, which
+    one process has all of."""
 
     def __init__(self):
         super().__init__()
@@ -34,12 +35,13 @@ class Large(nn.Module):
         self.wide = nn.Linear(402, 130, bias=False)
         self.square = nn.Linear(130, 130, bias=False)
         self.head = nn.Linear(130, 37, bias=False)
+        self.factor = nn.Parameter(torch.ones(1))
 
     def forward(self, x, y):
         h = self.embed(x)
         for layer in (self.tall, self.wide, self.square):
             h = torch.tanh(layer(h))
-        return nn.functional.cross_entropy(self.head(h).flatten(0, 1), y.flatten())
+        return nn.functional.cross_entropy((self.factor * self.head(h)).flatten(0, 1), y.flatten())
 
 
 def large_optimizer(net):
@@ -47,7 +49,7 @@ def large_optimizer(net):
     groups = [
         {"params": [net.tall.weight, net.wide.weight], "rank": 64, **ranked},
         {"params": [net.square.weight], "rank": 128, **ranked},
-        {"params": [net.embed.weight, net.tall.bias, net.head.weight]},
+        {"params": [net.embed.weight, net.tall.bias, net.head.weight, net.factor]},
     ]
     return optim.GaLoreAdamW8bit(groups, lr=1e-3, eps=1e-6)
 
