@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from .shards import (
     pieces_of,
     rows_of,
 )
+from .split_state import SplitState
 from .subspaces.basis import PROJ_TYPES, Basis, Frame, Lifted, Room, first_columns
 from .subspaces.singular import SUBSPACE_METHODS, leading_singular_vectors, orthogonal_iteration
 
@@ -174,7 +175,37 @@ class SubspaceOptimizer(FaithfulLoading):
         """Remember the parameters of a group: engines replace them by flat tensors, and drop or reorder groups."""
         begin = sum(map(len, self._members.values()))
         number = group["group_number"] = len(self._members)
-        self._members[number] = {id(p): Member(p, begin + i, full_shape(p)) for i, p in enumerate(group["params"])}
+        held = group["params"]
+        self._members[number] = {id(p): Member(held, i, begin + i, full_shape(p)) for i, p in enumerate(held)}
+
+    def _member(self, p: Tensor, group: Group) -> Member | None:
+        """The parameter ``p`` as it was given in ``group``; None for an engine's flat tensor."""
+        own = self._members[group["group_number"]].get(id(p))
+        if own is not None and own.parameter is p:  # ids of what is gone are given away again
+            return own
+        return self._taken_over(group)[id(p)] if _is_dtensor(p) else None
+
+    def _taken_over(self, group: Group) -> dict[int, Member]:
+        """The members of a group whose parameters were replaced by DTensors, in their order: accelerate splits a model
+        (FSDP2) after its optimizer was built."""
+        number, held = group["group_number"], group["params"]
+        given = list(self._members[number].values())
+        if [full_shape(p) for p in held] != [member.shape for member in given]:
+            raise UnsupportedLayout(
+                f"parameters of shapes {[member.shape for member in given]} were replaced by DTensors of shapes "
+                f"{[full_shape(p) for p in held]}; build the optimizer after the model is split"
+            )
+        now = {id(p) for group in self.param_groups for p in group["params"]}
+        if any(id(p) not in now for p in self.state):
+            raise UnsupportedLayout(
+                "parameters were replaced by DTensors when they had state already; split the model first, then load"
+            )
+        self._layouts.clear()
+        self._members[number] = {
+            id(p): Member(held, i, member.position, member.shape)
+            for i, (p, member) in enumerate(zip(held, given, strict=True))
+        }
+        return self._members[number]
 
     def _check_group(self, group: Group) -> None:
         for key in group.keys() - self.defaults.keys() - FOREIGN_KEYS:
@@ -237,10 +268,18 @@ class SubspaceOptimizer(FaithfulLoading):
             with torch.enable_grad():
                 loss = closure()
         with torch.autocast(self._device_type(), enabled=False):  # a step inside autocast must not round its products
+            first = not self.state
             work = self._collect()
-            self._refresh(work)
-            self._update(work)
+            if not (first and self._is_blank(work)):
+                self._refresh(work)
+                self._update(work)
         return loss
+
+    def _is_blank(self, work: list[Work]) -> bool:
+        """Whether a step moves nothing: torch.distributed.checkpoint lets state be made by one without a learning rate
+        and with zeros for gradients. Counting it would keep a subspace of nothing until the second refresh."""
+        still = all(group["lr"] == 0 for group in self.param_groups)
+        return still and not any(shard.norm(shard.grad) for shard, _, _ in work)
 
     def _device_type(self) -> str:
         return next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
@@ -271,22 +310,23 @@ class SubspaceOptimizer(FaithfulLoading):
 
     def shards_of(self, p: Tensor, group: Group, room: Room) -> Iterator[tuple[Member, Whole, State]]:
         """What this process holds of the parameter or flat tensor ``p``, each with its state."""
-        members = self._members[group["group_number"]]
-        own = members.get(id(p))
+        own = self._member(p, group)
         by_element = group.get("rank") is None and not self.rule.needs_rows  # in any shape it is what it was
-        if own is not None and not hasattr(p, "device_mesh") and (tuple(p.shape) == own.shape or by_element):
+        if own is not None and not _is_dtensor(p) and (tuple(p.shape) == own.shape or by_element):
             yield own, self._whole(p, group, own.position, room), self.state[p]
             return
-        if id(p) not in self._layouts:
-            if own is not None and hasattr(p, "device_mesh"):  # a DTensor; importing its class would take long
-                self._layouts[id(p)] = [(own, rows_of(p))]
-            else:
-                self._layouts[id(p)] = pieces_of(p, list(members.values()))
         flat = _local(p.detach())
         slope = flat if p.grad is None else _local(p.grad)
-        for member, piece in self._layouts[id(p)]:
+        for member, piece in self._layout(p, group):
             keys = self.state[p] if member is own else Keys(self.state[p], member.position)
             yield member, self._sliced(piece.of(flat), piece.of(slope), piece, member, group, room), keys
+
+    def _layout(self, p: Tensor, group: Group) -> list[tuple[Member, Slice]]:
+        own = self._member(p, group)
+        if id(p) not in self._layouts:
+            members = list(self._members[group["group_number"]].values())
+            self._layouts[id(p)] = pieces_of(p, members) if own is None or not _is_dtensor(p) else [(own, rows_of(p))]
+        return self._layouts[id(p)]
 
     def _whole(self, p: Tensor, group: Group, position: int, room: Room) -> Whole:
         if group.get("rank") is None:
@@ -357,10 +397,32 @@ class SubspaceOptimizer(FaithfulLoading):
 
     # ---- state before it exists -------------------------------------------------------------------------------------
 
-    def expected_state(self, parameter: Tensor, group: Group) -> NewState | None:
-        if id(parameter) not in self._members[group["group_number"]]:
+    def expected_state(self, parameter: Tensor, group: Group, saved: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
+        if self._member(parameter, group) is None:
             return None  # an engine's flat tensor: its engine checks
+        if _is_dtensor(parameter):
+            return self._split_state(parameter, group).expected(saved)
         return self._state_on_meta(parameter, group)
+
+    def held_state(self, parameter: Tensor, group: Group, saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self._split_state(parameter, group).held(saved) if _is_dtensor(parameter) else saved
+
+    def saved_state(self, parameter: Tensor, group: Group, held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self._split_state(parameter, group).shared(held) if _is_dtensor(parameter) else held
+
+    def _split_state(self, parameter: Any, group: Group) -> SplitState:
+        ((member, piece),) = self._layout(parameter, group)
+        whole = torch.empty(member.shape, dtype=parameter.dtype, device="meta")
+
+        def on_paper(rank: int) -> NewState:
+            seen = piece.on_paper(rank)
+            flat = whole.new_empty(seen.numel)
+            return self.new_state(self._sliced(flat, flat, seen, member, group, Room()), group)
+
+        flat, world = _local(parameter.detach()), piece.world
+        shard = self._sliced(flat, flat, piece, member, group, Room())
+        own, last = on_paper(world.rank), on_paper(world.size - 1)
+        return SplitState(parameter.device_mesh, shard, own, last, self._state_on_meta(whole, group))
 
     def _state_on_meta(self, parameter: Tensor, group: Group) -> NewState:
         return self.new_state(self._whole(torch.empty_like(parameter, device="meta"), group, 0, Room()), group)
@@ -385,14 +447,14 @@ class SubspaceOptimizer(FaithfulLoading):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also reached by unpickling: groups pickled before a key existed get its default."""
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # which torch puts there, and no constructor of ours takes
         if not hasattr(self, "_members"):  # unpickled: torch keeps nothing but groups, state and defaults
             self._members, self._layouts = {}, {}
             for group in self.param_groups:
                 self._register(group)
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                if key != "differentiable":  # torch has put it among the defaults just now; ours is no group key
-                    group.setdefault(key, value)
+                group.setdefault(key, value)
 
 
 def _wave(found: Tensor | Solving) -> int:
@@ -400,7 +462,11 @@ def _wave(found: Tensor | Solving) -> int:
     return found.wave if isinstance(found, Solving) else 1
 
 
+def _is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")  # importing the class would take long
+
+
 def _local(tensor: Any) -> Tensor:
     """What this process holds of a tensor that may be a DTensor, flat."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    local: Tensor = tensor.to_local() if _is_dtensor(tensor) else tensor
     return local.reshape(-1)

@@ -18,9 +18,35 @@ class FaithfulLoading(torch.optim.Optimizer):
         """Refuse bad values of a group."""
         raise NotImplementedError
 
-    def expected_state(self, parameter: Tensor, group: dict[str, Any]) -> Mapping[str, Tensor] | None:
-        """The state this optimizer would make for ``parameter``, on the meta device; None where it cannot be said."""
+    def expected_state(
+        self, parameter: Tensor, group: dict[str, Any], saved: Mapping[str, Any]
+    ) -> Mapping[str, Tensor] | None:
+        """What would fit in the place of ``saved``, on the meta device; None where it cannot be said."""
         raise NotImplementedError
+
+    def held_state(self, parameter: Tensor, group: dict[str, Any], saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The part of ``saved`` that this process holds."""
+        return saved
+
+    def saved_state(self, parameter: Tensor, group: dict[str, Any], held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """``held`` as ``state_dict`` tells of it."""
+        return held
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Optimizer.state_dict``; where FSDP2 splits a parameter, what is split of its state is a
+        DTensor, which torch.distributed.checkpoint can load on any number of processes."""
+
+        def tell(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+            owners = [(p, group) for group in self.param_groups for p in group["params"]]
+            for number, (p, group) in enumerate(owners):
+                if saved["state"].get(number):
+                    saved["state"][number] = self.saved_state(p, group, saved["state"][number])
+
+        hook = self.register_state_dict_post_hook(tell, prepend=True)  # runs before the user's own
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.load_state_dict``, but every tensor keeps its own dtype and is a copy.
@@ -44,13 +70,13 @@ class FaithfulLoading(torch.optim.Optimizer):
             return {**saved, "state": {}, "param_groups": groups + rest}
 
         def restore(_: torch.optim.Optimizer) -> None:
-            parameters = [p for group in self.param_groups for p in group["params"]]
+            owners = [(p, group) for group in self.param_groups for p in group["params"]]
             for number, state in saved_state.items():
-                p = parameters[number]
+                p, group = owners[number]
                 self.state[p] = {
                     # where a flat tensor holds several members, keys begin with a member's position
                     k: v.to("cpu" if k.split(".")[-1] in self.host_state else p.device, copy=True)
-                    for k, v in state.items()
+                    for k, v in self.held_state(p, group, state).items()
                 }
 
         before = self.register_load_state_dict_pre_hook(withhold)  # runs after the user's own
@@ -67,13 +93,15 @@ class FaithfulLoading(torch.optim.Optimizer):
             self.check_values(group)
         # The saved rank counts: loading restores the saved groups too.
         owners = [
-            (p, saved) for group, saved in zip(self.param_groups, saved_groups, strict=False) for p in group["params"]
+            (p, {**saved, "params": group["params"]})
+            for group, saved in zip(self.param_groups, saved_groups, strict=False)
+            for p in group["params"]
         ]
         for number, state in saved_state.items():
             if number >= len(owners):
                 return  # torch refuses this too, with its own message
             p, group = owners[number]
-            expected = self.expected_state(p, group)
+            expected = self.expected_state(p, group, state)
             if expected is None:
                 continue
             saved = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in state.items()}

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate.state import DistributedType
+from transformers.training_args import ParallelMode
 
 from ..validation import nearest
 from . import checkpoints
@@ -36,6 +38,19 @@ def check_values(config: Config) -> None:
         raise BadInput(f"nothing to train: max_steps is {run.max_steps}, num_train_epochs {run.num_train_epochs}")
     if config.model.dtype not in DTYPES:
         raise BadInput(f"unknown dtype {config.model.dtype!r}; {nearest(config.model.dtype, DTYPES)}")
+    if run.fsdp:
+        _check_fsdp(run)
+
+
+def _check_fsdp(run: RunArguments) -> None:
+    assert isinstance(run.fsdp_config, dict), "TrainingArguments reads it"
+    version = int(run.fsdp_config.get("version", 2))
+    if version != 2:
+        raise BadInput(f"fsdp_config: version must be 2, got {version}: version 1 hides the rows of a matrix")
+    if run.parallel_mode is not ParallelMode.DISTRIBUTED:
+        raise BadInput("fsdp splits a model over processes, and there is one; launch several with torchrun")
+    if run.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+        raise BadInput("fsdp: accelerate splits models over GPUs, not over CPUs; leave it out, or use deepspeed")
 
 
 def resuming(run: RunArguments) -> bool:

@@ -30,8 +30,8 @@ def elements(model: nn.Module) -> int:
 
 def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
     """Bytes of this process, counted from the tensors; AdamW's are what ``torch.optim.AdamW`` would hold."""
-    parameters = list(model.parameters())
-    trainable = [p for p in parameters if p.requires_grad]
+    parameters = [_held(p) for p in model.parameters()]
+    trainable = [_held(p) for p in model.parameters() if p.requires_grad]
     return {
         "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
         "gradient_bytes": sum(p.numel() * p.element_size() for p in trainable),
@@ -39,6 +39,12 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[st
         "adamw_state_bytes": adamw_state_bytes(trainable),
         "peak_memory_bytes": peak_memory(),
     }
+
+
+def _held(parameter: Any) -> torch.Tensor:
+    """What this process has of a parameter: FSDP2's tell the whole shape."""
+    held: torch.Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return held
 
 
 def peak_memory() -> int:

@@ -104,6 +104,12 @@ class PretrainTrainer(Trainer):
             group["lr"] = lr  # a scheduler sets it at its next step only
         return prepared
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Whole, also where FSDP saves what it resumes from in parts: the Trainer would save no model then."""
+        if self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
+
     def is_finished(self, checkpoint: Path) -> bool:
         """Whether the checkpoint is the end of this run: the Trainer's loop would train one step more."""
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -113,8 +119,11 @@ class PretrainTrainer(Trainer):
 
     def load_finished(self, checkpoint: Path) -> None:
         """Take weights, optimizer state and history of a finished run; there is nothing left to train."""
-        self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.is_fsdp_enabled:  # loads into a model that is split already
+            self._prepare_for_training(self.state.max_steps, None, str(checkpoint))
+            return
+        self._load_from_checkpoint(str(checkpoint))
         optimizer = self.create_optimizer()
         saved = checkpoint / "optimizer.pt"
         if saved.is_file():

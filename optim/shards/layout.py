@@ -23,11 +23,20 @@ class UnsupportedLayout(RuntimeError):
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter as the optimizer was given it."""
+    """A parameter as the optimizer was given it.
 
-    parameter: Tensor
+    Reached through its group's list: accelerate takes the parameters out of that list before it splits them, and a
+    reference kept here would hold each whole one in memory.
+    """
+
+    held: list[Tensor]
+    index: int
     position: int  # among all parameters of the optimizer: the same on every process
     shape: tuple[int, ...]
+
+    @property
+    def parameter(self) -> Tensor:
+        return self.held[self.index]
 
 
 class Keys(MutableMapping[str, Tensor]):
@@ -93,8 +102,9 @@ def pieces_of(flat: Tensor, members: list[Member]) -> list[tuple[Member, Slice]]
         return _zero3(flat, members) if hasattr(first, "ds_id") else _zero12(flat, members)
     except (AttributeError, StopIteration, KeyError, IndexError) as error:
         raise UnsupportedLayout(
-            f"a parameter of shape {members[0].shape} is held in a flat tensor of {flat.numel()} elements, but not as "
-            f"DeepSpeed ZeRO 1, 2 or 3 holds it ({type(error).__name__}: {error}); known to work: DeepSpeed 0.19"
+            f"a parameter of shape {members[0].shape} was replaced by a tensor of shape {tuple(flat.shape)}, but not "
+            f"as DeepSpeed ZeRO 1, 2 or 3 does it ({type(error).__name__}: {error}); known to work: DeepSpeed 0.19, "
+            "in 16 bits from stage 1 on"
         ) from None
 
 

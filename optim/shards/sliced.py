@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..subspaces.basis import Frame, Lifted, Room
 from .whole import Runs, Solving, Whole, WholeMatrix
-from .world import World
+from .world import PaperWorld, World
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Slice:
     def of(self, flat: Tensor) -> Tensor:
         """This process's part, a view into its flat tensor."""
         return flat.narrow(0, self.offset, self.numel)
+
+    def on_paper(self, rank: int) -> Slice:
+        """What process ``rank`` holds, for shapes alone."""
+        return replace(self, world=PaperWorld(rank, self.world.size))
 
 
 class Sliced(Whole):

@@ -44,6 +44,7 @@ from gracile.optim.subspaces.basis import Room
 from gracile.train.traffic import Traffic
 
 STEPS, GAP, RANK, BATCH = 20, 7, 6, 8
+SIZES = (24, 45, 28)
 OF_PARAMETER, OF_MOVEMENT = 1e-5, 1e-4
 
 ADAFACTOR = {"relative_step": False, "scale_parameter": True, "beta1": 0.9, "lr": 0.1}
@@ -96,7 +97,7 @@ class Net(nn.Module):
 
 def build(cell):
     torch.manual_seed(0)
-    return Net(*cell.get("sizes", (24, 45, 28)))
+    return Net(*cell.get("sizes", SIZES))
 
 
 def batch(step, micro):

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -73,13 +72,14 @@ def test_a_run_goes_on_elsewhere_as_if_it_had_never_stopped(before, after, start
     assert json.loads((run / "metrics.json").read_text())["steps"] == 12
 
 
-def test_killed_under_the_launcher_it_goes_on_to_the_same_bits(start, tmp_path, metrics):
+def test_killed_under_the_launcher_it_goes_on_to_the_same_bits(start, tmp_path, metrics, loopback_port):
     """SIGKILL to the launcher and both processes of ``deepspeed --num_accelerators 2``, after the first checkpoint."""
+    with loopback_port() as port:
+        killed_and_resumed(port, start, tmp_path, metrics)
 
+
+def killed_and_resumed(port, start, tmp_path, metrics):
     def launch(output_dir, *more):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         launcher = Path(sys.executable).with_name("deepspeed")
         command = [str(launcher), "--num_accelerators", "2", "--master_port", str(port), "--module"]
         command += ["gracile.train.pretrain", start, "--output_dir", str(output_dir), *options(2, "zero3"), *more]

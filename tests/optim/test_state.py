@@ -8,6 +8,7 @@ import galore_torch
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from gracile.optim import GaLoreAdamW, state_bytes
 from gracile.optim.memory import adamw_state_bytes
@@ -135,6 +136,30 @@ def test_an_unused_matrix_has_an_orthonormal_subspace_from_the_start():
     optimizer.step()
     P = optimizer.state[matrix]["basis"]
     assert torch.equal(P.t() @ P, torch.eye(RANK))
+
+
+def test_state_made_by_a_step_of_zeros_is_that_of_no_step():
+    """torch.distributed.checkpoint asks for state before the first step, and makes it so."""
+    net = nn.Linear(20, 12)
+    groups = [{"params": [net.weight], "rank": RANK, "update_proj_gap": GAP}, {"params": [net.bias]}]
+    optimizer = GaLoreAdamW(groups, lr=0.01)
+    untouched = copy.deepcopy(net)
+    state = get_optimizer_state_dict(net, optimizer)["state"]
+    assert set(state["weight"]) == {"step", "basis", "exp_avg", "exp_avg_sq"}
+    assert all(held["step"] == 0 for held in state.values())
+    advance(optimizer, 0, 3)
+    other = GaLoreAdamW([{**g, "params": [p]} for g, p in zip(groups, untouched.parameters(), strict=True)], lr=0.01)
+    advance(other, 0, 3)
+    assert_identical(optimizer, other)
+
+
+def test_a_step_without_learning_rate_counts_where_there_are_gradients():
+    """Warmup begins at zero."""
+    optimizer = optimizer_for(*parameters())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    advance(optimizer, 0, 1)
+    assert all(state["step"] == 1 and state["exp_avg"].any() for state in optimizer.state.values())
 
 
 def test_a_parameter_unfrozen_later_gets_its_state_then():

@@ -1,0 +1,82 @@
+"""FSDP2 runs saved by torch.distributed.checkpoint on four processes go on on four, and on two."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("fsdp_checkpoints.py")
+
+CELLS = [
+    {"optimizer": "Lion"},
+    {"optimizer": "GaLoreAdamW"},
+    {"optimizer": "GaLoreAdamW", "proj_type": "left", "keys": {"shard_basis": True}},
+    {"optimizer": "GaLoreAdamW8bit", "proj_type": "reverse_std"},
+    {"optimizer": "GaLoreAdamW8bit Q-GaLore"},
+    {"optimizer": "GaLoreAdafactor", "proj_type": "left"},
+    {"optimizer": "GaLoreLion", "proj_type": "right"},
+    {"optimizer": "GaLorePlusAdamW", "proj_type": "left"},
+    {"optimizer": "FiraAdamW"},
+    {"optimizer": "GradNormLoRPAdamW"},
+    {"optimizer": "DCTAdamW", "proj_type": "left"},
+    {"optimizer": "DCTAdamW fed back"},
+    {"optimizer": "APOLLOAdamW", "proj_type": "left"},
+    {"optimizer": "APOLLOAdamW svd"},
+    {"optimizer": "LDAdamW", "proj_type": "reverse_std"},
+]
+LARGE = {"large": True}
+NAMES = [" ".join(map(str, cell.values())) for cell in CELLS]
+
+by_cell = pytest.mark.parametrize("number", range(len(CELLS)), ids=NAMES)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fsdp")
+
+
+@pytest.fixture(scope="module")
+def told(torchrun, folder):
+    def of(ranks, task):
+        todo, results = folder / "cells.json", folder / f"{task}.json"
+        todo.write_text(json.dumps([*CELLS, LARGE]))
+        process = torchrun(ranks, str(WORKER), str(todo), str(results), str(folder), task, timeout=280)
+        assert process.returncode == 0, process.stdout[-3000:]
+        return json.loads(results.read_text())
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def saved(told):
+    return told(4, "save")
+
+
+@pytest.fixture(scope="module")
+def loaded(told, saved):
+    return told(2, "load")
+
+
+@by_cell
+def test_on_as_many_processes_it_goes_on_to_the_same_bits(saved, number):
+    """Weights and state, which stays plain tensors; and state made before the first step leaves no trace in the run."""
+    result = saved[number]
+    assert result["same_bits"]
+    assert result["plain"]
+    assert result["kept"] == 0
+    assert result["difference"] <= 1e-5, result
+    assert result["of_movement"] <= 1e-4, result
+
+
+@by_cell
+def test_on_half_as_many_processes_it_is_the_run_of_one(loaded, number):
+    result = loaded[number]
+    assert result["kept"] == 0
+    assert result["difference"] <= 1e-5, result
+    assert result["of_movement"] <= 1e-4, result
+
+
+def test_moments_in_8_bits_are_saved_in_fp32_and_rounded_again(saved, loaded):
+    """Also where the last process's part is too small for them."""
+    for result in (saved[-1], loaded[-1]):
+        assert 0 < result["kept"] < 0.01, result
