@@ -80,7 +80,7 @@ def rows_of(parameter: Any) -> Slice:
         )
     shape = tuple(parameter.shape)
     row = math.prod(shape[1:])
-    world = World(mesh.get_group())
+    world = World.for_tensors_on(parameter.to_local().device, mesh.get_group())
     share = -(-shape[0] // world.size)
     bounds = tuple(min(i * share, shape[0]) * row for i in range(world.size + 1))
     piece = Slice(shape, bounds, 0, world, chunked=True)
@@ -122,7 +122,7 @@ def _zero3(flat: Tensor, members: list[Member]) -> list[tuple[Member, Slice]]:
     """Each parameter is cut by itself, into equal parts, the last ones short or empty."""
     engine: Any = members[0].parameter._z3_optimizer  # type: ignore[attr-defined]
     number = next(i for i, held in enumerate(engine.fp32_partitioned_groups_flat) if held is flat)
-    world = World(engine.sub_group_process_groups[number])
+    world = World.for_tensors_on(flat.device, engine.sub_group_process_groups[number])
     by_id = {id(member.parameter): member for member in members}
     found, offset = [], 0
     for p in engine.fp16_groups[number]:
@@ -140,7 +140,7 @@ def _zero12(flat: Tensor, members: list[Member]) -> list[tuple[Member, Slice]]:
     ``_hp_mapping`` would tell this too, but wrongly under ``round_robin_gradients``.
     """
     trained = [m for m in members if m.parameter.requires_grad]
-    world = World(trained[0].parameter._dp_group)  # type: ignore[attr-defined]
+    world = World.for_tensors_on(flat.device, trained[0].parameter._dp_group)  # type: ignore[attr-defined]
     part = flat.numel()
     found = []
     for member in sorted(trained, key=lambda m: m.parameter.storage_offset()):

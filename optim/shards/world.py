@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,6 +16,14 @@ class World:
     def __init__(self, group: Any) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    @classmethod
+    def for_tensors_on(cls, device: torch.device, group: Any) -> World:
+        """The processes of ``group``, speaking in a way that works for tensors on ``device``: an engine that offloads
+        keeps them on the CPU, where NCCL cannot reach them. Collective, the first time."""
+        if device.type == "cpu" and dist.get_backend(group) == "nccl":
+            group = _host_group(group)
+        return cls(group)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """``tensor`` summed over all processes, in place; the same bits on each."""
@@ -59,6 +69,12 @@ class World:
         """``tensor`` as process ``owner`` holds it, in place."""
         dist.broadcast(tensor, src=dist.get_global_rank(self.group, owner) if self.group else owner, group=self.group)
         return tensor
+
+
+@lru_cache(maxsize=64)
+def _host_group(group: Any) -> Any:
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)  # only these ranks take part
 
 
 class PaperWorld(World):

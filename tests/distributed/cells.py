@@ -40,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gracile import optim
 from gracile.optim.base import SubspaceOptimizer
+from gracile.optim.shards.world import _host_group
 from gracile.optim.subspaces.basis import Room
 from gracile.train.traffic import Traffic
 
@@ -70,6 +71,9 @@ OPTIMIZERS = {
     "APOLLOAdamW svd": (optim.APOLLOAdamW, {}, {"proj": "svd"}),
     "LDAdamW": (optim.LDAdamW, {**EPS, "lr": 3e-3}, {}),
 }
+
+
+BACKEND_OF = dist.get_backend
 
 
 class Net(nn.Module):
@@ -374,6 +378,8 @@ def replicas_agree(full, optimizer, cell):
 def run(cell, reference):
     full, optimizer, watch = replicated(cell) if cell["layout"] in ("ddp", "fsdp2") else zero(cell)
     agree = replicas_agree(full, optimizer, cell)
+    assert bool(cell.get("nccl")) == bool(_host_group.cache_info().currsize)
+    _host_group.cache_clear()
     if dist.get_world_size() == 1:
         torch.save((weights_of(build(cell)), full, optim.state_bytes(optimizer)), cell["alone"])
         return None
@@ -416,6 +422,8 @@ def main():
         todo = json.load(file)
     told = []
     for cell in todo:
+        # as on a machine with GPUs, where the engine's processes speak through NCCL and offloaded tensors cannot
+        dist.get_backend = (lambda group=None: "nccl") if cell.get("nccl") else BACKEND_OF
         reference = None
         if dist.get_rank() == 0 and dist.get_world_size() > 1:
             reference = torch.load(cell["alone"]) if "alone" in cell else alone(cell)

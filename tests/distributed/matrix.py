@@ -149,6 +149,8 @@ def launch(ranks: int, tasks: list[Cell], folder: Path) -> list[Cell]:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+                path.unlink(missing_ok=True)  # 69 MB a process
         if process.returncode != 0:
             log.seek(0)
             told = log.read()

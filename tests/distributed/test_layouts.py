@@ -37,7 +37,7 @@ ON = {
         cell("DCTAdamW fed back", "zero3", zero={"sub_group_size": 200}),
         cell("APOLLOAdamW", "ddp"),
         cell("APOLLOAdamW Mini", "zero2", zero={"overlap_comm": True}),
-        cell("APOLLOAdamW svd", "zero3", zero=OFFLOAD),
+        cell("APOLLOAdamW svd", "zero3", zero=OFFLOAD, nccl=True),
         cell("LDAdamW", "zero3", zero={"sub_group_size": 200}),
         cell("GaLoreAdamW svd", "zero3", **SHARD_BASIS),
         cell("GaLoreAdamW8bit", "zero2", **LARGE),
