@@ -44,6 +44,15 @@ class Layout:
         same = (self.engine, self.settings) == (other.engine, other.settings)
         return same and (self.engine == PLAIN or self.processes == other.processes)
 
+    @property
+    def state_parts(self) -> int:
+        """Over how many processes DeepSpeed splits an optimizer's state. FSDP splits the parameters themselves."""
+        return self.processes if self.settings.get("stage", 0) >= 1 else 1
+
+    @property
+    def gradient_parts(self) -> int:
+        return self.processes if self.settings.get("stage", 0) >= 2 else 1
+
     def __str__(self) -> str:
         names = {PLAIN: "", FSDP: "FSDP on ", DEEPSPEED: f"DeepSpeed ZeRO {self.settings.get('stage')} on "}
         return f"{names[self.engine]}{self.processes} process{'es' if self.processes > 1 else ''}"

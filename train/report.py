@@ -18,6 +18,7 @@ from transformers import TrainerState
 
 from ..optim.memory import adamw_state_bytes, state_bytes
 from .checkpoints import write_atomically
+from .layouts import Layout
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -28,23 +29,31 @@ def elements(model: nn.Module) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
-def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
-    """Bytes of this process, counted from the tensors; AdamW's are what ``torch.optim.AdamW`` would hold."""
-    parameters = [_held(p) for p in model.parameters()]
-    trainable = [_held(p) for p in model.parameters() if p.requires_grad]
+def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None, layout: Layout) -> dict[str, int]:
+    """Bytes of this process, weights and state counted from the tensors; gradients and AdamW's state are what this
+    process would hold of them."""
+    trainable = [_split_from(p) for p in model.parameters() if p.requires_grad]
     return {
-        "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "gradient_bytes": sum(p.numel() * p.element_size() for p in trainable),
+        "weight_bytes": sum(_held(p).nbytes for p in model.parameters()),
+        "gradient_bytes": sum(p.nbytes for p in trainable) // layout.gradient_parts,
         "optimizer_state_bytes": 0 if optimizer is None else state_bytes(optimizer),
-        "adamw_state_bytes": adamw_state_bytes(trainable),
+        "adamw_state_bytes": adamw_state_bytes(trainable) // layout.state_parts,
         "peak_memory_bytes": peak_memory(),
     }
 
 
 def _held(parameter: Any) -> torch.Tensor:
-    """What this process has of a parameter: FSDP2's tell the whole shape."""
-    held: torch.Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    """What this process has of a parameter: FSDP2's tell the whole shape, ZeRO 3's none where they are split."""
+    if hasattr(parameter, "to_local"):
+        parameter = parameter.to_local()
+    held: torch.Tensor = parameter if parameter.numel() else getattr(parameter, "ds_tensor", parameter)
     return held
+
+
+def _split_from(parameter: Any) -> torch.Tensor:
+    """What the engine splits gradients and state of, on the meta device: FSDP2 has split the parameter already."""
+    shape = getattr(parameter, "ds_shape", None)
+    return torch.empty(_held(parameter).shape if shape is None else shape, dtype=parameter.dtype, device="meta")
 
 
 def peak_memory() -> int:

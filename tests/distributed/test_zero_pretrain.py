@@ -29,6 +29,9 @@ def test_two_processes_train_the_run_of_one(name, tiny, tmp_path, metrics, torch
     assert done.returncode == 0, done.stdout[-3000:]
     one, other = metrics(tmp_path / "run"), metrics(two)
     assert (other["tokens"], other["parameters"]) == (one["tokens"], one["parameters"])
+    assert other["adamw_state_bytes"] == one["adamw_state_bytes"] // 2
+    assert other["gradient_bytes"] == one["gradient_bytes"] // 2
+    assert 0.5 <= other["optimizer_state_bytes"] / one["optimizer_state_bytes"] <= 0.53
     whole, split = load_file(tmp_path / "run" / "model.safetensors"), load_file(two / "model.safetensors")
     for key, value in whole.items():
         assert torch.linalg.vector_norm(value - split[key]) <= 1e-4 * torch.linalg.vector_norm(value), key
