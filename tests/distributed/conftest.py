@@ -59,3 +59,11 @@ def torchrun(loopback_port):
         return subprocess.CompletedProcess(command, process.returncode, out)
 
     return launch
+
+
+def pytest_collection_modifyitems(items):
+    """Starting processes is slow, the more so on a busy machine, and the first test of a module waits for all of them."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.timeout(900))

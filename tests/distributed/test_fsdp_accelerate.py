@@ -10,7 +10,7 @@ import pytest
 def told(torchrun, tmp_path_factory):
     folder = tmp_path_factory.mktemp("accelerate")
     script = Path(__file__).with_name("fsdp_accelerate.py")
-    process = torchrun(2, str(script), str(folder / "told.json"), str(folder / "state"), timeout=200)
+    process = torchrun(2, str(script), str(folder / "told.json"), str(folder / "state"), timeout=600)
     assert process.returncode == 0, process.stdout[-3000:]
     return json.loads((folder / "told.json").read_text())
 

@@ -40,7 +40,7 @@ def told(torchrun, folder):
     def of(ranks, task):
         todo, results = folder / "cells.json", folder / f"{task}.json"
         todo.write_text(json.dumps([*CELLS, LARGE]))
-        process = torchrun(ranks, str(WORKER), str(todo), str(results), str(folder), task, timeout=280)
+        process = torchrun(ranks, str(WORKER), str(todo), str(results), str(folder), task, timeout=600)
         assert process.returncode == 0, process.stdout[-3000:]
         return json.loads(results.read_text())
 

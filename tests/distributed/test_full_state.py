@@ -38,7 +38,7 @@ def moved(torchrun, tmp_path_factory):
         second.append({**cell, "layout": after, "steps": [11, 20], "load": state})
     for ranks, cells in ((4, first), (2, second)):
         (folder / "cells.json").write_text(json.dumps(cells))
-        process = torchrun(ranks, str(CELLS), str(folder / "cells.json"), str(folder / "results.json"), timeout=200)
+        process = torchrun(ranks, str(CELLS), str(folder / "cells.json"), str(folder / "results.json"), timeout=600)
         assert process.returncode == 0, process.stdout[-3000:]
     return json.loads((folder / "results.json").read_text())
 

@@ -72,7 +72,7 @@ def results(torchrun, tmp_path_factory):
             folder = tmp_path_factory.mktemp(f"ranks{ranks}")
             todo, done = folder / "cells.json", folder / "results.json"
             todo.write_text(json.dumps(ON[ranks]))
-            process = torchrun(ranks, str(CELLS), str(todo), str(done), timeout=280)
+            process = torchrun(ranks, str(CELLS), str(todo), str(done), timeout=600)
             assert process.returncode == 0, process.stdout[-3000:]
             told[ranks] = json.loads(done.read_text())
         return told[ranks]

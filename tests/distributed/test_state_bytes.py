@@ -29,7 +29,7 @@ def measured(torchrun, tmp_path_factory):
             folder = tmp_path_factory.mktemp(f"bytes{ranks}")
             todo, done = folder / "cells.json", folder / "results.json"
             todo.write_text(json.dumps(CELLS))
-            process = torchrun(ranks, str(WORKER), str(todo), str(done), timeout=200)
+            process = torchrun(ranks, str(WORKER), str(todo), str(done), timeout=600)
             assert process.returncode == 0, process.stdout[-3000:]
             told[ranks] = json.loads(done.read_text())
         return told[ranks]
