@@ -35,7 +35,7 @@ def loopback_port():
 
 @pytest.fixture(scope="session")
 def torchrun(loopback_port):
-    def launch(ranks: int, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
+    def launch(ranks: int, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
         with loopback_port() as port:
             return launch_at(port, ranks, *arguments, timeout=timeout)
 
@@ -62,7 +62,7 @@ def torchrun(loopback_port):
 
 
 def pytest_collection_modifyitems(items):
-    """Starting processes is slow, the more so on a busy machine, and the first test of a module waits for all of them."""
+    """Starting processes is slow, more so on a busy machine, and the first test of a module waits for all of them."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:

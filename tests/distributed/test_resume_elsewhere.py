@@ -90,7 +90,7 @@ def killed_and_resumed(port, start, tmp_path, metrics):
 
     def finish(process, output_dir):
         try:
-            assert process.wait(timeout=150) == 0, (tmp_path / f"{output_dir.name}.log").read_text()[-3000:]
+            assert process.wait(timeout=300) == 0, (tmp_path / f"{output_dir.name}.log").read_text()[-3000:]
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -100,7 +100,7 @@ def killed_and_resumed(port, start, tmp_path, metrics):
     finish(launch(whole), whole)
     process = launch(killed)
     try:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 300
         while process.poll() is None and newest_whole(killed)[0] is None and time.monotonic() < deadline:
             time.sleep(0.02)
         assert process.poll() is None, "it must still be running to be killed"
