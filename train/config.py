@@ -22,6 +22,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..optim.groups import DEFAULT_TARGETS
 from ..validation import nearest
+from .compiled_ops import skip_inference_reduce
 from .errors import BadInput
 
 
@@ -123,6 +124,8 @@ class RunArguments(TrainingArguments):
     def __post_init__(self) -> None:
         # Without this, processes launched together on CPUs would each train alone, into one folder.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.deepspeed is not None and self.use_cpu:
+            skip_inference_reduce()
         super().__post_init__()
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != self.world_size:

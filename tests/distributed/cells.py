@@ -42,6 +42,7 @@ from gracile import optim
 from gracile.optim.base import SubspaceOptimizer
 from gracile.optim.shards.world import _host_group
 from gracile.optim.subspaces.basis import Room
+from gracile.train.compiled_ops import skip_inference_reduce
 from gracile.train.traffic import Traffic
 
 STEPS, GAP, RANK, BATCH = 20, 7, 6, 8
@@ -334,6 +335,7 @@ class Watch:
 
     def __init__(self, optimizer, cell):
         self.steps, inner = [], optimizer.step
+        self.asked = len(range(*cell.get("steps", (0, STEPS))))
         self.replay = None
         if not isinstance(optimizer, SubspaceOptimizer):
             return  # torch's own sends nothing
@@ -355,7 +357,7 @@ class Watch:
         """Bytes sent in a step between refreshes, and in one with a refresh (after the first, which starts cold)."""
         if not self.steps:
             return {"sent": 0, "sent_at_refresh": 0}
-        calls = len(self.steps) // STEPS  # DeepSpeed steps each group, or sub-group, by itself
+        calls = len(self.steps) // self.asked  # DeepSpeed steps each group, or sub-group, by itself
         steps = [sum(self.steps[i : i + calls]) for i in range(0, len(self.steps), calls)]
         return {"sent": min(steps), "sent_at_refresh": max(steps[1:]), **self.replayed}
 
@@ -419,6 +421,7 @@ def holds(cell, told):
 def main():
     cells, results = sys.argv[1:3]
     torch.set_num_threads(1)
+    skip_inference_reduce()
     deepspeed.init_distributed("gloo")
     with open(cells) as file:
         todo = json.load(file)

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from cells import deepspeed, dist, started, torch, train, weights_of_engine
+from cells import deepspeed, dist, skip_inference_reduce, started, torch, train, weights_of_engine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -132,6 +132,7 @@ def raised_by(action):
 def main():
     cells, results = sys.argv[1:3]
     torch.set_num_threads(1)
+    skip_inference_reduce()
     deepspeed.init_distributed("gloo")
     with open(cells) as file:
         told = [{"go on": go_on, "load": load, "start": start}[cell["do"]](cell) for cell in json.load(file)]

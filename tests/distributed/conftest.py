@@ -6,42 +6,31 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 
-@contextmanager
-def _loopback_port():
+def _loopback_port() -> int:
     while True:
         port = random.randrange(20000, 32000)  # below those that systems give to outgoing connections
         with suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
-            break
-    try:
-        yield port
-    finally:
-        for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-            path.unlink(missing_ok=True)
+            return port
 
 
 @pytest.fixture(scope="session")
 def loopback_port():
-    """``with loopback_port() as port``: a free port. DeepSpeed leaves 69 MB a process in shared memory by its number;
-    they are removed."""
+    """A function that finds a free port."""
     return _loopback_port
 
 
 @pytest.fixture(scope="session")
 def torchrun(loopback_port):
     def launch(ranks: int, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
-        with loopback_port() as port:
-            return launch_at(port, ranks, *arguments, timeout=timeout)
-
-    def launch_at(port: int, ranks: int, *arguments: str, timeout: float) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-        command += ["--master-addr=127.0.0.1", f"--master-port={port}", *arguments]
+        command += ["--master-addr=127.0.0.1", f"--master-port={loopback_port()}", *arguments]
         process = subprocess.Popen(
             command,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -6,7 +6,7 @@ torchrun --nproc-per-node 2 state_bytes.py CELLS.json RESULTS.json
 import json
 import sys
 
-from cells import OPTIMIZERS, deepspeed, dist, torch
+from cells import OPTIMIZERS, deepspeed, dist, skip_inference_reduce, torch
 
 from gracile.models import build_llama
 from gracile.optim import param_groups, state_bytes
@@ -61,6 +61,7 @@ def measure(cell):
 def main():
     cells, results = sys.argv[1:3]
     torch.set_num_threads(1)
+    skip_inference_reduce()
     deepspeed.init_distributed("gloo")
     with open(cells) as file:
         told = [measure(cell) for cell in json.load(file)]

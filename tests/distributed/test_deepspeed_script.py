@@ -98,11 +98,10 @@ def train(stage, folder, loopback_port):
     """An undisturbed run, one that is killed some steps after a checkpoint, and what goes on from there."""
     script, config = rewritten(LINES[stage], folder), configured(stage, folder)
     whole, broken = folder / "whole", folder / "broken"
-    with loopback_port() as port:
-        told = {"whole": launch(port, script, config, whole)}
-        told["killed"] = launch(port, script, config, broken, kill_after=SAVE_STEPS + 2)
-        assert not (broken / "model.bin").exists(), "the run ended before it was killed"
-        told["resumed"] = launch(port, script, config, broken, "--resume")
+    told = {"whole": launch(loopback_port(), script, config, whole)}
+    told["killed"] = launch(loopback_port(), script, config, broken, kill_after=SAVE_STEPS + 2)
+    assert not (broken / "model.bin").exists(), "the run ended before it was killed"
+    told["resumed"] = launch(loopback_port(), script, config, broken, "--resume")
     for run, output_dir in (("whole", whole), ("resumed", broken)):
         told[f"{run} weights"] = torch.load(output_dir / "model.bin", weights_only=True)
     return told

@@ -74,17 +74,12 @@ def test_a_run_goes_on_elsewhere_as_if_it_had_never_stopped(before, after, start
 
 def test_killed_under_the_launcher_it_goes_on_to_the_same_bits(start, tmp_path, metrics, loopback_port):
     """SIGKILL to the launcher and both processes of ``deepspeed --num_accelerators 2``, after the first checkpoint."""
-    with loopback_port() as port:
-        killed_and_resumed(port, start, tmp_path, metrics)
 
-
-def killed_and_resumed(port, start, tmp_path, metrics):
     def launch(output_dir, *more):
         launcher = Path(sys.executable).with_name("deepspeed")
-        command = [str(launcher), "--num_accelerators", "2", "--master_port", str(port), "--module"]
+        command = [str(launcher), "--num_accelerators", "2", "--master_port", str(loopback_port()), "--module"]
         command += ["gracile.train.pretrain", start, "--output_dir", str(output_dir), *options(2, "zero3"), *more]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        environment["PATH"] = f"{launcher.parent}{os.pathsep}{environment['PATH']}"
         log = (tmp_path / f"{output_dir.name}.log").open("a")
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 

@@ -13,11 +13,13 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_two_processes_train_the_run_of_one(name, tiny, tmp_path, metrics, torchrun):
-    """And stopped after a checkpoint, they go on to the same bits; the saved model is whole.
+def test_two_processes_train_the_run_of_one(name, tiny, tmp_path, metrics, torchrun, monkeypatch):
+    """And stopped after a checkpoint, they go on to the same bits; the saved model is whole. Nothing is compiled.
 
     From a saved model: ZeRO 3 draws the weights of a new one in another order.
     """
+    compiled = tmp_path / "compiled"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(compiled))
     start = str(tmp_path / "start")
     assert main([tiny(max_steps=1, output_dir=start)]) == 0
     config = tiny(max_steps=12, model=start, model_overrides=None)
@@ -27,6 +29,7 @@ def test_two_processes_train_the_run_of_one(name, tiny, tmp_path, metrics, torch
     command += ["--deepspeed", str(CONFIGS / f"{name}.json")]
     done = torchrun(2, *command)
     assert done.returncode == 0, done.stdout[-3000:]
+    assert not compiled.exists()
     one, other = metrics(tmp_path / "run"), metrics(two)
     assert (other["tokens"], other["parameters"]) == (one["tokens"], one["parameters"])
     assert other["adamw_state_bytes"] == one["adamw_state_bytes"] // 2

@@ -93,6 +93,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # for inference on CPUs, and slow to compile
     deepspeed.init_distributed()
     torch.manual_seed(SEED)
     model = GPT()
