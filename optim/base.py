@@ -15,6 +15,7 @@ from ..validation import is_real, is_whole, nearest, require
 from .loading import FaithfulLoading
 from .rules import ADAM, Rule
 from .shards import (
+    Cut,
     Keys,
     Member,
     Slice,
@@ -440,9 +441,28 @@ class SubspaceOptimizer(FaithfulLoading):
         parameter = torch.empty(tuple(shape), dtype=dtype, device="meta")
         if parameter.dim() != 2 and "rank" in keys:
             keys = {**keys, "rank": None}
-        optimizer = cls([parameter], **keys)
-        state = optimizer._state_on_meta(parameter, optimizer.param_groups[0])
-        return sum(value.numel() * value.element_size() for value in state.values())
+        return sum(value.nbytes for _, state in cls([parameter], **keys).planned_state() for value in state.values())
+
+    def planned_state(
+        self, cut: Cut | None = None, rank: int = 0, size: int = 1, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[int, NewState]]:
+        """What the first ``step()`` will allocate for each parameter, by its position, on the meta device.
+
+        Args:
+            cut: one of ``optim.shards.paper``, where an engine splits parameters; None where they stay whole.
+            rank: the process that is asked for, of ``size`` processes.
+            dtype: of what the engine gives the optimizer to step, where it is not the parameters' own.
+        """
+        for group in self.param_groups:
+            members = list(self._members[group["group_number"]].values())
+            trained = [member for member in members if member.parameter.requires_grad]
+            if cut is None:
+                for member in trained:
+                    yield member.position, self._state_on_meta(member.parameter, group)
+                continue
+            for member, piece in cut(trained, rank, size):
+                flat = torch.empty(piece.numel, dtype=dtype or member.parameter.dtype, device="meta")
+                yield member.position, self.new_state(self._sliced(flat, flat, piece, member, group, Room()), group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also reached by unpickling: groups pickled before a key existed get its default."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 from .. import __version__
 from ..validation import nearest
 
-COMMANDS = {"pretrain": "train a LLaMA from scratch"}
+COMMANDS = {
+    "pretrain": "train a LLaMA from scratch",
+    "memory": "plan the memory of a run, before anything is allocated",
+    "profile": "measure the memory and the time of a run's first steps",
+}
 
 
 def main() -> int:
@@ -23,6 +28,6 @@ def main() -> int:
     if arguments[0] not in COMMANDS:
         print(f"gracile: unknown command {arguments[0]!r}; {nearest(arguments[0], COMMANDS)}", file=sys.stderr)
         return 2
-    from .pretrain import main as pretrain  # here, so that help and typos need not wait for transformers
-
-    return pretrain(arguments[1:])
+    chosen = import_module(f".{arguments[0]}", __package__)  # here: help and typos need not wait for transformers
+    code: int = chosen.main(arguments[1:])
+    return code

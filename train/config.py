@@ -6,6 +6,7 @@ Four dataclasses through ``transformers.HfArgumentParser``: the model, the data,
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -172,7 +173,7 @@ def mapping(key: str, text: str | None, example: str) -> dict[str, Any]:
     return value
 
 
-class _Parser(HfArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """argparse whose complaints are one line and no usage screen."""
 
     def error(self, message: str) -> NoReturn:
@@ -183,11 +184,15 @@ class _Parser(HfArgumentParser):
         raise BadInput(message)
 
 
+class _Parser(OneLineParser, HfArgumentParser):
+    """The dataclasses as flags."""
+
+
 def field_names() -> set[str]:
     return {f.name for group in GROUPS for f in dataclasses.fields(group) if f.init}
 
 
-def load_config(argv: Sequence[str]) -> Config:
+def load_config(argv: Sequence[str], needs_output_dir: bool = True) -> Config:
     """``[CONFIG.yaml] [--key value ...]`` to a configuration; without a file, the embedded quickstart.
 
     Raises:
@@ -203,7 +208,7 @@ def load_config(argv: Sequence[str]) -> Config:
     namespace, stray = parser.parse_known_args(arguments)
     if stray:
         raise BadInput(f"unexpected argument {stray[0]!r}; give values as --key value")
-    if not _was_given("output_dir", arguments):
+    if needs_output_dir and not _was_given("output_dir", arguments):
         raise BadInput("output_dir is not set; choose one with --output_dir")
     given = {k: v for k, v in vars(namespace).items() if _was_given(k, arguments)}
     deepspeed = namespace.deepspeed

@@ -13,28 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .. import __version__
-from ..models.llama import SIZES, build_llama, llama_config
+from ..models.llama import SIZES
 from ..optim.shards import UnsupportedLayout
-from ..validation import nearest
-from . import checkpoints, layouts, report, zero
-from .checks import DTYPES, RUN_FILE, check_same_run, check_values, resuming, starting_point
-from .config import Config, ModelArguments, load_config, mapping
+from . import building, checkpoints, layouts, report, zero
+from .checks import RUN_FILE, check_same_run, check_values, resuming, starting_point
+from .config import Config, ModelArguments, load_config
 from .data import Blocks, Corpus, collate, make_blocks, open_corpus, tokenizer_identity
 from .errors import BadInput, RunStopped
-from .optimizers import build_optimizer, without_effect
+from .optimizers import without_effect
 from .tokenizer import get_tokenizer
 from .trainer import Moments, PretrainTrainer
 from .usage import usage
@@ -54,22 +45,18 @@ def pretrain(config: Config) -> dict[str, Any]:
     zero.prepare(run)
     layout = layouts.Layout.of(run)
     split_anew = checkpoint is not None and layouts.must_be_split_anew(checkpoint, layout)
-    architecture = _architecture(config.model)
-    _check_optimizer(config, architecture)
-    with run.main_process_first(desc="reading the data"):
-        corpus = open_corpus(config.data, config.model.trust_remote_code)
-        name = config.data.tokenizer or _saved_tokenizer(config.model)
-        tokenizer = get_tokenizer(name, corpus, architecture.vocab_size, config.model.trust_remote_code)
-        blocks = make_blocks(corpus, tokenizer, config.data)
+    architecture = building.architecture(config.model)
+    building.check_optimizer(config, architecture)
+    corpus, tokenizer, blocks = read(config, architecture)
     data_identity = f"{corpus.fingerprint}-{tokenizer_identity(tokenizer)}"
     if resuming(run):
         check_same_run(config, output_dir if checkpoint is None else checkpoint.parent, data_identity)
 
     set_seed(run.seed)
-    model = _model(config.model, checkpoint if split_anew else None)
+    model = building.model(config.model, checkpoint if split_anew else None)
     if run.should_save:
         _make(output_dir)
-    trainer = _trainer(config, model, tokenizer, blocks, layout, split_anew)
+    trainer = trainer_of(config, model, tokenizer, blocks, layout, weights_are_loaded=split_anew)
     if run.should_save:
         text = yaml.safe_dump({"gracile": __version__, "data": data_identity, "config": config.resolved()})
         checkpoints.write_atomically(output_dir / RUN_FILE, text)
@@ -79,6 +66,16 @@ def pretrain(config: Config) -> dict[str, Any]:
 
     steps_per_second = _train(trainer, checkpoint)
     return _finish(config, trainer, output_dir, steps_per_second)
+
+
+def read(config: Config, architecture: PreTrainedConfig) -> tuple[Corpus, PreTrainedTokenizerBase, Blocks]:
+    """The data of a run, its tokenizer and its blocks."""
+    trusted = config.model.trust_remote_code
+    with config.run.main_process_first(desc="reading the data"):
+        corpus = open_corpus(config.data, trusted)
+        name = config.data.tokenizer or _saved_tokenizer(config.model)
+        tokenizer = get_tokenizer(name, corpus, architecture.vocab_size, trusted)
+        return corpus, tokenizer, make_blocks(corpus, tokenizer, config.data)
 
 
 def _make(output_dir: Path) -> None:
@@ -129,61 +126,24 @@ def _finish(config: Config, trainer: PretrainTrainer, output_dir: Path, speed: f
 # ---- building --------------------------------------------------------------------------------------------------------
 
 
-def _architecture(chosen: ModelArguments) -> PreTrainedConfig:
-    """The model's configuration; nothing is allocated."""
-    overrides = _overrides(chosen)
-    if chosen.model in SIZES:
-        try:
-            return llama_config(chosen.model, **overrides)
-        except ValueError as error:
-            raise BadInput(str(error)) from None
-    if overrides:
-        raise BadInput(f"model_overrides {overrides} need a size name as model, got {chosen.model!r}")
-    if not Path(chosen.model).is_dir() and "/" not in chosen.model:
-        raise BadInput(
-            f"unknown model {chosen.model!r}: neither a size nor a saved model; {nearest(chosen.model, SIZES)}"
-        )
-    try:
-        return AutoConfig.from_pretrained(chosen.model, trust_remote_code=chosen.trust_remote_code)
-    except Exception as error:  # every kind of network, hub and file error means the same to the user
-        raise BadInput(f"model {chosen.model!r} cannot be loaded: {' '.join(str(error).split())}") from None
-
-
-def _overrides(chosen: ModelArguments) -> dict[str, Any]:
-    return mapping("model_overrides", chosen.model_overrides, '{"num_hidden_layers": 2}')
-
-
-def _check_optimizer(config: Config, architecture: PreTrainedConfig) -> None:
-    """Build the optimizer on a model without memory: bad values show before any data is read."""
-    with torch.device("meta"), zero.unpartitioned(config.run):
-        model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
-    build_optimizer(model, config.optimizer, config.run)
-
-
 def _saved_tokenizer(chosen: ModelArguments) -> str | None:
     return None if chosen.model in SIZES else chosen.model
 
 
-def _model(chosen: ModelArguments, checkpoint: Path | None) -> PreTrainedModel:
-    """The model, with a checkpoint's weights where one is given: engines copy them when they take the model over."""
-    dtype, source = DTYPES[chosen.dtype], chosen.model if checkpoint is None else str(checkpoint)
-    if source in SIZES:
-        return build_llama(source, dtype=dtype, **_overrides(chosen))
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=chosen.trust_remote_code)
-
-
-def _trainer(
+def trainer_of(
     config: Config,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     blocks: Blocks,
     layout: layouts.Layout,
-    weights_are_loaded: bool,
+    *,
+    weights_are_loaded: bool = False,
+    kind: type[PretrainTrainer] = PretrainTrainer,
 ) -> PretrainTrainer:
     for settings in (model.config, model.generation_config):
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(settings, token, getattr(tokenizer, token))
-    return PretrainTrainer(
+    return kind(
         chosen=config.optimizer,
         layout=layout,
         weights_are_loaded=weights_are_loaded,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import operator
-import resource
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from transformers import TrainerState
 from ..optim.memory import adamw_state_bytes, state_bytes
 from .checkpoints import write_atomically
 from .layouts import Layout
+from .measure import peak_memory
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -56,14 +55,6 @@ def _split_from(parameter: Any) -> torch.Tensor:
     return torch.empty(_held(parameter).shape if shape is None else shape, dtype=parameter.dtype, device="meta")
 
 
-def peak_memory() -> int:
-    """The most this process has held: allocated on the GPU where there is one, else resident in RAM."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
-
-
 def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
@@ -98,16 +89,16 @@ def closing_table(metrics: dict[str, Any]) -> str:
         ("tokens / s", "nothing left to train" if speed is None else f"{speed:,.0f} (evaluations and saves included)"),
         ("validation loss", f"{metrics['validation_loss']:.4f}"),
         ("validation perplexity", f"{metrics['validation_perplexity']:.2f}"),
-        ("peak memory", _size(metrics["peak_memory_bytes"])),
-        ("weights", _size(metrics["weight_bytes"])),
-        ("gradients", _size(metrics["gradient_bytes"])),
-        ("optimizer state", f"{_size(state)} ({metrics['optimizer']}); plain AdamW {_size(dense)}"),
+        ("peak memory", size(metrics["peak_memory_bytes"])),
+        ("weights", size(metrics["weight_bytes"])),
+        ("gradients", size(metrics["gradient_bytes"])),
+        ("optimizer state", f"{size(state)} ({metrics['optimizer']}); plain AdamW {size(dense)}"),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
     amount = float(count)
     for unit in ("B", "KiB", "MiB"):
         if amount < 1024:

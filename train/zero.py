@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+from torch import Tensor
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from .config import RunArguments
@@ -97,3 +98,17 @@ def unpartitioned(run: RunArguments) -> Iterator[None]:
         yield
     finally:
         set_hf_deepspeed_config(chosen)
+
+
+def masters(engine: Any) -> list[Tensor]:
+    """The fp32 copies that DeepSpeed's engine steps in this process; none without ZeRO."""
+    held = vars(engine.optimizer)
+    found: list[Tensor] = held.get("single_partition_of_fp32_groups") or held.get("fp32_partitioned_groups_flat") or []
+    return found
+
+
+def gradients(engine: Any) -> list[Tensor]:
+    """The parts of averaged gradients that DeepSpeed's engine holds between the backward pass and the step."""
+    held = (getattr(engine.optimizer, "averaged_gradients", None) or {}).values()
+    parts = [part if isinstance(part, (list, tuple)) else [part] for part in held if part is not None]
+    return [tensor for part in parts for tensor in part if tensor is not None]

@@ -5,10 +5,12 @@ of one: DeepSpeed ZeRO and FSDP2. ``layout`` finds out which.
 """
 
 from .layout import Keys, Member, UnsupportedLayout, flat_tensors, full_shape, pieces_of, rows_of
+from .paper import Cut, as_one, by_rows, each
 from .sliced import Slice, Sliced, SlicedMatrix, SlicedRows, complete
 from .whole import Solving, Whole, WholeMatrix, has_subspace
 
 __all__ = [
+    "Cut",
     "Keys",
     "Member",
     "Slice",
@@ -19,7 +21,10 @@ __all__ = [
     "UnsupportedLayout",
     "Whole",
     "WholeMatrix",
+    "as_one",
+    "by_rows",
     "complete",
+    "each",
     "flat_tensors",
     "full_shape",
     "has_subspace",

@@ -1,0 +1,48 @@
+"""How an engine will cut parameters, before there are any processes: for shapes and bytes alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+from .layout import Member
+from .sliced import Slice
+from .world import PaperWorld
+
+Cut = Callable[[Sequence[Member], int, int], list[tuple[Member, Slice]]]
+
+
+def _even(count: int, parts: int) -> tuple[int, ...]:
+    """The bounds of equal parts, the last ones short or empty."""
+    share = -(-count // parts)
+    return tuple(min(i * share, count) for i in range(parts + 1))
+
+
+def as_one(members: Sequence[Member], rank: int, size: int) -> list[tuple[Member, Slice]]:
+    """DeepSpeed ZeRO 1 and 2: a group's parameters end to end in one buffer, cut into equal parts."""
+    lengths = [math.prod(member.shape) for member in members]
+    part = -(-sum(lengths) // (2 * size)) * 2  # DeepSpeed aligns parts to two elements
+    found = []
+    for member, length, end in zip(members, lengths, itertools.accumulate(lengths), strict=True):
+        begin = end - length
+        bounds = tuple(min(max(i * part - begin, 0), length) for i in range(size + 1))
+        found.append((member, Slice(member.shape, bounds, 0, PaperWorld(rank, size))))
+    return found
+
+
+def each(members: Sequence[Member], rank: int, size: int) -> list[tuple[Member, Slice]]:
+    """DeepSpeed ZeRO 3: every parameter is cut by itself, without regard to its rows."""
+    world = PaperWorld(rank, size)
+    return [(member, Slice(member.shape, _even(math.prod(member.shape), size), 0, world)) for member in members]
+
+
+def by_rows(members: Sequence[Member], rank: int, size: int) -> list[tuple[Member, Slice]]:
+    """FSDP2: every parameter is cut between its rows."""
+    world = PaperWorld(rank, size)
+    found = []
+    for member in members:
+        row = math.prod(member.shape[1:])
+        bounds = tuple(row * bound for bound in _even(member.shape[0], size))
+        found.append((member, Slice(member.shape, bounds, 0, world, chunked=True)))
+    return found

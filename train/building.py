@@ -1,0 +1,77 @@
+"""From a configuration to a model: its architecture, an empty one, and the one that is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ..models.llama import SIZES, build_llama, llama_config
+from ..validation import nearest
+from . import zero
+from .checks import DTYPES
+from .config import Config, ModelArguments, RunArguments, mapping
+from .errors import BadInput
+from .optimizers import build_optimizer
+
+
+def architecture(chosen: ModelArguments) -> PreTrainedConfig:
+    """The model's configuration; nothing is allocated."""
+    overrides = _overrides(chosen)
+    if chosen.model in SIZES:
+        try:
+            return llama_config(chosen.model, **overrides)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+    if overrides:
+        raise BadInput(f"model_overrides {overrides} need a size name as model, got {chosen.model!r}")
+    if not Path(chosen.model).is_dir() and "/" not in chosen.model:
+        raise BadInput(
+            f"unknown model {chosen.model!r}: neither a size nor a saved model; {nearest(chosen.model, SIZES)}"
+        )
+    try:
+        return AutoConfig.from_pretrained(chosen.model, trust_remote_code=chosen.trust_remote_code)
+    except Exception as error:  # every kind of network, hub and file error means the same to the user
+        raise BadInput(f"model {chosen.model!r} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def _overrides(chosen: ModelArguments) -> dict[str, Any]:
+    return mapping("model_overrides", chosen.model_overrides, '{"num_hidden_layers": 2}')
+
+
+def untrained(
+    config: Config, architecture: PreTrainedConfig, dtype: torch.dtype | None = None, device: str = "meta"
+) -> PreTrainedModel:
+    """The model with new weights, whole; on the meta device without memory."""
+    with torch.device(device), zero.unpartitioned(config.run):
+        trusted = config.model.trust_remote_code
+        return AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=trusted)
+
+
+def checkpoints_activations(run: RunArguments) -> bool:
+    chosen: Any = getattr(run, "activation_checkpointing", None)  # its name since transformers 5.22
+    return bool(run.gradient_checkpointing if chosen is None else chosen)
+
+
+def checkpoint_activations(model: PreTrainedModel, run: RunArguments) -> None:
+    """As the Trainer does it when ``run`` says so."""
+    new = hasattr(model, "activation_checkpointing_enable")
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    keywords = dict(getattr(run, f"{name}_kwargs") or {})
+    own = {key: keywords.pop(key) for key in ("every_n_layers", "offload") if key in keywords}
+    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": keywords or None}, **own)
+
+
+def check_optimizer(config: Config, architecture: PreTrainedConfig) -> None:
+    """Build the optimizer on a model without memory: bad values show before any data is read."""
+    build_optimizer(untrained(config, architecture), config.optimizer, config.run)
+
+
+def model(chosen: ModelArguments, checkpoint: Path | None) -> PreTrainedModel:
+    """The model, with a checkpoint's weights where one is given: engines copy them when they take the model over."""
+    dtype, source = DTYPES[chosen.dtype], chosen.model if checkpoint is None else str(checkpoint)
+    if source in SIZES:
+        return build_llama(source, dtype=dtype, **_overrides(chosen))
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=chosen.trust_remote_code)

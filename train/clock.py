@@ -1,0 +1,66 @@
+"""Where the time of a step goes."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+
+FORWARD, BACKWARD, OPTIMIZER, REFRESH, DATA, OTHER = "forward", "backward", "optimizer", "refresh", "data", "other"
+PHASES = (FORWARD, BACKWARD, OPTIMIZER, REFRESH, DATA, OTHER)
+
+
+class Clock:
+    """Seconds of each phase of each step. A phase inside another is taken from it: a refresh from its step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self._now: dict[str, float] = defaultdict(float)
+        self._inner = [0.0]
+        self._began: float | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = _time()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            whole = _time() - begin
+            self._now[name] += whole - self._inner.pop()
+            self._inner[-1] += whole
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, whose time is that of phase ``name``."""
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            with self.phase(name):
+                return function(*arguments, **keywords)
+
+        return call
+
+    def step_has_ended(self) -> None:
+        """From the end of one step to the end of the next: what no phase took is ``other``."""
+        now = _time()
+        if self._began is not None:
+            self._now[OTHER] = now - self._began - sum(self._now.values())
+            self.steps.append(self._now)
+        self._now, self._began = defaultdict(float), now
+
+    def medians(self, skip: int) -> dict[str, float]:
+        """Seconds of each phase in a step, without the first ``skip``; of ``refresh``, in those steps that had one."""
+        steps = self.steps[skip:]
+        found = {name: median(step[name] for step in steps) for name in PHASES}
+        refreshes = [step[REFRESH] for step in self.steps if step[REFRESH] > 0]
+        return found | {REFRESH: median(refreshes) if refreshes else 0.0}
+
+
+def _time() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # else kernels that were only queued would count for who waits for them
+    return time.perf_counter()

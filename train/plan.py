@@ -1,0 +1,247 @@
+"""The bytes that each process of a run will need, before anything is allocated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..optim.memory import ERRORS, INDICES, MOMENTS, PROJECTORS, planned_state_by_kind
+from ..optim.shards import as_one, each
+from . import building
+from .activations import Pass, Rehearsal
+from .checks import DTYPES, check_values
+from .config import Config, RunArguments
+from .errors import BadInput
+from .optimizers import build_optimizer
+
+WEIGHTS, MASTER, GRADIENTS, BUFFERS = "weights", "master weights", "gradients", "buffers"
+ACTIVATIONS, TEMPORARY = "activations", "temporary"
+STATE = (MOMENTS, PROJECTORS, ERRORS, INDICES)
+KINDS = (WEIGHTS, MASTER, GRADIENTS, *STATE, BUFFERS, ACTIVATIONS, TEMPORARY)
+
+
+@dataclass(frozen=True)
+class Division:
+    """How DeepSpeed will split a run: stage 0 is one process, or DistributedDataParallel's replicas."""
+
+    stage: int = 0
+    processes: int = 1
+    offload: bool = False
+    # DeepSpeed's own, in elements, with its defaults
+    reduce_bucket: int = 500_000_000
+    prefetch_bucket: int = 50_000_000
+    persistence_threshold: int = 100_000
+    overlap: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise BadInput(f"world_size must be at least 1, got {self.processes}")
+        if self.stage not in range(4):
+            raise BadInput(f"zero must be 0, 1, 2 or 3, got {self.stage}")
+        if self.offload and not self.stage:
+            raise BadInput("offload needs ZeRO: give --zero 1, 2 or 3, or a deepspeed configuration")
+
+    @classmethod
+    def of(cls, run: RunArguments, hidden_size: int) -> Division:
+        """As the run's DeepSpeed configuration says, on the processes that were launched.
+
+        Raises:
+            BadInput: for FSDP, which is not planned.
+        """
+        if run.fsdp:
+            raise BadInput("fsdp is not planned; leave it out and give --zero 3 for nearly the same split")
+        chosen = getattr(run, "hf_deepspeed_config", None)
+        if chosen is None:
+            return cls(processes=run.world_size)
+        zero = chosen.config.get("zero_optimization", {})
+        square = hidden_size**2  # what transformers puts in place of "auto"
+
+        def number(key: str, default: int, auto: int) -> int:
+            value = zero.get(key, default)
+            return int(auto if value == "auto" else value)
+
+        return cls(
+            stage=zero.get("stage", 0),
+            processes=run.world_size,
+            offload=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+            reduce_bucket=number("reduce_bucket_size", cls.reduce_bucket, square),
+            prefetch_bucket=number("stage3_prefetch_bucket_size", cls.prefetch_bucket, int(0.9 * square)),
+            persistence_threshold=number(
+                "stage3_param_persistence_threshold", cls.persistence_threshold, 10 * hidden_size
+            ),
+            overlap=zero.get("overlap_comm"),
+        )
+
+    def part(self, count: int, from_stage: int) -> int:
+        """What one process holds of ``count`` elements that are split from a stage of ZeRO on."""
+        return -(-count // self.processes) if self.stage >= from_stage else count
+
+    def __str__(self) -> str:
+        named = {0: "", 1: "ZeRO 1 on ", 2: "ZeRO 2 on ", 3: "ZeRO 3 on "}[self.stage]
+        more = ", optimizer offloaded" if self.offload else ""
+        return f"{named}{self.processes} process{'es' if self.processes > 1 else ''}{more}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one process, the fullest, by kind.
+
+    ``held`` is the most of each kind, ``at_peak`` what there is of it at the moment of the most, ``offloaded`` what
+    lies in the CPU's memory instead.
+    """
+
+    held: dict[str, int]
+    at_peak: dict[str, int]
+    offloaded: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.at_peak.values())
+
+    @property
+    def offloaded_bytes(self) -> int:
+        return sum(self.offloaded.values())
+
+    @property
+    def weights_and_state(self) -> int:
+        """What papers on these methods print as memory."""
+        both = (self.held, self.offloaded)
+        return sum(held.get(kind, 0) for held in both for kind in (WEIGHTS, *STATE))
+
+
+class Planner:
+    """Plans of one run with different optimizers, batches and checkpointing.
+
+    Raises:
+        BadInput: for a configuration that no run could start with.
+    """
+
+    def __init__(self, config: Config, division: Callable[[RunArguments, int], Division] = Division.of) -> None:
+        check_values(config)
+        self.config = config
+        self.architecture = building.architecture(config.model)
+        self.division = division(config.run, self.architecture.get_text_config().hidden_size)
+        in_16_bits = config.run.bf16 and self.division.stage > 0  # the engine casts the model, and keeps fp32 masters
+        self.dtype = torch.bfloat16 if in_16_bits else DTYPES[config.model.dtype]
+        self.autocast = torch.bfloat16 if config.run.bf16 and not in_16_bits else None
+        self._model = building.untrained(config, self.architecture, self.dtype)
+        self._rehearsal = lru_cache(maxsize=None)(self._rehearsed)
+        self._pass = lru_cache(maxsize=None)(self._passed)
+        self._fixed = lru_cache(maxsize=None)(self._without_a_pass)
+
+    def plan(self, optimizer: str, micro_batch: int, checkpointing: bool) -> Plan:
+        """What the run needs with ``optimizer``, ``micro_batch`` examples a pass, and activations checkpointed or not.
+
+        Raises:
+            BadInput: for an optimizer that is unknown or refuses its keys.
+        """
+        model, fixed = self._model, dict(self._fixed(optimizer))
+        one = self._pass(micro_batch, checkpointing)
+        kept = self.division.part(_nbytes(model, trained=True), from_stage=2)
+        offloaded = {}
+        if self.division.offload:
+            offloaded = {kind: fixed.pop(kind) for kind in (MASTER, *STATE) if kind in fixed}
+            offloaded[GRADIENTS] = 4 * self.division.part(_count(model, trained=True), from_stage=1)
+            kept = 0 if self.division.stage >= 2 else kept
+        # Parts are there from the start, and so are gradients of earlier passes; else they grow as activations go.
+        throughout = self.division.stage >= 2 or self._accumulates
+        moment = one.at_peak
+        passing = {ACTIVATIONS: moment.activations, TEMPORARY: moment.temporary}
+        held = fixed | passing | {GRADIENTS: kept, ACTIVATIONS: one.activations}
+        at_peak = fixed | passing | {GRADIENTS: kept if throughout else moment.gradients}
+        return Plan(*({kind: part.get(kind, 0) for kind in KINDS} for part in (held, at_peak, offloaded)))
+
+    def largest_micro_batch(self, optimizer: str, checkpointing: bool, budget: int) -> int:
+        """The most examples of a pass with which a process stays within ``budget`` bytes; 0 where none does."""
+
+        def peak(batch: int) -> int:
+            return self.plan(optimizer, batch, checkpointing).peak
+
+        if peak(1) > budget:
+            return 0
+        fits, fails = 1, 2
+        while peak(fails) <= budget:
+            fits, fails = fails, 2 * fails
+        while fails - fits > 1:  # nearly a straight line, bent upwards: where the chord fits, so does the batch
+            rise = (peak(fails) - peak(fits)) / (fails - fits)
+            guess = min(fails - 1, fits + max(1, int((budget - peak(fits)) / rise)))
+            fits, fails = (guess, fails) if peak(guess) <= budget else (fits, guess)
+        return fits
+
+    @property
+    def parameters(self) -> int:
+        return _count(self._model)
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _accumulates(self) -> bool:
+        return self.config.run.gradient_accumulation_steps > 1
+
+    def _rehearsed(self, checkpointing: bool) -> Rehearsal:
+        def made() -> PreTrainedModel:
+            model = building.untrained(self.config, self.architecture, self.dtype, device="cpu")
+            model.config.use_cache = self.config.run.use_cache  # as the Trainer does
+            if checkpointing:
+                building.checkpoint_activations(model, self.config.run)
+            return model.train()
+
+        return Rehearsal(made, autocast=self.autocast, accumulated=self._accumulates)
+
+    def _passed(self, micro_batch: int, checkpointing: bool) -> Pass:
+        return self._rehearsal(checkpointing).of((micro_batch, self.config.data.block_size))
+
+    def _without_a_pass(self, optimizer: str) -> dict[str, int]:
+        return self._weights(self._model) | self._state(self._model, optimizer)
+
+    def _weights(self, model: nn.Module) -> dict[str, int]:
+        division, width = self.division, self.dtype.itemsize
+        counts = [p.numel() for p in model.parameters()]
+        buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+        weights = _nbytes(model)
+        if division.stage == 3:  # small ones stay whole besides, for they would be gathered all the time
+            whole = sum(count for count in counts if count < division.persistence_threshold)
+            weights = width * (sum(division.part(count, 3) for count in counts) + whole)
+        held = {WEIGHTS: weights + buffers}
+        if division.stage:
+            held[MASTER] = 4 * division.part(_count(model, trained=True), 1)
+        return held | {BUFFERS: self._communication(model, counts)}
+
+    def _communication(self, model: nn.Module, counts: list[int]) -> int:
+        """DeepSpeed's buckets of gradients and gathered weights, or DistributedDataParallel's buckets."""
+        division, width = self.division, self.dtype.itemsize
+        if division.stage == 0:
+            return _nbytes(model, trained=True) if division.processes > 1 else 0
+        if division.stage == 1:
+            return 0
+        if division.stage == 2:
+            return width * division.reduce_bucket * (2 if division.overlap else 1)
+        split = [count for count in counts if count >= division.persistence_threshold]
+        gathered = min(sum(split), division.prefetch_bucket + max(split, default=0))
+        return width * (division.reduce_bucket + gathered)
+
+    def _state(self, model: nn.Module, optimizer: str) -> dict[str, int]:
+        chosen = replace(self.config.optimizer, optimizer=optimizer)
+        built = build_optimizer(model, chosen, self.config.run)
+        division = self.division
+        if division.stage == 0:
+            return dict(planned_state_by_kind(built))
+        cut = each if division.stage == 3 else as_one
+        ranks = {0, division.processes - 1, division.processes // 2}
+        plans = [planned_state_by_kind(built, cut, rank, division.processes, torch.float32) for rank in sorted(ranks)]
+        fullest = max(plans, key=Counter.total)
+        return dict(fullest)
+
+
+def _count(model: nn.Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+
+
+def _nbytes(model: nn.Module, trained: bool = False) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not trained)

@@ -1,0 +1,240 @@
+"""``gracile profile``: the memory and the time of a run's first steps, measured, beside what was planned."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from ..optim.base import SubspaceOptimizer
+from ..optim.shards import UnsupportedLayout
+from . import building, layouts, measure, zero
+from .activations import Pass
+from .clock import BACKWARD, DATA, FORWARD, OPTIMIZER, PHASES, REFRESH, Clock
+from .config import OneLineParser, load_config
+from .errors import BadInput, RunStopped
+from .plan import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, TEMPORARY, Division, Planner
+from .pretrain import read, trainer_of
+from .report import size
+from .trainer import PretrainTrainer
+
+HEAD = """\
+Train some steps of a run and measure what each process holds and where the time goes, beside what gracile memory plans.
+CONFIG is as for gracile pretrain, and so are all further --key value pairs; nothing is saved.
+
+  gracile profile quickstart --steps 5
+  gracile profile my.yaml --steps 5 --trace trace.json --snapshot memory.pickle
+  deepspeed --num_accelerators 2 --module gracile.train.profile my.yaml --deepspeed zero2.json
+"""
+
+
+def _flags() -> OneLineParser:
+    parser = OneLineParser(
+        prog="gracile profile",
+        description=HEAD,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="gracile profile [CONFIG.yaml | NAME] [options] [--key value ...]",
+    )
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="steps that are timed, after a first one [5]")
+    parser.add_argument("--trace", metavar="FILE.json", help="a trace of one step for chrome://tracing and Perfetto")
+    parser.add_argument("--snapshot", metavar="FILE.pickle", help="a GPU's memory, for pytorch.org/memory_viz")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+class ProfiledTrainer(PretrainTrainer):
+    """Times every step, and watches the memory of the last."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.clock = Clock()
+        self.watched: Watched | None = None
+        self.accelerator.backward = self.clock.timed(BACKWARD, self.accelerator.backward)
+        self.add_callback(_Steps(self))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if new:
+            if isinstance(optimizer, SubspaceOptimizer):
+                optimizer._refresh = self.clock.timed(REFRESH, optimizer._refresh)  # type: ignore[method-assign]
+            optimizer.step = self.clock.timed(OPTIMIZER, optimizer.step)  # type: ignore[method-assign]
+        return optimizer
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.profiler.record_function(measure.FORWARD), self.clock.phase(FORWARD):
+            return super().compute_loss(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.phase(DATA):
+            return super().get_batch_samples(*args, **kwargs)
+
+
+class Watched:
+    """The memory of one step, from its beginning to its end."""
+
+    def __init__(self, trainer: ProfiledTrainer) -> None:
+        self._trainer, self._device = trainer, trainer.args.device
+        self._gradients = measure.Gradients(trainer.model)
+        self.held: dict[str, int] = {}
+        assert trainer.own_optimizer is not None
+        self._handle = trainer.own_optimizer.register_step_pre_hook(self._before_step)
+        cuda = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
+        self.profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU, *cuda], profile_memory=True)
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.profiler.start()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+        if not self.held:  # engines step several times
+            self.held = measure.held(self._trainer.model, optimizer, self._engine)
+
+    @property
+    def _engine(self) -> Any:
+        return self._trainer.model_wrapped
+
+    def close(self) -> Pass:
+        """Stop watching: what the pass needed beside what is held."""
+        self.profiler.stop()
+        self._gradients.close()
+        self._handle.remove()
+        if Division.of(self._trainer.args, 1).stage < 2:  # taken away before the step, but they were there
+            self.held[GRADIENTS] = max(self.held[GRADIENTS], self._gradients.bytes)
+        return measure.passed(self.profiler, self._device, self._gradients.addresses)
+
+
+class _Steps(TrainerCallback):
+    def __init__(self, trainer: ProfiledTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == args.max_steps - 1:
+            self.trainer.watched = Watched(self.trainer)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.watched is None:
+            self.trainer.clock.step_has_ended()
+
+
+def profile(arguments: Sequence[str], steps: int, output_dir: str) -> tuple[ProfiledTrainer, Planner]:
+    """Train ``steps`` steps after a first one, and one more whose memory is watched.
+
+    Raises:
+        BadInput: for input that no run could start with.
+    """
+    if steps < 1:
+        raise BadInput(f"steps must be at least 1, got {steps}")
+    silent = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none"}
+    fixed = {**silent, "max_steps": steps + 2, "output_dir": output_dir, "disable_tqdm": "true"}
+    config = load_config([*arguments, *(f"--{key}={value}" for key, value in fixed.items())])
+    planner = Planner(config)
+    zero.prepare(config.run)
+    architecture = building.architecture(config.model)
+    building.check_optimizer(config, architecture)
+    _, tokenizer, blocks = read(config, architecture)
+    set_seed(config.run.seed)
+    model = building.model(config.model, None)
+    trainer = trainer_of(config, model, tokenizer, blocks, layouts.Layout.of(config.run), kind=ProfiledTrainer)
+    assert isinstance(trainer, ProfiledTrainer)
+    trainer.train()
+    return trainer, planner
+
+
+def compared(trainer: ProfiledTrainer, planner: Planner) -> dict[str, Any]:
+    """Bytes that were planned and measured, and seconds of each phase of a step."""
+    run, watched = planner.config.run, trainer.watched
+    assert watched is not None
+    moment = watched.close()
+    optimizer = planner.config.optimizer.optimizer
+    plan = planner.plan(optimizer, run.per_device_train_batch_size, building.checkpoints_activations(run))
+    found = watched.held | {ACTIVATIONS: moment.activations, TEMPORARY: moment.at_peak.temporary}
+    planned = {kind: plan.held[kind] + plan.offloaded[kind] for kind in KINDS if kind != BUFFERS}
+    return {
+        "model": planner.config.model.model,
+        "optimizer": optimizer,
+        "division": str(planner.division),
+        "planned": planned,
+        "measured": {kind: found.get(kind, 0) for kind in planned},
+        "at_peak": {"planned": plan.at_peak, "measured": asdict(moment.at_peak)},
+        "peak_memory": measure.peak_memory(),
+        "seconds": trainer.clock.medians(skip=0),
+    }
+
+
+def table(told: dict[str, Any], steps: int) -> str:
+    """What ``compared`` found, to be read."""
+    rows = [("each process", "planned", "measured", "")]
+    for kind, planned in told["planned"].items():
+        measured = told["measured"][kind]
+        if planned or measured:
+            share = f"{measured / planned:.1%}" if planned else ""
+            rows.append((kind, size(planned), size(measured), share))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
+    where = "allocated on the GPU" if torch.cuda.is_available() else "resident, Python and its libraries included"
+    lines += ["", f"  {size(told['peak_memory'])} at most {where}", ""]
+    seconds = told["seconds"]
+    ordinary = sum(value for phase, value in seconds.items() if phase != REFRESH)
+    lines += [f"  a step, median of {steps}: {1000 * ordinary:,.1f} ms, refreshes apart"]
+    for phase in PHASES:
+        if phase != REFRESH:
+            lines.append(f"    {phase:<10}{1000 * seconds[phase]:>9,.1f} ms  {seconds[phase] / ordinary:>6.1%}")
+    if seconds[REFRESH]:
+        lines.append(f"    {REFRESH:<10}{1000 * seconds[REFRESH]:>9,.1f} ms  in a step that has one")
+    return "\n".join([f"{told['model']}, {told['optimizer']}; {told['division']}", "", *lines])
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    for key in ("trace", "snapshot"):
+        file = getattr(options, key)
+        if file is not None and not Path(file).parent.is_dir():
+            raise BadInput(f"{key}: the folder of {file!r} does not exist; make it, or choose another")
+    if options.snapshot is not None and not torch.cuda.is_available():
+        raise BadInput("snapshot needs a GPU: it is the history of its allocator; leave it out, or give --trace")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0; 2 for bad input; 1 for a run that had to stop. Both say why in one line."""
+    arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank=")]
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        options, rest = _flags().parse_known_args(arguments)
+        _check_files(options)
+        if options.snapshot is not None:
+            torch.cuda.memory._record_memory_history()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer, planner = profile(rest, options.steps, folder)
+            told = compared(trainer, planner)
+    except BadInput as error:
+        if is_main:
+            print(f"gracile profile: {error}", file=sys.stderr)
+        return 2
+    except (RunStopped, UnsupportedLayout) as error:
+        print(f"gracile profile: {error}", file=sys.stderr)
+        return 1
+    if is_main:
+        assert trainer.watched is not None
+        print(json.dumps(told, indent=2) if options.json else table(told, options.steps))
+        if options.trace is not None:
+            trainer.watched.profiler.export_chrome_trace(options.trace)
+        if options.snapshot is not None:
+            torch.cuda.memory._dump_snapshot(options.snapshot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
