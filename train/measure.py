@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch._C._profiler import _EventType
 from ..optim.memory import state_by_kind
 from . import zero
 from .activations import AtPeak, Pass
-from .plan import GRADIENTS, MASTER, WEIGHTS
+from .plan import BUFFERS, GRADIENTS, MASTER, WEIGHTS
 
 # Marks in a profiled step: a forward pass, and the moment when the last gradient has come.
 FORWARD, ALL_GRADIENTS = "gracile: forward", "gracile: all gradients"
@@ -41,19 +42,64 @@ def gradients_of(model: nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def held(model: nn.Module, optimizer: torch.optim.Optimizer | None, engine: Any = None) -> dict[str, int]:
+def layers_of(optimizer: Any) -> list[Any]:
+    """An optimizer as engines wrap it, from the outside in: the last is the one that they were given."""
+    found = [optimizer]
+    while hasattr(found[-1], "optimizer"):
+        found.append(found[-1].optimizer)
+    return found
+
+
+def held(model: nn.Module, optimizer: Any) -> dict[str, int]:
     """Bytes by kind that this process holds now: weights, gradients, and the optimizer's state by what it is for.
 
     Args:
         model: of any layout.
-        optimizer: the one that was given to an engine, if there is an engine.
-        engine: DeepSpeed's, or None.
+        optimizer: as the script has it, also wrapped by accelerate or DeepSpeed.
     """
     found = {WEIGHTS: storage_bytes(weights_of(model)), GRADIENTS: storage_bytes(gradients_of(model))}
-    if engine is not None and hasattr(engine, "zero_optimization_stage"):
+    *outer, given = layers_of(optimizer)
+    for engine in filter(zero.is_zero, outer):
+        found[BUFFERS] = storage_bytes(zero.buckets(engine))
         found[MASTER] = storage_bytes(zero.masters(engine))
         found[GRADIENTS] += storage_bytes(zero.gradients(engine))
-    return found | ({} if optimizer is None else dict(state_by_kind(optimizer)))
+    return found | dict(state_by_kind(given))
+
+
+def around_steps(
+    optimizer: Any, before: Callable[[], None] | None = None, after: Callable[[], None] | None = None
+) -> Callable[[], None]:
+    """Call ``before`` and ``after`` around every step of an optimizer, wrapped or not; returns what ends that.
+
+    DeepSpeed's ZeRO steps the one that it was given several times, and has taken gradients away by then: there it is
+    the engine's step.
+    """
+    *outer, given = layers_of(optimizer)
+    engine = next(filter(zero.is_zero, outer), None)
+    if engine is None:
+        handles = [given.register_step_pre_hook(lambda *_: before())] if before is not None else []
+        handles += [given.register_step_post_hook(lambda *_: after())] if after is not None else []
+
+        def unhook() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return unhook
+    step = engine.step
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if before is not None:
+            before()
+        told = step(*arguments, **keywords)
+        if after is not None:
+            after()
+        return told
+
+    def restore() -> None:
+        vars(engine).pop("step", None)
+
+    engine.step = call
+    return restore
 
 
 def peak_memory() -> int:
@@ -82,7 +128,7 @@ class Gradients:
             with torch.profiler.record_function(ALL_GRADIENTS):
                 here = gradients_of(self._model)
             self.bytes = max(self.bytes, storage_bytes(here))
-            self.addresses = {gradient.untyped_storage().data_ptr() for gradient in here}
+            self.addresses = addresses(here)
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -120,20 +166,28 @@ def allocations(profiler: torch.profiler.profile, device: torch.device) -> list[
     return found + [Allocation(address, *begun, math.inf) for address, begun in open_ones.items()]
 
 
-def passed(profiler: torch.profiler.profile, device: torch.device, gradients: set[int]) -> Pass:
+def addresses(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+
+
+def passed(
+    profiler: torch.profiler.profile,
+    device: torch.device,
+    gradients: AbstractSet[int],
+    weights: AbstractSet[int] = frozenset(),
+) -> Pass:
     """The last forward and backward pass of a profiled step, as ``activations.Rehearsal`` predicts it.
 
     Args:
         gradients: the addresses of the gradients when the last of them had come.
+        weights: those of the weights at the end of the forward pass: ZeRO 3 gathers them in it.
     """
-    assert profiler.profiler is not None
-    results: Any = profiler.profiler.kineto_results
-    marks = sorted((event.start_ns(), event.duration_ns(), event.name()) for event in results.events())
-    begin, length, _ = [mark for mark in marks if mark[2] == FORWARD][-1]
+    marks = _marks(profiler)
+    begin, length = marks[FORWARD]
+    come, _ = marks[ALL_GRADIENTS]
     forward_end = begin + length
-    come = [start for start, _, name in marks if name == ALL_GRADIENTS][-1]
     made = [one for one in allocations(profiler, device) if one.begin >= begin]
-    activations = {one for one in made if one.begin <= forward_end < one.end}
+    activations = {one for one in made if one.alive(forward_end) and one.address not in weights}
     kept = {one for one in made if one.address in gradients and one.alive(come)}
 
     def alive(moment: int) -> AtPeak:
@@ -148,3 +202,23 @@ def passed(profiler: torch.profiler.profile, device: torch.device, gradients: se
         if total > most and when <= come:
             most, moment = total, int(when)
     return Pass(sum(one.size for one in activations), alive(moment))
+
+
+def stepped(profiler: torch.profiler.profile, device: torch.device) -> int:
+    """The most bytes that were alive of what was made after the last gradient had come: what the optimizer's step, and
+    clipping, need for a moment. State that is born then does not count as long as it stays."""
+    come, _ = _marks(profiler)[ALL_GRADIENTS]
+    made = [one for one in allocations(profiler, device) if one.begin > come and one.end < math.inf]
+    total = most = 0
+    for _, change in sorted([(one.begin, one.size) for one in made] + [(one.end, -one.size) for one in made]):
+        total += change
+        most = max(most, total)
+    return most
+
+
+def _marks(profiler: torch.profiler.profile) -> dict[str, tuple[int, int]]:
+    """Where the last mark of each name begins, and how long it is."""
+    assert profiler.profiler is not None
+    results: Any = profiler.profiler.kineto_results
+    found = sorted((event.start_ns(), event.duration_ns(), event.name()) for event in results.events())
+    return {name: (start, length) for start, length, name in found if name in (FORWARD, ALL_GRADIENTS)}

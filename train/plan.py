@@ -218,9 +218,7 @@ class Planner:
         division, width = self.division, self.dtype.itemsize
         if division.stage == 0:
             return _nbytes(model, trained=True) if division.processes > 1 else 0
-        if division.stage == 1:
-            return 0
-        if division.stage == 2:
+        if division.stage < 3:
             return width * division.reduce_bucket * (2 if division.overlap else 1)
         split = [count for count in counts if count >= division.persistence_threshold]
         gathered = min(sum(split), division.prefetch_bucket + max(split, default=0))

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..optim.shards import UnsupportedLayout
 from . import building, layouts, measure, zero
 from .activations import Pass
 from .clock import BACKWARD, DATA, FORWARD, OPTIMIZER, PHASES, REFRESH, Clock
-from .config import OneLineParser, load_config
+from .config import OneLineParser, RunArguments, load_config
 from .errors import BadInput, RunStopped
 from .plan import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, TEMPORARY, Division, Planner
 from .pretrain import read, trainer_of
@@ -75,7 +75,10 @@ class ProfiledTrainer(PretrainTrainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         with torch.profiler.record_function(measure.FORWARD), self.clock.phase(FORWARD):
-            return super().compute_loss(*args, **kwargs)
+            loss = super().compute_loss(*args, **kwargs)
+        if self.watched is not None:
+            self.watched.weights = measure.addresses(self.model.parameters())
+        return loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         with self.clock.phase(DATA):
@@ -88,31 +91,27 @@ class Watched:
     def __init__(self, trainer: ProfiledTrainer) -> None:
         self._trainer, self._device = trainer, trainer.args.device
         self._gradients = measure.Gradients(trainer.model)
+        self.weights: set[int] = set()
         self.held: dict[str, int] = {}
-        assert trainer.own_optimizer is not None
-        self._handle = trainer.own_optimizer.register_step_pre_hook(self._before_step)
+        self._optimizer = trainer.optimizer
+        self._unhook = measure.around_steps(self._optimizer, before=self._hold)
         cuda = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
         self.profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU, *cuda], profile_memory=True)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.profiler.start()
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
-        if not self.held:  # engines step several times
-            self.held = measure.held(self._trainer.model, optimizer, self._engine)
-
-    @property
-    def _engine(self) -> Any:
-        return self._trainer.model_wrapped
+    def _hold(self) -> None:
+        self.held = measure.held(self._trainer.model, self._optimizer)
 
     def close(self) -> Pass:
         """Stop watching: what the pass needed beside what is held."""
         self.profiler.stop()
         self._gradients.close()
-        self._handle.remove()
+        self._unhook()
         if Division.of(self._trainer.args, 1).stage < 2:  # taken away before the step, but they were there
             self.held[GRADIENTS] = max(self.held[GRADIENTS], self._gradients.bytes)
-        return measure.passed(self.profiler, self._device, self._gradients.addresses)
+        return measure.passed(self.profiler, self._device, self._gradients.addresses, self.weights)
 
 
 class _Steps(TrainerCallback):
@@ -141,7 +140,7 @@ def profile(arguments: Sequence[str], steps: int, output_dir: str) -> tuple[Prof
     silent = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none"}
     fixed = {**silent, "max_steps": steps + 2, "output_dir": output_dir, "disable_tqdm": "true"}
     config = load_config([*arguments, *(f"--{key}={value}" for key, value in fixed.items())])
-    planner = Planner(config)
+    planner = Planner(config, _here)
     zero.prepare(config.run)
     architecture = building.architecture(config.model)
     building.check_optimizer(config, architecture)
@@ -154,6 +153,12 @@ def profile(arguments: Sequence[str], steps: int, output_dir: str) -> tuple[Prof
     return trainer, planner
 
 
+def _here(run: RunArguments, hidden_size: int) -> Division:
+    """DeepSpeed overlaps nothing on CPUs, whatever it is told."""
+    planned = Division.of(run, hidden_size)
+    return replace(planned, overlap=False) if run.device.type == "cpu" else planned
+
+
 def compared(trainer: ProfiledTrainer, planner: Planner) -> dict[str, Any]:
     """Bytes that were planned and measured, and seconds of each phase of a step."""
     run, watched = planner.config.run, trainer.watched
@@ -162,7 +167,10 @@ def compared(trainer: ProfiledTrainer, planner: Planner) -> dict[str, Any]:
     optimizer = planner.config.optimizer.optimizer
     plan = planner.plan(optimizer, run.per_device_train_batch_size, building.checkpoints_activations(run))
     found = watched.held | {ACTIVATIONS: moment.activations, TEMPORARY: moment.at_peak.temporary}
-    planned = {kind: plan.held[kind] + plan.offloaded[kind] for kind in KINDS if kind != BUFFERS}
+    planned = {kind: plan.held[kind] + plan.offloaded[kind] for kind in KINDS}
+    for bytes_of in (planned, found):  # DeepSpeed's come and go; DistributedDataParallel's cannot be seen
+        buffers = bytes_of.pop(BUFFERS, 0)
+        bytes_of[TEMPORARY] += buffers if planner.division.stage else 0
     return {
         "model": planner.config.model.model,
         "optimizer": optimizer,
@@ -170,6 +178,7 @@ def compared(trainer: ProfiledTrainer, planner: Planner) -> dict[str, Any]:
         "planned": planned,
         "measured": {kind: found.get(kind, 0) for kind in planned},
         "at_peak": {"planned": plan.at_peak, "measured": asdict(moment.at_peak)},
+        "optimizer_step": measure.stepped(watched.profiler, run.device),
         "peak_memory": measure.peak_memory(),
         "seconds": trainer.clock.medians(skip=0),
     }
@@ -182,11 +191,19 @@ def table(told: dict[str, Any], steps: int) -> str:
         measured = told["measured"][kind]
         if planned or measured:
             share = f"{measured / planned:.1%}" if planned else ""
-            rows.append((kind, size(planned), size(measured), share))
+            rows.append(
+                (
+                    f"{kind}, buffers" if kind == TEMPORARY and "ZeRO" in told["division"] else kind,
+                    size(planned),
+                    size(measured),
+                    share,
+                )
+            )
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
     where = "allocated on the GPU" if torch.cuda.is_available() else "resident, Python and its libraries included"
-    lines += ["", f"  {size(told['peak_memory'])} at most {where}", ""]
+    lines += ["", f"  {size(told['optimizer_step'])} more for a moment in the optimizer's step, which is not planned"]
+    lines += [f"  {size(told['peak_memory'])} at most {where}", ""]
     seconds = told["seconds"]
     ordinary = sum(value for phase, value in seconds.items() if phase != REFRESH)
     lines += [f"  a step, median of {steps}: {1000 * ordinary:,.1f} ms, refreshes apart"]

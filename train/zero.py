@@ -100,15 +100,30 @@ def unpartitioned(run: RunArguments) -> Iterator[None]:
         set_hf_deepspeed_config(chosen)
 
 
-def masters(engine: Any) -> list[Tensor]:
-    """The fp32 copies that DeepSpeed's engine steps in this process; none without ZeRO."""
-    held = vars(engine.optimizer)
+# ---- what DeepSpeed's ZeRO optimizer holds in this process, beside what it was given --------------------------------
+
+
+def is_zero(optimizer: Any) -> bool:
+    return hasattr(optimizer, "averaged_gradients")
+
+
+def masters(zero: Any) -> list[Tensor]:
+    """The fp32 copies that are stepped."""
+    held = vars(zero)
     found: list[Tensor] = held.get("single_partition_of_fp32_groups") or held.get("fp32_partitioned_groups_flat") or []
     return found
 
 
-def gradients(engine: Any) -> list[Tensor]:
-    """The parts of averaged gradients that DeepSpeed's engine holds between the backward pass and the step."""
-    held = (getattr(engine.optimizer, "averaged_gradients", None) or {}).values()
-    parts = [part if isinstance(part, (list, tuple)) else [part] for part in held if part is not None]
-    return [tensor for part in parts for tensor in part if tensor is not None]
+def gradients(zero: Any) -> list[Tensor]:
+    """Parts of averaged gradients, between the backward pass and the step; offloaded, they lie beside the copies."""
+    parts = [part for part in (zero.averaged_gradients or {}).values() if part is not None]
+    lists = [part if isinstance(part, (list, tuple)) else [part] for part in parts]
+    lists.append([flat.grad for flat in masters(zero)])
+    return [tensor for part in lists for tensor in part if tensor is not None]
+
+
+def buckets(zero: Any) -> list[Tensor]:
+    """The buffers of gradients that are kept from step to step."""
+    held = [bucket.buffer for bucket in getattr(zero, "ipg_buckets", {}).values()]
+    lists = [buffer if isinstance(buffer, list) else [buffer] for buffer in held if buffer is not None]
+    return [tensor for buffer in lists for tensor in buffer]

@@ -1,0 +1,120 @@
+"""What a training script of any kind holds in memory, step by step, as TensorBoard scalars.
+
+A plain loop::
+
+    with MemoryWatch(model, optimizer, log_dir="runs/memory") as memory:
+        ...                       # optimizer.step() is seen by itself
+    print(memory.most)            # bytes by kind
+
+The Hugging Face Trainer::
+
+    Trainer(..., callbacks=[MemoryCallback()])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from . import measure
+from .plan import GRADIENTS
+
+PEAK = "peak"
+
+
+class MemoryWatch:
+    """Bytes that this process holds at each step of an optimizer: weights, gradients, and state by what it is for.
+
+    ``now`` and ``most`` map kinds to bytes: of the newest step, and the largest so far. ``peak`` among them is what
+    the process has held at most, allocated on the GPU, or resident in RAM where there is none.
+
+    Args:
+        model: whose parameters and gradients count.
+        optimizer: any of torch's or gracile's, also as accelerate or ``deepspeed.initialize`` return it.
+        log_dir: where TensorBoard scalars ``memory/<kind>`` go, in MiB; None for none.
+        every: steps between two looks.
+        step: how many steps were done before.
+
+    Raises:
+        ValueError: for ``every`` below 1.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Any, log_dir: str | Path | None = None, *, every: int = 1, step: int = 0
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.model, self.optimizer, self.every, self.step = model, optimizer, every, step
+        self.now: dict[str, int] = {}
+        self.most: dict[str, int] = {}
+        self._log_dir, self._writer = log_dir, None if log_dir is None else SummaryWriter(log_dir=str(log_dir))
+        self._gradients = 0
+        self._unhook: Callable[[], None] | None = None
+
+    def __enter__(self) -> MemoryWatch:
+        self._unhook = measure.around_steps(self.optimizer, self._before_step, self._after_step)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop watching, and write what is left."""
+        if self._unhook is not None:
+            self._unhook()
+        if self._writer is not None:
+            self._writer.close()
+        self._unhook = self._writer = None
+
+    def _before_step(self) -> None:
+        """Gradients are here, and may be gone after the step."""
+        self.step += 1
+        if self.step % self.every == 0:
+            self._gradients = measure.held(self.model, self.optimizer)[GRADIENTS]
+
+    def _after_step(self) -> None:
+        if self.step % self.every:
+            return
+        held = measure.held(self.model, self.optimizer) | {GRADIENTS: self._gradients}
+        self.now = held | {PEAK: measure.peak_memory()}
+        self.most = {kind: max(size, self.most.get(kind, 0)) for kind, size in self.now.items()}
+        if self._writer is not None:
+            for kind, size in self.now.items():
+                self._writer.add_scalar(f"memory/{kind.replace(' ', '_')}", size / 2**20, self.step)
+
+
+class MemoryCallback(TrainerCallback):
+    """``MemoryWatch`` for ``transformers.Trainer``, under DeepSpeed too; the first process writes its scalars.
+
+    Args:
+        log_dir: by default ``runs/memory`` in the Trainer's ``output_dir``.
+        every: steps between two looks.
+
+    ``watch`` is the ``MemoryWatch``, once training has begun.
+    """
+
+    def __init__(self, log_dir: str | Path | None = None, *, every: int = 1) -> None:
+        self.log_dir, self.every = log_dir, every
+        self.watch: MemoryWatch | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        log_dir = Path(str(args.output_dir)) / "runs" / "memory" if self.log_dir is None else self.log_dir
+        chosen = log_dir if state.is_world_process_zero else None
+        watch = MemoryWatch(kwargs["model"], kwargs["optimizer"], chosen, every=self.every, step=state.global_step)
+        self.watch = watch.__enter__()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.watch is not None:
+            self.watch.close()
