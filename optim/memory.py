@@ -6,12 +6,13 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .base import SubspaceOptimizer
-from .shards import Cut, Member, by_rows
+from .shards import Cut, Member, by_rows, flat_length
 
 # What a tensor of state is for, by the beginning of its key.
 MOMENTS, PROJECTORS, ERRORS, INDICES = "moments", "projectors", "error buffers", "indices"
@@ -20,12 +21,7 @@ KINDS = {"basis": PROJECTORS, "error": ERRORS, "indices": INDICES, "residual_pla
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors that ``optimizer`` (any torch optimizer) holds as state in this process."""
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    )
+    return state_by_kind(optimizer).total()
 
 
 def adamw_state_bytes(parameters: Iterable[Tensor]) -> int:
@@ -35,15 +31,16 @@ def adamw_state_bytes(parameters: Iterable[Tensor]) -> int:
 
 def kind_of(key: str) -> str:
     """What a tensor of state is for. Where an engine steps flat tensors, keys begin with a number."""
-    word = key.rsplit(".", 1)[-1]
+    word = str(key).rsplit(".", 1)[-1]
     return next((kind for begin, kind in KINDS.items() if word.startswith(begin)), MOMENTS)
 
 
-def _by_kind(states: Iterable[Mapping[str, object]]) -> Counter[str]:
+def _by_kind(states: Iterable[Mapping[str, Any]]) -> Counter[str]:
     held: Counter[str] = Counter()
     for key, value in chain.from_iterable(state.items() for state in states):
-        if isinstance(value, Tensor):
-            held[kind_of(key)] += value.numel() * value.element_size()
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:  # LBFGS keeps lists
+            if isinstance(tensor, Tensor):
+                held[kind_of(key)] += tensor.numel() * tensor.element_size()
     return held
 
 
@@ -70,15 +67,17 @@ def planned_state_by_kind(
 
 def _stepped(
     optimizer: torch.optim.Optimizer, cut: Cut | None, rank: int, size: int, dtype: torch.dtype | None
-) -> Iterable[Mapping[str, object]]:
+) -> Iterable[Mapping[str, Any]]:
     """The state of a copy that took a step: on meta tensors it computes nothing."""
     twin = copy.deepcopy(optimizer)
     for group in twin.param_groups:
         trained = [p for p in group["params"] if p.requires_grad]
         if cut is not None:
             members = [Member(trained, i, i, tuple(p.shape)) for i, p in enumerate(trained)]
-            lengths = [piece.numel for _, piece in cut(members, rank, size)]
-            flats = lengths if cut is by_rows else [sum(lengths)]  # ZeRO steps one tensor for a group
+            if cut is by_rows:
+                flats = [piece.numel for _, piece in cut(members, rank, size)]
+            else:  # ZeRO steps one tensor for a group
+                flats = [flat_length(cut, [member.shape for member in members], size)]
             trained = [torch.empty(length, dtype=dtype or trained[0].dtype, device="meta") for length in flats]
         group |= {"params": trained, "fused": False, "foreach": False}
         for p in trained:

@@ -45,6 +45,8 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self._known = [tensor.untyped_storage() for tensor in known]  # kept: a storage is told by its address
         self._sizes = {storage._cdata: 0 for storage in self._known}
+        self._made: dict[int, int] = {}  # the how many-th it was
+        self._made_so_far = self._made_at_peak = 0
         self._gradients: set[int] = set()
         self._activations: set[int] = set()
         self._alive = {"activations": 0, "gradients": 0, "temporary": 0}
@@ -67,13 +69,17 @@ class Ledger(TorchDispatchMode):
         return activations
 
     def is_gradient(self, tensor: Tensor) -> None:
-        """From now on ``tensor`` is a gradient that stays."""
+        """``tensor`` is a gradient that stays, and was to be one when it was made."""
         key = tensor.untyped_storage()._cdata
-        size = self._sizes.get(key, 0)
-        if key not in self._gradients and size:
-            self._alive[self._kind(key)] -= size
-            self._alive["gradients"] += size
-            self._gradients.add(key)
+        size, kind = self._sizes.get(key, 0), self._kind(key)
+        if kind == "gradients" or not size:
+            return
+        self._alive[kind] -= size
+        self._alive["gradients"] += size
+        self._gradients.add(key)
+        if self._made[key] <= self._made_at_peak and kind == "temporary":
+            most = self.at_peak
+            self.at_peak = AtPeak(most.activations, most.gradients + size, most.temporary - size)
 
     def _kind(self, key: int) -> str:
         return "gradients" if key in self._gradients else "activations" if key in self._activations else "temporary"
@@ -83,10 +89,11 @@ class Ledger(TorchDispatchMode):
         if key in self._sizes or not size:
             return
         self._sizes[key] = size
+        self._made[key] = self._made_so_far = self._made_so_far + 1
         weakref.finalize(storage, self._gone, key)
         self._alive["temporary"] += size
         if sum(self._alive.values()) > self.at_peak.bytes:
-            self.at_peak = AtPeak(**self._alive)
+            self.at_peak, self._made_at_peak = AtPeak(**self._alive), self._made_so_far
 
     def _gone(self, key: int) -> None:
         self._alive[self._kind(key)] -= self._sizes.pop(key)

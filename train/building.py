@@ -47,7 +47,11 @@ def untrained(
     """The model with new weights, whole; on the meta device without memory."""
     with torch.device(device), zero.unpartitioned(config.run):
         trusted = config.model.trust_remote_code
-        return AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=trusted)
+        try:
+            return AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=trusted)
+        except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise BadInput(f"model {config.model.model!r} cannot be built as it is configured: {reason}") from None
 
 
 def checkpoints_activations(run: RunArguments) -> bool:

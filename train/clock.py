@@ -16,13 +16,17 @@ PHASES = (FORWARD, BACKWARD, OPTIMIZER, REFRESH, DATA, OTHER)
 
 
 class Clock:
-    """Seconds of each phase of each step. A phase inside another is taken from it: a refresh from its step."""
+    """Seconds of each phase of each step. A phase inside another is taken from it: a refresh from its step.
+
+    Where nothing was due, looking whether a refresh was is the optimizer's time.
+    """
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self._now: dict[str, float] = defaultdict(float)
         self._inner = [0.0]
         self._began: float | None = None
+        self._refreshed = False
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -44,18 +48,29 @@ class Clock:
 
         return call
 
+    def refreshing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, which is called in steps that have a refresh alone."""
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            self._refreshed = True
+            return function(*arguments, **keywords)
+
+        return call
+
     def step_has_ended(self) -> None:
         """From the end of one step to the end of the next: what no phase took is ``other``."""
         now = _time()
+        if not self._refreshed:
+            self._now[OPTIMIZER] += self._now.pop(REFRESH, 0.0)
+        self._refreshed = False
         if self._began is not None:
             self._now[OTHER] = now - self._began - sum(self._now.values())
             self.steps.append(self._now)
         self._now, self._began = defaultdict(float), now
 
-    def medians(self, skip: int) -> dict[str, float]:
-        """Seconds of each phase in a step, without the first ``skip``; of ``refresh``, in those steps that had one."""
-        steps = self.steps[skip:]
-        found = {name: median(step[name] for step in steps) for name in PHASES}
+    def medians(self) -> dict[str, float]:
+        """Seconds of each phase in a step; of ``refresh``, in those steps that had one."""
+        found = {name: median(step[name] for step in self.steps) for name in PHASES}
         refreshes = [step[REFRESH] for step in self.steps if step[REFRESH] > 0]
         return found | {REFRESH: median(refreshes) if refreshes else 0.0}
 

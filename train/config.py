@@ -125,6 +125,10 @@ class RunArguments(TrainingArguments):
     def __post_init__(self) -> None:
         # Without this, processes launched together on CPUs would each train alone, into one folder.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.use_cpu:
+            os.environ.setdefault(
+                "DS_ACCELERATOR", "cpu"
+            )  # DeepSpeed, once imported, would say on stdout that it guesses
         if self.deepspeed is not None and self.use_cpu:
             skip_inference_reduce()
         super().__post_init__()
@@ -181,6 +185,9 @@ class OneLineParser(argparse.ArgumentParser):
         if found:
             kind = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
             message = f"{found[1]} must be {kind.get(found[2], 'of type ' + found[2])}, got {found[3]}"
+        found = re.match(r"argument --([a-z_0-9]+)\S*: expected one argument", message)
+        if found:
+            message = f"{found[1]} needs a value, as in --{found[1]}=VALUE"
         raise BadInput(message)
 
 

@@ -27,6 +27,9 @@ def storage_bytes(tensors: Iterable[Any]) -> int:
     held: dict[int, int] = {}
     for tensor in tensors:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if local.is_sparse:
+            held |= {id(part): part.nbytes for part in (local._values(), local._indices())}
+            continue
         storage = local.untyped_storage()
         held[storage._cdata] = storage.nbytes()
     return sum(held.values())

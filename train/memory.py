@@ -20,6 +20,7 @@ from . import building
 from .config import Config, OneLineParser, RunArguments, load_config
 from .errors import BadInput
 from .optimizers import OPTIMIZERS
+from .outputs import check_output
 from .plan import ACTIVATIONS, KINDS, TEMPORARY, Division, Plan, Planner
 from .report import size
 
@@ -62,10 +63,10 @@ def _flags() -> OneLineParser:
         usage="gracile memory [CONFIG.yaml | NAME] [options] [--key value ...]",
     )
     parser.add_argument("--zero", type=int, metavar="STAGE", help="DeepSpeed ZeRO 0, 1, 2 or 3 [the configuration's]")
-    parser.add_argument("--world_size", type=int, metavar="N", help="processes [those launched]")
+    parser.add_argument("--world_size", "--world-size", type=int, metavar="N", help="processes [those launched]")
     parser.add_argument("--offload", choices=("none", "optimizer"), help="whether optimizer state lies on the CPU")
-    parser.add_argument("--micro_batch", type=int, metavar="N", help="per_device_train_batch_size")
-    parser.add_argument("--seq_len", type=int, metavar="N", help="block_size")
+    parser.add_argument("--micro_batch", "--micro-batch", type=int, metavar="N", help="per_device_train_batch_size")
+    parser.add_argument("--seq_len", "--seq-len", type=int, metavar="N", help="block_size")
     parser.add_argument("--compare", metavar="A,B,...", help="optimizers side by side [the configuration's]")
     parser.add_argument("--budget", metavar="24GiB", help="find the largest micro batch within it")
     parser.add_argument("--gpu", metavar="NAME,...", help="cards to try, by size or name: 24GB, H100 [all]")
@@ -81,9 +82,10 @@ def bytes_of(text: str) -> int:
         BadInput: for anything else.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM]i?B)", text, re.IGNORECASE)
-    if found is None or not float(found[1]):
+    amount = 0.0 if found is None else float(found[1]) * UNITS[found[2].upper()]
+    if not 1 <= amount < 2**62:
         raise BadInput(f"budget must be an amount such as 24GiB, 80GB or 512MiB, got {text!r}")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return int(amount)
 
 
 def division_of(
@@ -268,24 +270,23 @@ def _cards(chosen: str | None) -> list[str]:
     for name in chosen.split(","):
         plain = name.strip().lower().replace(" ", "")
         if plain not in known:
-            readable = [name for size, card in CARDS.items() for name in (size, *card.names)]
-            raise BadInput(f"unknown gpu {name.strip()!r}; {nearest(name, readable)}, or give its memory as --budget")
+            readable = [f"{size} ({', '.join(card.names)})" for size, card in CARDS.items()]
+            raise BadInput(
+                f"unknown gpu {name.strip()!r}; give its memory as --budget, or one of {', '.join(readable)}"
+            )
         found.append(known[plain])
     return list(dict.fromkeys(found))
 
 
 def _table(arguments: Sequence[str]) -> tuple[Table, argparse.Namespace]:
     options, rest = _flags().parse_known_args(arguments)
-    for flag, key in (("micro_batch", "per_device_train_batch_size"), ("seq_len", "block_size")):
+    for flag, key, least in (("micro_batch", "per_device_train_batch_size", 1), ("seq_len", "block_size", 2)):
         value = getattr(options, flag)
-        if value is not None and value < 1:
-            raise BadInput(f"{flag} must be at least 1, got {value}")
+        if value is not None and not least <= value < 2**62:
+            raise BadInput(f"{flag} must be at least {least}, and a size that a computer can count, got {value}")
         rest += [] if value is None else [f"--{key}", str(value)]
     if options.plot is not None:
-        if not Path(options.plot).parent.is_dir():
-            raise BadInput(f"plot: the folder of {options.plot!r} does not exist; make it, or choose another")
-        if Path(options.plot).suffix not in (".png", ".svg", ".pdf"):
-            raise BadInput(f"plot must be a .png, .svg or .pdf file, got {options.plot!r}")
+        check_output("plot", options.plot, (".png", ".svg", ".pdf"))
     return Table(load_config(rest, needs_output_dir=False), options), options
 
 

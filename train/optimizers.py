@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -76,11 +78,13 @@ def build_optimizer(model: nn.Module, chosen: OptimizerArguments, run: RunArgume
         BadInput: for an unknown name, a key or value the optimizer refuses or a pattern that matches no layer.
     """
     recipe = _recipe(chosen)
-    keywords = mapping("optimizer_args", chosen.optimizer_args, '{"error_feedback": "8bit"}')
+    keywords = _keywords(chosen)
     known = recipe.accepts() - {"rank", *SUBSPACE_KEYS}
     for key in keywords:
         if key not in known:
             raise BadInput(f"optimizer_args: {chosen.optimizer} takes no {key!r} there; {nearest(key, known)}")
+    if "state_dtype" in keywords:
+        keywords["state_dtype"] = _dtype(keywords["state_dtype"])
     try:
         if "rank" in recipe.accepts():
             matrix_keys = _matrix_keys(recipe, model, chosen, keywords)
@@ -92,6 +96,28 @@ def build_optimizer(model: nn.Module, chosen: OptimizerArguments, run: RunArgume
         return recipe.optimizer(groups, **{**recipe.keys(run), **keywords})
     except (ValueError, ImportError) as error:
         raise BadInput(str(error)) from None
+
+
+def in_place_of(chosen: OptimizerArguments, optimizer: str) -> OptimizerArguments:
+    """The same choice with another optimizer, and those of its further keywords that this one takes."""
+    if optimizer == chosen.optimizer:
+        return chosen
+    other = replace(chosen, optimizer=optimizer)
+    taken = {key: value for key, value in _keywords(chosen).items() if key in _recipe(other).accepts()}
+    return replace(other, optimizer_args=json.dumps(taken))
+
+
+def _keywords(chosen: OptimizerArguments) -> dict[str, Any]:
+    return mapping("optimizer_args", chosen.optimizer_args, '{"error_feedback": "8bit"}')
+
+
+def _dtype(name: Any) -> torch.dtype | None:
+    if name is None:
+        return None
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    if name not in known:
+        raise BadInput(f"optimizer_args: unknown state_dtype {name!r}; choose one of {', '.join(known)}")
+    return known[name]
 
 
 def without_effect(config: Config) -> list[str]:

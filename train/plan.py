@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..optim.memory import ERRORS, INDICES, MOMENTS, PROJECTORS, planned_state_by_kind
-from ..optim.shards import as_one, each
+from ..optim.shards import as_one, each, flat_length
 from . import building
 from .activations import Pass, Rehearsal
 from .checks import DTYPES, check_values
 from .config import Config, RunArguments
 from .errors import BadInput
-from .optimizers import build_optimizer
+from .optimizers import build_optimizer, in_place_of
 
 WEIGHTS, MASTER, GRADIENTS, BUFFERS = "weights", "master weights", "gradients", "buffers"
 ACTIVATIONS, TEMPORARY = "activations", "temporary"
 STATE = (MOMENTS, PROJECTORS, ERRORS, INDICES)
 KINDS = (WEIGHTS, MASTER, GRADIENTS, *STATE, BUFFERS, ACTIVATIONS, TEMPORARY)
+
+
+# Beyond these nothing runs, and counting takes forever.
+MOST_PROCESSES, MOST_EXAMPLES, MOST_TOKENS = 16_384, 2**24, 2**40
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,8 @@ class Division:
     overlap: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.processes < 1:
-            raise BadInput(f"world_size must be at least 1, got {self.processes}")
+        if not 1 <= self.processes <= MOST_PROCESSES:
+            raise BadInput(f"world_size must be at least 1 and at most {MOST_PROCESSES:,}, got {self.processes}")
         if self.stage not in range(4):
             raise BadInput(f"zero must be 0, 1, 2 or 3, got {self.stage}")
         if self.offload and not self.stage:
@@ -60,16 +65,21 @@ class Division:
         if chosen is None:
             return cls(processes=run.world_size)
         zero = chosen.config.get("zero_optimization", {})
+        if _device(zero, "offload_param") is not None:
+            raise BadInput("deepspeed: offload_param is not planned; leave it out, or offload the optimizer alone")
         square = hidden_size**2  # what transformers puts in place of "auto"
 
         def number(key: str, default: int, auto: int) -> int:
             value = zero.get(key, default)
-            return int(auto if value == "auto" else value)
+            value = auto if value == "auto" else value
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise BadInput(f"deepspeed: {key} must be a number or auto, got {value!r}")
+            return int(value)
 
         return cls(
             stage=zero.get("stage", 0),
             processes=run.world_size,
-            offload=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+            offload=_device(zero, "offload_optimizer") is not None,
             reduce_bucket=number("reduce_bucket_size", cls.reduce_bucket, square),
             prefetch_bucket=number("stage3_prefetch_bucket_size", cls.prefetch_bucket, int(0.9 * square)),
             persistence_threshold=number(
@@ -86,6 +96,11 @@ class Division:
         named = {0: "", 1: "ZeRO 1 on ", 2: "ZeRO 2 on ", 3: "ZeRO 3 on "}[self.stage]
         more = ", optimizer offloaded" if self.offload else ""
         return f"{named}{self.processes} process{'es' if self.processes > 1 else ''}{more}"
+
+
+def _device(zero: dict[str, Any], key: str) -> str | None:
+    device: str | None = (zero.get(key) or {}).get("device")
+    return None if device == "none" else device
 
 
 @dataclass(frozen=True)
@@ -124,6 +139,9 @@ class Planner:
 
     def __init__(self, config: Config, division: Callable[[RunArguments, int], Division] = Division.of) -> None:
         check_values(config)
+        for key in ("label_smoothing_factor", "use_liger_kernel"):
+            if getattr(config.run, key):
+                raise BadInput(f"{key} is {getattr(config.run, key)}, which is not planned; leave it out")
         self.config = config
         self.architecture = building.architecture(config.model)
         self.division = division(config.run, self.architecture.get_text_config().hidden_size)
@@ -143,7 +161,10 @@ class Planner:
         """
         model, fixed = self._model, dict(self._fixed(optimizer))
         one = self._pass(micro_batch, checkpointing)
-        kept = self.division.part(_nbytes(model, trained=True), from_stage=2)
+        kept = _nbytes(model, trained=True)
+        if self.division.stage >= 2:  # DeepSpeed averages in fp32, unless it is told that the run is in bf16
+            width = self.dtype.itemsize if self.config.run.bf16 else 4
+            kept = width * self.division.part(_count(model, trained=True), from_stage=2)
         offloaded = {}
         if self.division.offload:
             offloaded = {kind: fixed.pop(kind) for kind in (MASTER, *STATE) if kind in fixed}
@@ -166,7 +187,7 @@ class Planner:
         if peak(1) > budget:
             return 0
         fits, fails = 1, 2
-        while peak(fails) <= budget:
+        while peak(fails) <= budget and fails < MOST_EXAMPLES:
             fits, fails = fails, 2 * fails
         while fails - fits > 1:  # nearly a straight line, bent upwards: where the chord fits, so does the batch
             rise = (peak(fails) - peak(fits)) / (fails - fits)
@@ -195,7 +216,16 @@ class Planner:
         return Rehearsal(made, autocast=self.autocast, accumulated=self._accumulates)
 
     def _passed(self, micro_batch: int, checkpointing: bool) -> Pass:
-        return self._rehearsal(checkpointing).of((micro_batch, self.config.data.block_size))
+        batch = (micro_batch, self.config.data.block_size)
+        if micro_batch * self.config.data.block_size > MOST_TOKENS:
+            raise BadInput(f"a pass over {batch[0]} x {batch[1]} tokens is too large to be planned")
+        try:
+            return self._rehearsal(checkpointing).of(batch)
+        except (RuntimeError, IndexError) as error:
+            reason = " ".join(str(error).split())
+            raise BadInput(
+                f"model {self.config.model.model!r} cannot pass {batch[0]} x {batch[1]} tokens: {reason}"
+            ) from None
 
     def _without_a_pass(self, optimizer: str) -> dict[str, int]:
         return self._weights(self._model) | self._state(self._model, optimizer)
@@ -206,12 +236,10 @@ class Planner:
         buffers = sum(b.numel() * b.element_size() for b in model.buffers())
         weights = _nbytes(model)
         if division.stage == 3:  # small ones stay whole besides, for they would be gathered all the time
-            whole = sum(count for count in counts if count < division.persistence_threshold)
+            small = [count for count in counts if count <= division.persistence_threshold]
+            whole = sum(small) if division.processes > 1 else 0
             weights = width * (sum(division.part(count, 3) for count in counts) + whole)
-        held = {WEIGHTS: weights + buffers}
-        if division.stage:
-            held[MASTER] = 4 * division.part(_count(model, trained=True), 1)
-        return held | {BUFFERS: self._communication(model, counts)}
+        return {WEIGHTS: weights + buffers, BUFFERS: self._communication(model, counts)}
 
     def _communication(self, model: nn.Module, counts: list[int]) -> int:
         """DeepSpeed's buckets of gradients and gathered weights, or DistributedDataParallel's buckets."""
@@ -220,12 +248,12 @@ class Planner:
             return _nbytes(model, trained=True) if division.processes > 1 else 0
         if division.stage < 3:
             return width * division.reduce_bucket * (2 if division.overlap else 1)
-        split = [count for count in counts if count >= division.persistence_threshold]
+        split = [count for count in counts if count > division.persistence_threshold]
         gathered = min(sum(split), division.prefetch_bucket + max(split, default=0))
         return width * (division.reduce_bucket + gathered)
 
     def _state(self, model: nn.Module, optimizer: str) -> dict[str, int]:
-        chosen = replace(self.config.optimizer, optimizer=optimizer)
+        chosen = in_place_of(self.config.optimizer, optimizer)
         built = build_optimizer(model, chosen, self.config.run)
         division = self.division
         if division.stage == 0:
@@ -234,7 +262,8 @@ class Planner:
         ranks = {0, division.processes - 1, division.processes // 2}
         plans = [planned_state_by_kind(built, cut, rank, division.processes, torch.float32) for rank in sorted(ranks)]
         fullest = max(plans, key=Counter.total)
-        return dict(fullest)
+        shapes = [[tuple(p.shape) for p in group["params"] if p.requires_grad] for group in built.param_groups]
+        return dict(fullest) | {MASTER: 4 * sum(flat_length(cut, group, division.processes) for group in shapes)}
 
 
 def _count(model: nn.Module, trained: bool = False) -> int:

@@ -8,22 +8,22 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ..optim.base import SubspaceOptimizer
 from ..optim.shards import UnsupportedLayout
 from . import building, layouts, measure, zero
 from .activations import Pass
 from .clock import BACKWARD, DATA, FORWARD, OPTIMIZER, PHASES, REFRESH, Clock
-from .config import OneLineParser, RunArguments, load_config
+from .config import Config, OneLineParser, load_config
 from .errors import BadInput, RunStopped
+from .outputs import check_output
 from .plan import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, TEMPORARY, Division, Planner
 from .pretrain import read, trainer_of
 from .report import size
@@ -62,6 +62,7 @@ class ProfiledTrainer(PretrainTrainer):
         self.clock = Clock()
         self.watched: Watched | None = None
         self.accelerator.backward = self.clock.timed(BACKWARD, self.accelerator.backward)
+        self.remove_callback(PrinterCallback)
         self.add_callback(_Steps(self))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -70,6 +71,7 @@ class ProfiledTrainer(PretrainTrainer):
         if new:
             if isinstance(optimizer, SubspaceOptimizer):
                 optimizer._refresh = self.clock.timed(REFRESH, optimizer._refresh)  # type: ignore[method-assign]
+                optimizer.refreshed = self.clock.refreshing(optimizer.refreshed)  # type: ignore[method-assign]
             optimizer.step = self.clock.timed(OPTIMIZER, optimizer.step)  # type: ignore[method-assign]
         return optimizer
 
@@ -109,8 +111,9 @@ class Watched:
         self.profiler.stop()
         self._gradients.close()
         self._unhook()
-        if Division.of(self._trainer.args, 1).stage < 2:  # taken away before the step, but they were there
-            self.held[GRADIENTS] = max(self.held[GRADIENTS], self._gradients.bytes)
+        if Division.of(self._trainer.args, 1).stage >= 2:  # their gradients are views into buckets
+            return measure.passed(self.profiler, self._device, set(), self.weights)
+        self.held[GRADIENTS] = max(self.held[GRADIENTS], self._gradients.bytes)  # those that ZeRO 1 takes away
         return measure.passed(self.profiler, self._device, self._gradients.addresses, self.weights)
 
 
@@ -140,7 +143,8 @@ def profile(arguments: Sequence[str], steps: int, output_dir: str) -> tuple[Prof
     silent = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none"}
     fixed = {**silent, "max_steps": steps + 2, "output_dir": output_dir, "disable_tqdm": "true"}
     config = load_config([*arguments, *(f"--{key}={value}" for key, value in fixed.items())])
-    planner = Planner(config, _here)
+    _leave_out_evaluations(config)
+    planner = Planner(config)
     zero.prepare(config.run)
     architecture = building.architecture(config.model)
     building.check_optimizer(config, architecture)
@@ -153,10 +157,11 @@ def profile(arguments: Sequence[str], steps: int, output_dir: str) -> tuple[Prof
     return trainer, planner
 
 
-def _here(run: RunArguments, hidden_size: int) -> Division:
-    """DeepSpeed overlaps nothing on CPUs, whatever it is told."""
-    planned = Division.of(run, hidden_size)
-    return replace(planned, overlap=False) if run.device.type == "cpu" else planned
+def _leave_out_evaluations(config: Config) -> None:
+    run = config.run
+    if run.resume_from_checkpoint is not None:
+        raise BadInput("resume_from_checkpoint cannot be profiled: steps are the first of a run; leave it out")
+    run.evaluate_at, run.eval_on_start = [], False
 
 
 def compared(trainer: ProfiledTrainer, planner: Planner) -> dict[str, Any]:
@@ -171,16 +176,19 @@ def compared(trainer: ProfiledTrainer, planner: Planner) -> dict[str, Any]:
     for bytes_of in (planned, found):  # DeepSpeed's come and go; DistributedDataParallel's cannot be seen
         buffers = bytes_of.pop(BUFFERS, 0)
         bytes_of[TEMPORARY] += buffers if planner.division.stage else 0
+    at_peak = asdict(moment.at_peak)
+    if planner.division.stage >= 2 or run.gradient_accumulation_steps > 1:
+        at_peak[GRADIENTS] += watched.held[GRADIENTS]  # there before the last pass
     return {
         "model": planner.config.model.model,
         "optimizer": optimizer,
         "division": str(planner.division),
         "planned": planned,
         "measured": {kind: found.get(kind, 0) for kind in planned},
-        "at_peak": {"planned": plan.at_peak, "measured": asdict(moment.at_peak)},
+        "at_peak": {"planned": plan.at_peak, "measured": at_peak},
         "optimizer_step": measure.stepped(watched.profiler, run.device),
         "peak_memory": measure.peak_memory(),
-        "seconds": trainer.clock.medians(skip=0),
+        "seconds": trainer.clock.medians(),
     }
 
 
@@ -216,10 +224,10 @@ def table(told: dict[str, Any], steps: int) -> str:
 
 
 def _check_files(options: argparse.Namespace) -> None:
-    for key in ("trace", "snapshot"):
-        file = getattr(options, key)
-        if file is not None and not Path(file).parent.is_dir():
-            raise BadInput(f"{key}: the folder of {file!r} does not exist; make it, or choose another")
+    if options.trace is not None:
+        check_output("trace", options.trace, (".json",))
+    if options.snapshot is not None:
+        check_output("snapshot", options.snapshot, (".pickle",))
     if options.snapshot is not None and not torch.cuda.is_available():
         raise BadInput("snapshot needs a GPU: it is the history of its allocator; leave it out, or give --trace")
 

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..validation import is_whole, require
 from . import measure
 from .plan import GRADIENTS
 
@@ -43,21 +44,26 @@ class MemoryWatch:
 
     Raises:
         ValueError: for ``every`` below 1.
+        RuntimeError: when it is entered twice at a time.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: Any, log_dir: str | Path | None = None, *, every: int = 1, step: int = 0
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
+        _check(every)
         self.model, self.optimizer, self.every, self.step = model, optimizer, every, step
         self.now: dict[str, int] = {}
         self.most: dict[str, int] = {}
-        self._log_dir, self._writer = log_dir, None if log_dir is None else SummaryWriter(log_dir=str(log_dir))
+        self._log_dir = log_dir
+        self._writer: SummaryWriter | None = None
         self._gradients = 0
         self._unhook: Callable[[], None] | None = None
 
     def __enter__(self) -> MemoryWatch:
+        if self._unhook is not None:
+            raise RuntimeError("this MemoryWatch is at work already; make another")
+        if self._log_dir is not None:
+            self._writer = SummaryWriter(log_dir=str(self._log_dir))
         self._unhook = measure.around_steps(self.optimizer, self._before_step, self._after_step)
         return self
 
@@ -91,6 +97,10 @@ class MemoryWatch:
                 self._writer.add_scalar(f"memory/{kind.replace(' ', '_')}", size / 2**20, self.step)
 
 
+def _check(every: int) -> None:
+    require(is_whole(every) and every >= 1, "every must be a whole number >= 1", every)
+
+
 class MemoryCallback(TrainerCallback):
     """``MemoryWatch`` for ``transformers.Trainer``, under DeepSpeed too; the first process writes its scalars.
 
@@ -102,6 +112,7 @@ class MemoryCallback(TrainerCallback):
     """
 
     def __init__(self, log_dir: str | Path | None = None, *, every: int = 1) -> None:
+        _check(every)
         self.log_dir, self.every = log_dir, every
         self.watch: MemoryWatch | None = None
 

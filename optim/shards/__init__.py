@@ -5,7 +5,7 @@ of one: DeepSpeed ZeRO and FSDP2. ``layout`` finds out which.
 """
 
 from .layout import Keys, Member, UnsupportedLayout, flat_tensors, full_shape, pieces_of, rows_of
-from .paper import Cut, as_one, by_rows, each
+from .paper import Cut, as_one, by_rows, each, flat_length
 from .sliced import Slice, Sliced, SlicedMatrix, SlicedRows, complete
 from .whole import Solving, Whole, WholeMatrix, has_subspace
 
@@ -25,6 +25,7 @@ __all__ = [
     "by_rows",
     "complete",
     "each",
+    "flat_length",
     "flat_tensors",
     "full_shape",
     "has_subspace",

@@ -22,7 +22,7 @@ def _even(count: int, parts: int) -> tuple[int, ...]:
 def as_one(members: Sequence[Member], rank: int, size: int) -> list[tuple[Member, Slice]]:
     """DeepSpeed ZeRO 1 and 2: a group's parameters end to end in one buffer, cut into equal parts."""
     lengths = [math.prod(member.shape) for member in members]
-    part = -(-sum(lengths) // (2 * size)) * 2  # DeepSpeed aligns parts to two elements
+    part = flat_length(as_one, [member.shape for member in members], size)
     found = []
     for member, length, end in zip(members, lengths, itertools.accumulate(lengths), strict=True):
         begin = end - length
@@ -46,3 +46,11 @@ def by_rows(members: Sequence[Member], rank: int, size: int) -> list[tuple[Membe
         bounds = tuple(row * bound for bound in _even(member.shape[0], size))
         found.append((member, Slice(member.shape, bounds, 0, world, chunked=True)))
     return found
+
+
+def flat_length(cut: Cut, shapes: Sequence[tuple[int, ...]], size: int) -> int:
+    """Elements, padding included, of the flat tensor that ZeRO makes of a group's parts on each process."""
+    lengths = [math.prod(shape) for shape in shapes]
+    if cut is each:
+        return sum(-(-length // size) for length in lengths)
+    return -(-sum(lengths) // (2 * size)) * 2  # parts are aligned to two elements

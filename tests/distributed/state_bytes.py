@@ -10,6 +10,8 @@ from cells import OPTIMIZERS, deepspeed, dist, skip_inference_reduce, torch
 
 from gracile.models import build_llama
 from gracile.optim import param_groups, state_bytes
+from gracile.optim.memory import planned_state_by_kind
+from gracile.optim.shards import as_one, each
 
 
 def llama():
@@ -37,6 +39,14 @@ def basis_bytes(optimizer):
     return sum(v.nbytes for s in optimizer.state.values() for k, v in s.items() if k.startswith("basis"))
 
 
+def planned_bytes(cell):
+    """What this process will hold, known before there is an engine."""
+    with torch.device("meta"):
+        optimizer = made(llama(), cell)
+    cut = each if cell["stage"] == 3 else as_one
+    return planned_state_by_kind(optimizer, cut, dist.get_rank(), dist.get_world_size(), torch.float32).total()
+
+
 def measure(cell):
     model = llama()
     alone = stepped(model, made(model, cell))
@@ -51,11 +61,18 @@ def measure(cell):
     tokens = torch.randint(512, (1, 16), generator=torch.Generator().manual_seed(dist.get_rank()))
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
     engine.step()
-    held = torch.tensor([state_bytes(optimizer), -state_bytes(optimizer)])
+    planned = planned_bytes(cell)
+    held = torch.tensor([state_bytes(optimizer), -state_bytes(optimizer), abs(planned - state_bytes(optimizer))])
     dist.all_reduce(held, dist.ReduceOp.MAX)
     engine.destroy()
     most, least = held[0].item(), -held[1].item()
-    return {"most": most, "least": least, "alone": state_bytes(alone), "basis": basis_bytes(alone)}
+    return {
+        "most": most,
+        "least": least,
+        "off plan": held[2].item(),
+        "alone": state_bytes(alone),
+        "basis": basis_bytes(alone),
+    }
 
 
 def main():
