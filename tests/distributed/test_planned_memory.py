@@ -1,0 +1,30 @@
+"""What ``gracile memory`` plans for a process of ZeRO is what ``gracile profile`` measures in one of two."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("zero1", {}),
+        ("zero2", {"bf16": True, "optimizer": "ldadamw", "target_modules": ["mlp"]}),
+        ("zero3", {"bf16": True, "model": "2m", "model_overrides": None}),
+        ("zero3_offload", {"optimizer": "adamw", "target_modules": None, "rank": None}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_plan_is_what_is_measured(name, keys, tiny, torchrun):
+    config = tiny(gradient_accumulation_steps=1, **keys)
+    command = ["-m", "gracile.train.profile", config, "--steps", "1", "--json"]
+    done = torchrun(2, *command, "--deepspeed", str(CONFIGS / f"{name}.json"))
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = json.loads(done.stdout[done.stdout.index('{\n  "model"') : done.stdout.rindex("\n}") + 2])
+    for kind, planned in found["planned"].items():
+        share = 0.1 if kind in ("activations", "temporary") else 0.02
+        assert found["measured"][kind] == pytest.approx(planned, rel=share), (kind, found)
+    assert found["measured"]["master weights"] > 0 < found["measured"]["moments"]
