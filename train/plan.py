@@ -178,6 +178,11 @@ class Planner:
         at_peak = fixed | passing | {GRADIENTS: kept if throughout else moment.gradients}
         return Plan(*({kind: part.get(kind, 0) for kind in KINDS} for part in (held, at_peak, offloaded)))
 
+    def weights_and_state(self, optimizer: str) -> int:
+        """Bytes of weights and optimizer state of a process, without a pass: what papers print."""
+        fixed = self._fixed(optimizer)
+        return sum(fixed.get(kind, 0) for kind in (WEIGHTS, *STATE))
+
     def largest_micro_batch(self, optimizer: str, checkpointing: bool, budget: int) -> int:
         """The most examples of a pass with which a process stays within ``budget`` bytes; 0 where none does."""
 
