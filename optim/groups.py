@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..validation import nearest
+from ..patterns import found as found_names
 from .shards import full_shape
 
 # The linear layers of a transformer block in the LLaMA and GPT-2 families, as the GaLore papers choose them.
@@ -68,7 +67,7 @@ def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> Iterator[
         return
     if not patterns:
         raise ValueError("target_modules is empty; name the layers to project, or leave out the rank")
-    found = _found("target_modules", patterns, candidates, isinstance(target_modules, str))
+    found = found_names("target_modules", patterns, candidates, isinstance(target_modules, str))
     for name in candidates:
         if any(name in names for names in found.values()):
             yield name, candidates[name]
@@ -87,7 +86,7 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _split(matrices: dict[str, Tensor], keys: dict[str, Any]) -> list[tuple[list[Tensor], dict[str, Any]]]:
     """The target matrices in parts that share all keys, in the model's order."""
     mapped = {key: value for key, value in keys.items() if isinstance(value, Mapping)}
-    found = {key: _found(key, list(value), matrices, False) for key, value in mapped.items()}
+    found = {key: found_names(key, list(value), matrices, False) for key, value in mapped.items()}
     parts: dict[tuple[Any, ...], tuple[list[Tensor], dict[str, Any]]] = {}
     owned: set[int] = set()
     for name, p in matrices.items():
@@ -99,25 +98,3 @@ def _split(matrices: dict[str, Tensor], keys: dict[str, Any]) -> list[tuple[list
         plain = {key: value for key, value in keys.items() if key not in mapped}
         parts.setdefault(tuple(own.items()), ([], {**plain, **own}))[0].append(p)
     return list(parts.values())
-
-
-def _found(key: str, patterns: list[str], names: Collection[str], whole_name: bool) -> dict[str, set[str]]:
-    """The names that each pattern matches, at least one.
-
-    Raises:
-        ValueError: for a pattern that matches none.
-    """
-    found = {pattern: _matching(key, pattern, names, whole_name) for pattern in patterns}
-    for pattern, matched in found.items():
-        if not matched:
-            parts = {part for name in names for part in name.split(".") if not part.isdigit()}
-            raise ValueError(f"{key}: {pattern!r} matches no trainable linear layer; {nearest(pattern, parts)}")
-    return found
-
-
-def _matching(key: str, pattern: str, names: Iterable[str], whole_name: bool) -> set[str]:
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{key}: {pattern!r} is not a regular expression ({error})") from None
-    return {name for name in names if expression.fullmatch(name) or (not whole_name and pattern in name)}

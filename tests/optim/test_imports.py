@@ -39,7 +39,7 @@ def offences(path, source):
     names = list(imported_by(path, source))
     if Path(path).parts[0] == "models":
         return [name for name in names if lies_in(name, "gracile.optim", "gracile.train")]
-    own = ["gracile.optim", "gracile.validation", "torch"]
+    own = ["gracile.optim", "gracile.patterns", "gracile.validation", "torch"]
     if path == "optim/quantized.py":
         own.append("bitsandbytes")  # behind this one file
     return [name for name in names if not lies_in(name, *own) and name.split(".")[0] not in sys.stdlib_module_names]
@@ -53,6 +53,11 @@ def test_optim_imports_only_the_standard_library_torch_and_itself(path):
 @pytest.mark.parametrize("path", modules_of("models"))
 def test_models_import_nothing_of_optim_or_train(path):
     assert offences(path, (ROOT / path).read_text()) == []
+
+
+def test_patterns_import_validation_alone_of_the_package():
+    names = imported_by("patterns.py", (ROOT / "patterns.py").read_text())
+    assert {name for name in names if lies_in(name, "gracile")} == {"gracile.validation.nearest"}
 
 
 def test_validation_imports_nothing_of_the_package():

@@ -1,0 +1,97 @@
+"""Linear layers of a model swapped for layers that store less, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..patterns import found
+from .layers import FactoredLinear, SparseLowRankLinear
+
+# The linear layers of a transformer block in the LLaMA, Qwen and GPT-2 families.
+DEFAULT_TARGETS = ("attn", "mlp")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def convert(
+    model: Model,
+    layer: type[FactoredLinear],
+    target_modules: str | Iterable[str] = DEFAULT_TARGETS,
+    **keywords: Any,
+) -> Model:
+    """``model`` itself, with ``layer`` in place of the linear layers whose names match.
+
+    Args:
+        model: any module; ``nn.Linear`` and the ``Conv1D`` of transformers' GPT-2 are linear layers. Dtype, device
+            (also meta) and training mode stay; a layer that several names share stays shared.
+        layer: of ``gracile.models.layers``.
+        target_modules: a list of patterns, each a part of a name or a regular expression for all of it; or one regular
+            expression for all of the name. Each must match.
+        keywords: the layer's own, such as ``rank``.
+
+    Raises:
+        ValueError: for a pattern that matches nothing, or a value that the layer refuses.
+        TypeError: for a keyword that the layer does not take.
+    """
+    linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
+    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    if not patterns:
+        raise ValueError("target_modules is empty; name the layers to swap")
+    matches = found("target_modules", patterns, linears, isinstance(target_modules, str))
+    chosen = {name: module for name, module in linears.items() if any(name in names for names in matches.values())}
+
+    def made(name: str, module: nn.Module) -> nn.Module:
+        own = {"name": name} if issubclass(layer, SparseLowRankLinear) else {}  # its places are a function of it
+        new = layer.from_linear(_plain(module), **own, **keywords)
+        new.replaced = type(module)
+        return new
+
+    _swap(model, chosen, made)
+    return model
+
+
+def merge(model: Model) -> Model:
+    """``model`` itself, with plain linear layers in place of those that ``convert`` put there, of the classes that
+    were there before: it saves and loads without gracile."""
+    every = model.named_modules(remove_duplicate=False)
+    factored = {name: module for name, module in every if isinstance(module, FactoredLinear)}
+    _swap(model, factored, lambda name, module: _merged(module))
+    return model
+
+
+def _merged(module: FactoredLinear) -> nn.Module:
+    plain = module.merge()
+    if issubclass(module.replaced, nn.Linear):
+        return plain
+    turned: Any = module.replaced(module.out_features, module.in_features)
+    turned.weight = nn.Parameter(plain.weight.detach().T.contiguous())
+    turned.bias = plain.bias
+    return turned.train(module.training)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _plain(module: nn.Module) -> nn.Linear:
+    """``nn.Linear`` as it is; GPT-2's Conv1D, whose weight is in x out, turned."""
+    if isinstance(module, nn.Linear):
+        return module
+    turned: Any = module
+    n, m = turned.weight.shape
+    linear = nn.Linear(n, m, device="meta")
+    linear.weight, linear.bias = nn.Parameter(turned.weight.detach().T), nn.Parameter(turned.bias.detach())
+    return linear.train(module.training)
+
+
+def _swap(model: nn.Module, chosen: Mapping[str, Any], made: Callable[[str, Any], nn.Module]) -> None:
+    new: dict[int, nn.Module] = {}  # all are made before any is put in: a value that is refused changes nothing
+    for name, module in chosen.items():
+        if id(module) not in new:
+            new[id(module)] = made(name, module)
+    for name, module in chosen.items():
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, new[id(module)])

@@ -1,0 +1,77 @@
+"""What linear layers have in common whose weight is made of other parameters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound="FactoredLinear")
+
+
+class FactoredLinear(nn.Module, ABC):
+    """y = x W^T + bias, where W (out x in) is not a parameter itself.
+
+    Args:
+        in_features: n, the columns of W.
+        out_features: m, the rows of W.
+        bias: whether there is one, as ``nn.Linear`` draws it.
+    """
+
+    replaced: type[nn.Module] = nn.Linear  # what it stands in place of, where that is another class
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """W (out x in), made anew: a tensor without a graph."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw everything anew."""
+
+    def _reset_bias(self) -> None:
+        if self.bias is not None:
+            bound = self.in_features**-0.5
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def merge(self) -> nn.Linear:
+        """A plain layer that computes the same, on the same device and in the same dtype."""
+        weight = self.dense()
+        keys = {"device": weight.device, "dtype": weight.dtype}
+        plain = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **keys)
+        with torch.no_grad():
+            plain.weight.copy_(weight)
+            if self.bias is not None:
+                plain.bias.copy_(self.bias)
+        return plain.train(self.training)
+
+    @classmethod
+    def from_linear(cls: type[Layer], linear: nn.Linear, **keywords: Any) -> Layer:
+        """A layer in place of ``linear``: its shape, dtype, device and bias. See the class for what becomes of W."""
+        keys: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, **keys, **keywords)
+        layer.take(linear)
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def take(self, linear: nn.Linear) -> None:
+        """What of a plain layer is kept: the bias."""
+        if self.bias is not None:
+            self.bias.copy_(linear.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -1,0 +1,34 @@
+"""Layers by name: parts of names or regular expressions, each of which must match something."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+from .validation import nearest
+
+
+def found(key: str, patterns: list[str], names: Collection[str], whole_name: bool) -> dict[str, set[str]]:
+    """The names that each pattern matches, at least one.
+
+    Args:
+        key: what the user calls the patterns.
+        whole_name: whether a pattern is a regular expression for all of a name, and not possibly a part of it.
+
+    Raises:
+        ValueError: for a pattern that matches none.
+    """
+    matches = {pattern: _matching(key, pattern, names, whole_name) for pattern in patterns}
+    for pattern, matched in matches.items():
+        if not matched:
+            parts = {part for name in names for part in name.split(".") if not part.isdigit()}
+            raise ValueError(f"{key}: {pattern!r} matches no trainable linear layer; {nearest(pattern, parts)}")
+    return matches
+
+
+def _matching(key: str, pattern: str, names: Iterable[str], whole_name: bool) -> set[str]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{key}: {pattern!r} is not a regular expression ({error})") from None
+    return {name for name in names if expression.fullmatch(name) or (not whole_name and pattern in name)}

@@ -1,0 +1,159 @@
+"""Every layer that stores less: merged it computes the same, and its gradients are those of the dense expression."""
+
+import copy
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gracile.models.layers import FactoredLinear, LowRankLinear, SparseLowRankLinear
+
+
+class Kind(NamedTuple):
+    cls: type[FactoredLinear]
+    keys: dict
+    numbers: object  # of trained parameters of an m x n layer
+
+
+def sltrain_numbers(m, n):
+    return 3 * (m + n) + int(0.2 * m * n)
+
+
+LAYERS = {
+    "low rank": Kind(LowRankLinear, {"rank": 3}, lambda m, n: 3 * (m + n)),
+    "sltrain": Kind(SparseLowRankLinear, {"rank": 3, "alpha": 2.0, "density": 0.2}, sltrain_numbers),
+}
+by_layer = pytest.mark.parametrize("kind", LAYERS.values(), ids=LAYERS)
+by_shape = pytest.mark.parametrize(("m", "n"), [(11, 7), (6, 17), (8, 8)])
+by_bias = pytest.mark.parametrize("bias", [True, False])
+
+
+def made(kind, m, n, bias=True, dtype=torch.float32, seed=0):
+    """A layer none of whose parameters is zero."""
+    torch.manual_seed(seed)
+    layer = kind.cls(n, m, bias, dtype=dtype, **kind.keys)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return layer
+
+
+@by_layer
+@by_shape
+@by_bias
+def test_merged_it_computes_the_same(kind, m, n, bias):
+    layer = made(kind, m, n, bias).eval()
+    plain = layer.merge()
+    assert type(plain) is nn.Linear
+    assert (plain.bias is not None) == bias
+    assert not plain.training
+    for shape in ((5, n), (2, 3, n), (n,)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(layer(x), plain(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(plain.weight, layer.dense())
+    assert not layer.dense().requires_grad
+
+
+@by_layer
+@by_shape
+@by_bias
+def test_gradients_in_fp64(kind, m, n, bias):
+    layer = made(kind, m, n, bias, torch.float64)
+    x = torch.randn(2, 3, n, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def call(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(call, (x, *values))
+
+
+@by_layer
+def test_frozen_parts_get_no_gradient(kind):
+    layer = made(kind, 6, 5)
+    first, *others = layer.parameters()
+    first.requires_grad_(False)
+    layer(torch.randn(4, 5)).sum().backward()
+    assert first.grad is None
+    assert all(p.grad is not None for p in others)
+
+
+@by_layer
+@by_shape
+def test_it_holds_no_more_than_it_should(kind, m, n):
+    layer = kind.cls(n, m, True, **kind.keys)
+    assert sum(p.numel() for p in layer.parameters()) == kind.numbers(m, n) + m
+
+
+@by_layer
+def test_nothing_of_the_weights_size_is_saved_between_the_passes(kind):
+    layer = made(kind, 40, 50)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda t: t):
+        layer(torch.randn(4, 50)).sum()
+    assert saved
+    assert max(saved) < 40 * 50 / 2
+
+
+@by_layer
+def test_it_takes_the_place_of_a_linear_layer(kind):
+    linear = nn.Linear(20, 12, dtype=torch.bfloat16).eval()
+    layer = kind.cls.from_linear(linear, **kind.keys)
+    assert (layer.in_features, layer.out_features, layer.training) == (20, 12, False)
+    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+    assert torch.equal(layer.bias, linear.bias)
+    assert layer.merge().weight.dtype == torch.bfloat16
+    with torch.device("meta"):
+        empty = kind.cls.from_linear(nn.Linear(20, 12, bias=False), **kind.keys)
+    assert {tensor.device.type for tensor in (*empty.parameters(), *empty.buffers())} == {"meta"}
+    assert empty.bias is None
+
+
+@by_layer
+def test_it_says_what_it_is(kind):
+    told = repr(made(kind, 6, 5))
+    assert f"{kind.cls.__name__}(in_features=5, out_features=6, bias=True, rank=3" in told
+
+
+@by_layer
+def test_autocast_checkpointing_copies_and_compilation(kind):
+    layer = made(kind, 16, 12)
+    x = torch.randn(8, 12, requires_grad=True)
+    plain = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    again = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    assert_all_close(torch.autograd.grad(again.square().sum(), [x, *layer.parameters()]), plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    narrow = torch.autograd.grad(y.float().square().sum(), [x, *layer.parameters()])
+    assert {gradient.dtype for gradient in narrow} == {torch.float32}
+    assert_all_close(narrow, plain, rtol=0.1, atol=0.1)
+    twin = copy.deepcopy(layer)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(x), layer(x))
+    compiled = torch.compile(layer, backend="aot_eager")
+    assert_all_close(torch.autograd.grad(compiled(x).square().sum(), [x, *layer.parameters()]), plain)
+
+
+def assert_all_close(found, expected, **keys):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **keys)
+
+
+@by_layer
+def test_it_learns(kind):
+    torch.manual_seed(0)
+    layer = kind.cls(12, 10, **kind.keys)
+    target = torch.randn(10, 12) * 0.3
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    losses = []
+    for _ in range(200):
+        x = torch.randn(64, 12)
+        loss = F.mse_loss(layer(x), x @ target.T)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
