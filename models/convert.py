@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from typing import Any, TypeVar
 
 from torch import nn
 
 from ..patterns import found
-from .layers import FactoredLinear, SparseLowRankLinear
+from .layers import FactoredLinear
 
 # The linear layers of a transformer block in the LLaMA, Qwen and GPT-2 families.
 DEFAULT_TARGETS = ("attn", "mlp")
@@ -44,7 +45,7 @@ def convert(
     chosen = {name: module for name, module in linears.items() if any(name in names for names in matches.values())}
 
     def made(name: str, module: nn.Module) -> nn.Module:
-        own = {"name": name} if issubclass(layer, SparseLowRankLinear) else {}  # its places are a function of it
+        own = {"name": name} if "name" in signature(layer).parameters else {}  # what is drawn is a function of it
         new = layer.from_linear(_plain(module), **own, **keywords)
         new.replaced = type(module)
         return new

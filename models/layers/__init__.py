@@ -1,7 +1,17 @@
-"""Linear layers that store less than their weight: one a file."""
+"""Linear layers whose weight is made of other parameters: one a file."""
 
 from .base import FactoredLinear
 from .low_rank import LowRankLinear
+from .ordered_low_rank import OrderedLowRankLinear
+from .relora import ReLoRALinear
 from .sparse_low_rank import SparseLowRankLinear
+from .spectral import SpectralLinear
 
-__all__ = ["FactoredLinear", "LowRankLinear", "SparseLowRankLinear"]
+__all__ = [
+    "FactoredLinear",
+    "LowRankLinear",
+    "OrderedLowRankLinear",
+    "ReLoRALinear",
+    "SparseLowRankLinear",
+    "SpectralLinear",
+]

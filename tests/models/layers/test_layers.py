@@ -8,13 +8,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gracile.models.layers import FactoredLinear, LowRankLinear, SparseLowRankLinear
+from gracile.models.layers import (
+    FactoredLinear,
+    LowRankLinear,
+    OrderedLowRankLinear,
+    ReLoRALinear,
+    SparseLowRankLinear,
+    SpectralLinear,
+)
 
 
 class Kind(NamedTuple):
     cls: type[FactoredLinear]
     keys: dict
-    numbers: object  # of trained parameters of an m x n layer
+    trained: object  # how many numbers of an m x n layer
+    keeps_weight: bool = False
 
 
 def sltrain_numbers(m, n):
@@ -24,6 +32,9 @@ def sltrain_numbers(m, n):
 LAYERS = {
     "low rank": Kind(LowRankLinear, {"rank": 3}, lambda m, n: 3 * (m + n)),
     "sltrain": Kind(SparseLowRankLinear, {"rank": 3, "alpha": 2.0, "density": 0.2}, sltrain_numbers),
+    "sst": Kind(SpectralLinear, {"rank": 3}, lambda m, n: 3 * (m + n) + min(m, n), True),
+    "relora": Kind(ReLoRALinear, {"rank": 3, "alpha": 2.0}, lambda m, n: 3 * (m + n), True),
+    "maestro": Kind(OrderedLowRankLinear, {"rank": 5}, lambda m, n: 5 * (m + n), True),
 }
 by_layer = pytest.mark.parametrize("kind", LAYERS.values(), ids=LAYERS)
 by_shape = pytest.mark.parametrize(("m", "n"), [(11, 7), (6, 17), (8, 8)])
@@ -56,13 +67,19 @@ def test_merged_it_computes_the_same(kind, m, n, bias):
     assert not layer.dense().requires_grad
 
 
+def enhanced(layer, name):
+    """SST's vectors have another gradient, on purpose."""
+    return isinstance(layer, SpectralLinear) and name in ("U", "V")
+
+
 @by_layer
 @by_shape
 @by_bias
 def test_gradients_in_fp64(kind, m, n, bias):
     layer = made(kind, m, n, bias, torch.float64)
     x = torch.randn(2, 3, n, dtype=torch.float64, requires_grad=True)
-    names, values = zip(*layer.named_parameters(), strict=True)
+    exact = {k: p for k, p in layer.named_parameters() if p.requires_grad and not enhanced(layer, k)}
+    names, values = zip(*exact.items(), strict=True)
 
     def call(x, *values):
         return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
@@ -73,7 +90,7 @@ def test_gradients_in_fp64(kind, m, n, bias):
 @by_layer
 def test_frozen_parts_get_no_gradient(kind):
     layer = made(kind, 6, 5)
-    first, *others = layer.parameters()
+    first, *others = (p for p in layer.parameters() if p.requires_grad)
     first.requires_grad_(False)
     layer(torch.randn(4, 5)).sum().backward()
     assert first.grad is None
@@ -84,17 +101,31 @@ def test_frozen_parts_get_no_gradient(kind):
 @by_shape
 def test_it_holds_no_more_than_it_should(kind, m, n):
     layer = kind.cls(n, m, True, **kind.keys)
-    assert sum(p.numel() for p in layer.parameters()) == kind.numbers(m, n) + m
+    assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == kind.trained(m, n) + m
 
 
 @by_layer
 def test_nothing_of_the_weights_size_is_saved_between_the_passes(kind):
+    """But parameters and what the layer keeps anyway: views of them cost nothing."""
     layer = made(kind, 40, 50)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda t: t):
+
+    def keep(tensor):
+        saved.append(0 if tensor.untyped_storage().data_ptr() in own else tensor.untyped_storage().nbytes() // 4)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         layer(torch.randn(4, 50)).sum()
-    assert saved
-    assert max(saved) < 40 * 50 / 2
+    assert 0 < max(saved) <= 4 * 50
+
+
+def full_rank(kind, linear):
+    """The weight, or the nearest of the layer's rank (Eckart and Young)."""
+    if kind.cls is not OrderedLowRankLinear:
+        return linear.weight
+    U, sigma, Vh = torch.linalg.svd(linear.weight.double(), full_matrices=False)
+    return ((U[:, :5] * sigma[:5]) @ Vh[:5]).bfloat16()
 
 
 @by_layer
@@ -104,6 +135,7 @@ def test_it_takes_the_place_of_a_linear_layer(kind):
     assert (layer.in_features, layer.out_features, layer.training) == (20, 12, False)
     assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
     assert torch.equal(layer.bias, linear.bias)
+    assert kind.keeps_weight == torch.allclose(layer.dense(), full_rank(kind, linear), rtol=0.02, atol=0.01)
     assert layer.merge().weight.dtype == torch.bfloat16
     with torch.device("meta"):
         empty = kind.cls.from_linear(nn.Linear(20, 12, bias=False), **kind.keys)
@@ -114,27 +146,28 @@ def test_it_takes_the_place_of_a_linear_layer(kind):
 @by_layer
 def test_it_says_what_it_is(kind):
     told = repr(made(kind, 6, 5))
-    assert f"{kind.cls.__name__}(in_features=5, out_features=6, bias=True, rank=3" in told
+    assert f"{kind.cls.__name__}(in_features=5, out_features=6, bias=True, rank={kind.keys['rank']}" in told
 
 
 @by_layer
 def test_autocast_checkpointing_copies_and_compilation(kind):
     layer = made(kind, 16, 12)
     x = torch.randn(8, 12, requires_grad=True)
-    plain = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    plain = torch.autograd.grad(layer(x).square().sum(), trained)
     again = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
-    assert_all_close(torch.autograd.grad(again.square().sum(), [x, *layer.parameters()]), plain)
+    assert_all_close(torch.autograd.grad(again.square().sum(), trained), plain)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
-    narrow = torch.autograd.grad(y.float().square().sum(), [x, *layer.parameters()])
+    narrow = torch.autograd.grad(y.float().square().sum(), trained)
     assert {gradient.dtype for gradient in narrow} == {torch.float32}
     assert_all_close(narrow, plain, rtol=0.1, atol=0.1)
     twin = copy.deepcopy(layer)
     twin.load_state_dict(layer.state_dict())
     assert torch.equal(twin(x), layer(x))
     compiled = torch.compile(layer, backend="aot_eager")
-    assert_all_close(torch.autograd.grad(compiled(x).square().sum(), [x, *layer.parameters()]), plain)
+    assert_all_close(torch.autograd.grad(compiled(x).square().sum(), trained), plain)
 
 
 def assert_all_close(found, expected, **keys):

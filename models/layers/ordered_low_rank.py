@@ -1,0 +1,111 @@
+"""Maestro: factors whose components are ordered by importance.  Horvath et al. 2023, arXiv:2308.14929.
+
+    W = U V^T,  U: m x k,  V: n x k,  k = min(m, n)
+    y        =  (x V[:, :b]) U[:, :b]^T + bias            b components; a sampler draws b, or it is the layer's width
+    penalty  =  sum over i of  |U[:, i:]| + |V[:, i:]|    late components are in many tails
+    shrink:     width <- the first i for which |U[:, i:]| |V[:, i:]| is below a threshold, relative to the first
+
+Components that are kept are a prefix: the layer stores one number, and takes views. The norm of a tail has no gradient
+at zero: it is 0 there. The threshold is relative to the first component by default, for the authors' absolute 1e-5
+depends on the layer's scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...validation import is_real, is_whole, require
+from .base import FactoredLinear
+
+
+class OrderedLowRankLinear(FactoredLinear):
+    """y = x (U V^T)^T + bias, of which the first ``width`` components count, or the first ``sampled`` in training.
+
+    ``from_linear`` keeps the weight: U and V start as its singular vectors times the roots of its singular values. A
+    new layer starts so, too, from a weight drawn as ``nn.Linear``'s.
+
+    Args:
+        rank: the most components; min(in, out) by default.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, rank: int | None = None, **placed: Any
+    ) -> None:
+        super().__init__(in_features, out_features, bias, **placed)
+        most = min(in_features, out_features)
+        k = most if rank is None else rank
+        require(is_whole(k) and 1 <= k <= most, f"rank must be a whole number from 1 to {most} here, or None", rank)
+        self.rank = self.width = k
+        self.sampled: int | None = None  # set before a pass, so that a pass that is done again sees the same
+        self.U = nn.Parameter(torch.empty(out_features, k, **placed))
+        self.V = nn.Parameter(torch.empty(in_features, k, **placed))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.in_features**-0.5
+        drawn = torch.empty(self.out_features, self.in_features, device=self.U.device, dtype=self.U.dtype)
+        self._factor(nn.init.uniform_(drawn, -bound, bound))
+        self._reset_bias()
+
+    @torch.no_grad()
+    def take(self, linear: nn.Linear) -> None:
+        super().take(linear)
+        self._factor(linear.weight)
+
+    @torch.no_grad()
+    def _factor(self, weight: Tensor) -> None:
+        if weight.is_meta:
+            return
+        U, sigma, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        roots = sigma[: self.rank].sqrt()
+        self.U.copy_(U[:, : self.rank] * roots)
+        self.V.copy_(Vh[: self.rank].mT * roots)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = self.width if self.sampled is None or not self.training else min(self.sampled, self.width)
+        return F.linear(x @ self.V[:, :b], self.U[:, :b], self.bias)
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        return self.U[:, : self.width] @ self.V[:, : self.width].mT
+
+    def penalty(self) -> Tensor:
+        """The hierarchical group lasso of this layer, in fp32 at least; differentiable, 0 where a tail is zero."""
+        return sum((_tails(factor[:, : self.width]).sum() for factor in (self.U, self.V)), torch.zeros(()))
+
+    @torch.no_grad()
+    def shrink(self, threshold: float = 1e-5, relative: bool = True) -> int:
+        """Leave out the last components whose importance, the product of both tails, is below ``threshold``.
+
+        Args:
+            relative: to the importance of all components together.
+
+        Returns:
+            The new width; at least 1.
+        """
+        require(is_real(threshold) and threshold >= 0, "threshold must be a number >= 0", threshold)
+        importance = _tails(self.U[:, : self.width]) * _tails(self.V[:, : self.width])
+        least = threshold * importance[0] if relative else torch.as_tensor(threshold)
+        self.width = max(1, int((importance >= least).sum()))
+        return self.width
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.width)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.width = int(state)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, width={self.width}"
+
+
+def _tails(factor: Tensor) -> Tensor:
+    """|F[:, i:]| for each i (k)."""
+    wide = torch.promote_types(factor.dtype, torch.float32)
+    squares = factor.to(wide).square().sum(0).flip(0).cumsum(0).flip(0)
+    safe = squares.where(squares > 0, 1.0)
+    return torch.where(squares > 0, safe.sqrt(), 0.0)

@@ -1,0 +1,174 @@
+"""SST, sparse spectral training: W by its singular values and vectors.  Zhao et al. 2024, arXiv:2405.15481.
+
+    W = U diag(sigma) V^T,  k = min(m, n);  r of the k pairs of vectors are active: U_A (m x r), V_A (n x r)
+    H        =  x V                                  N x k
+    y        =  (H * sigma) U^T + bias
+    C        =  dy U                                 N x k
+    dsigma   =  column sums of H * C                 exact, for all k
+    dU_A     =  dy^T H_A,   dV_A = x^T C_A           "enhanced": autograd's have a factor sigma more
+    dx       =  (C * sigma) V^T
+    after each step:         sigma <- max(sigma, 0), active columns <- themselves / their norm     renormalize
+    at times:                other pairs become active, each likelier the larger its sigma          swap
+    at longer times:         U, sigma, V <- SVD of W                                                refactor
+
+No m x n gradient is formed. The parameters are never replaced: ``swap`` and ``refactor`` write into them, and the
+function stays what it was. When to call them, and what becomes of moments, is the optimizer's business.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ...validation import is_whole, require
+from .base import FactoredLinear
+
+
+class SpectralLinear(FactoredLinear):
+    """y = x (U diag(sigma) V^T)^T + bias; sigma and ``rank`` pairs of vectors are trained at a time.
+
+    Parameters ``U`` (out x rank), ``V`` (in x rank) and ``sigma`` (k, the active ones first); buffers ``U_frozen`` and
+    ``V_frozen`` hold the other k - rank columns. ``from_linear`` keeps the weight; a new one is drawn as
+    ``nn.Linear``'s.
+
+    Raises:
+        ValueError: for a rank below 1 or above the smaller side.
+    """
+
+    U_frozen: Tensor
+    V_frozen: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, rank: int, **placed: Any) -> None:
+        super().__init__(in_features, out_features, bias, **placed)
+        most = min(in_features, out_features)
+        require(is_whole(rank) and 1 <= rank <= most, f"rank must be a whole number from 1 to {most} here", rank)
+        self.rank = rank
+        self.U = nn.Parameter(torch.empty(out_features, rank, **placed))
+        self.V = nn.Parameter(torch.empty(in_features, rank, **placed))
+        self.sigma = nn.Parameter(torch.empty(most, **placed))
+        self.register_buffer("U_frozen", torch.empty(out_features, most - rank, **placed))
+        self.register_buffer("V_frozen", torch.empty(in_features, most - rank, **placed))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.in_features**-0.5
+        drawn = torch.empty(self.out_features, self.in_features, device=self.U.device, dtype=self.U.dtype)
+        self._factor(nn.init.uniform_(drawn, -bound, bound))
+        self._reset_bias()
+
+    @torch.no_grad()
+    def take(self, linear: nn.Linear) -> None:
+        super().take(linear)
+        self._factor(linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        made_of: tuple[Tensor, ...] = (x, self.U, self.U_frozen, self.V, self.V_frozen, self.sigma)
+        if torch.is_autocast_enabled(kind):
+            made_of = tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in made_of)
+        y: Tensor = _Spectral.apply(*made_of)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        U, V = self._columns()
+        return (U * self.sigma) @ V.mT
+
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        """All of U and V, the active columns first."""
+        return torch.cat([self.U.detach(), self.U_frozen], 1), torch.cat([self.V.detach(), self.V_frozen], 1)
+
+    # ---- what an optimizer does at its times ----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def renormalize(self) -> None:
+        """sigma >= 0, active columns of length one; in fp32, for bf16 would drift."""
+        self.sigma.clamp_(min=0)
+        for active in (self.U, self.V):
+            lengths = torch.linalg.vector_norm(active, dim=0, dtype=torch.promote_types(active.dtype, torch.float32))
+            active.copy_(active / lengths.clamp(min=1e-12))
+
+    def probabilities(self) -> Tensor:
+        """Of each pair to be drawn next (k): half of it even, half by the size of sigma."""
+        sizes = self.sigma.detach().float().clamp(min=0)
+        even = torch.full_like(sizes, 1 / len(sizes))
+        total = sizes.sum()
+        return torch.where(total > 0, 0.5 * (even + sizes / total.clamp(min=1e-30)), even)
+
+    @torch.no_grad()
+    def swap(self, chosen: Tensor) -> None:
+        """Make the pairs ``chosen`` (rank different numbers below k) the active ones. W stays.
+
+        Raises:
+            ValueError: for another number of them, or one that comes twice.
+        """
+        k = len(self.sigma)
+        stays = torch.ones(k, dtype=torch.bool, device=self.sigma.device)
+        stays[chosen] = False
+        different = chosen.shape == (self.rank,) and int(stays.sum()) == k - self.rank
+        require(different, f"chosen must be {self.rank} different numbers below {k}", chosen.tolist())
+        order = torch.cat([chosen.to(stays.device), stays.nonzero().view(-1)])
+        U, V = self._columns()
+        self._write(U[:, order], V[:, order], self.sigma[order])
+
+    @torch.no_grad()
+    def refactor(self) -> None:
+        """U, sigma, V anew by the SVD of W, the largest ones active. W stays; between two calls columns are of length
+        one but not orthogonal, and sigma are not singular values."""
+        self._factor(self.dense())
+
+    @torch.no_grad()
+    def _factor(self, weight: Tensor) -> None:
+        if weight.is_meta:
+            return
+        exact = torch.float64 if min(weight.shape) <= 1024 else torch.float32
+        U, sigma, Vh = torch.linalg.svd(weight.to(exact), full_matrices=False)
+        self._write(U, Vh.mT, sigma)
+
+    def _write(self, U: Tensor, V: Tensor, sigma: Tensor) -> None:
+        r = self.rank
+        for active, frozen, columns in ((self.U, self.U_frozen, U), (self.V, self.V_frozen, V)):
+            active.copy_(columns[:, :r])
+            frozen.copy_(columns[:, r:])
+        self.sigma.copy_(sigma)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank} of {len(self.sigma)}"
+
+
+class _Spectral(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, U: Tensor, U_frozen: Tensor, V: Tensor, V_frozen: Tensor, sigma: Tensor) -> Tensor:
+        r = U.shape[1]
+        with torch.autocast(x.device.type, enabled=False):
+            H, H_frozen = x @ V, x @ V_frozen
+            ctx.save_for_backward(x, H, H_frozen, U, U_frozen, V, V_frozen, sigma)
+            return F.linear(H * sigma[:r], U) + F.linear(H_frozen * sigma[r:], U_frozen)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, H, H_frozen, U, U_frozen, V, V_frozen, sigma = ctx.saved_tensors
+        need_x, need_U, _, need_V, _, need_sigma = ctx.needs_input_grad
+        r = U.shape[1]
+        dx = dU = dV = dsigma = None
+        with torch.autocast(x.device.type, enabled=False):
+            C, C_frozen = dy @ U, dy @ U_frozen
+            if need_x:
+                dx = F.linear(C * sigma[:r], V) + F.linear(C_frozen * sigma[r:], V_frozen)
+            if need_U:
+                dU = _rows(dy).mT @ _rows(H)
+            if need_V:
+                dV = _rows(x).mT @ _rows(C)
+            if need_sigma:
+                dsigma = torch.cat([_rows(h * c).sum(0) for h, c in ((H, C), (H_frozen, C_frozen))])
+        return dx, dU, None, dV, None, dsigma
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

@@ -1,0 +1,102 @@
+"""SST's layer: W stays where it should, and the gradients are those of the paper."""
+
+import pytest
+import torch
+from torch import nn
+
+from gracile.models.layers import SpectralLinear
+
+by_shape = pytest.mark.parametrize(("m", "n", "rank"), [(14, 9, 3), (7, 20, 6), (8, 8, 8)])
+
+
+def made(m, n, rank, seed=0):
+    """A layer whose columns are of length one but no longer orthogonal."""
+    torch.manual_seed(seed)
+    layer = SpectralLinear(n, m, rank=rank, dtype=torch.float64)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    layer.renormalize()
+    return layer
+
+
+def lengths(columns):
+    return torch.linalg.vector_norm(columns, dim=0)
+
+
+@by_shape
+def test_gradients_are_the_papers(m, n, rank):
+    """Exact for sigma and x; for the active vectors autograd's, without the factor sigma."""
+    layer = made(m, n, rank)
+    x = torch.randn(2, 5, n, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(2, 5, m, dtype=torch.float64)
+    found = torch.autograd.grad(layer(x), [x, layer.U, layer.V, layer.sigma], dy)
+    W = (torch.cat([layer.U, layer.U_frozen], 1) * layer.sigma) @ torch.cat([layer.V, layer.V_frozen], 1).T
+    expected = torch.autograd.grad(x @ W.T + layer.bias, [x, layer.U, layer.V, layer.sigma], dy)
+    scales = (1.0, layer.sigma[:rank], layer.sigma[:rank], 1.0)
+    for one, other, scale in zip(found, expected, scales, strict=True):
+        torch.testing.assert_close(one * scale, other, rtol=1e-10, atol=1e-12)
+
+
+@by_shape
+def test_swaps_and_a_new_factorisation_leave_the_weight(m, n, rank):
+    layer = made(m, n, rank)
+    W, parameters = layer.dense(), list(layer.parameters())
+    k = min(m, n)
+    before = torch.cat([layer.U, layer.U_frozen], 1).detach()
+    chosen = torch.randperm(k)[:rank]
+    layer.swap(chosen)
+    assert torch.equal(layer.U.detach(), before[:, chosen])
+    torch.testing.assert_close(layer.dense(), W, rtol=1e-12, atol=1e-12)
+    layer.refactor()
+    torch.testing.assert_close(layer.dense(), W, rtol=1e-10, atol=1e-10)
+    U, V = layer._columns()
+    for columns in (U, V):
+        torch.testing.assert_close(columns.T @ columns, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-10)
+    assert (layer.sigma[1:] <= layer.sigma[:-1]).all()
+    assert all(one is other for one, other in zip(parameters, layer.parameters(), strict=True))
+
+
+@by_shape
+def test_after_a_step_lengths_are_one_and_sigma_is_not_negative(m, n, rank):
+    layer = made(m, n, rank)
+    with torch.no_grad():
+        layer.sigma[0] = -1
+        layer.U.mul_(3)
+    layer.renormalize()
+    assert layer.sigma[0] == 0
+    for active in (layer.U, layer.V):
+        torch.testing.assert_close(lengths(active), torch.ones(rank, dtype=torch.float64))
+    narrow = SpectralLinear.from_linear(nn.Linear(64, 64, dtype=torch.bfloat16), rank=5)
+    narrow.renormalize()
+    assert (lengths(narrow.U.float()) - 1).abs().max() < 4e-3
+
+
+def test_what_is_drawn_next_is_half_even_and_half_by_size():
+    layer = made(8, 8, 2)
+    with torch.no_grad():
+        layer.sigma.copy_(torch.tensor([7.0, 1, 0, 0, 0, 0, 0, 0]))
+    expected = 0.5 * (torch.full((8,), 1 / 8) + torch.tensor([7.0, 1, 0, 0, 0, 0, 0, 0]) / 8)
+    torch.testing.assert_close(layer.probabilities(), expected)
+    with torch.no_grad():
+        layer.sigma.zero_()
+    torch.testing.assert_close(layer.probabilities(), torch.full((8,), 1 / 8))
+
+
+@pytest.mark.parametrize("chosen", [[0, 0], [1], [1, 2, 3]])
+def test_other_choices_are_refused(chosen):
+    with pytest.raises(ValueError, match="chosen must be 2 different numbers below 8"):
+        made(8, 9, 2).swap(torch.tensor(chosen))
+
+
+def test_all_vectors_may_be_active():
+    layer = made(6, 9, 6)
+    assert layer.U_frozen.numel() == layer.V_frozen.numel() == 0
+    layer(torch.randn(3, 9, dtype=torch.float64)).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("rank", [0, 7, 1.5])
+def test_a_rank_that_cannot_be(rank):
+    with pytest.raises(ValueError, match="rank must be a whole number from 1 to 6 here"):
+        SpectralLinear(9, 6, rank=rank)
