@@ -438,7 +438,7 @@ class SubspaceOptimizer(FaithfulLoading):
             ValueError: as the constructor does.
             TypeError: for an unknown key.
         """
-        parameter = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        parameter = torch.empty(tuple(shape), dtype=dtype, device="meta", requires_grad=True)
         if parameter.dim() != 2 and "rank" in keys:
             keys = {**keys, "rank": None}
         return sum(value.nbytes for _, state in cls([parameter], **keys).planned_state() for value in state.values())
