@@ -180,6 +180,17 @@ def mapping(key: str, text: str | None, example: str) -> dict[str, Any]:
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose complaints are one line and no usage screen."""
 
+    @classmethod
+    def of(cls, command: str, text: str) -> OneLineParser:
+        """For ``gracile COMMAND``, whose other keys are those of a configuration."""
+        return cls(
+            prog=f"gracile {command}",
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            usage=f"gracile {command} [CONFIG.yaml | NAME] [options] [--key value ...]",
+        )
+
     def error(self, message: str) -> NoReturn:
         found = re.match(r"argument --([a-z_0-9]+)\S*: invalid (\S+) value: (.*)", message)
         if found:

@@ -55,13 +55,7 @@ all further --key value pairs.
 
 
 def _flags() -> OneLineParser:
-    parser = OneLineParser(
-        prog="gracile memory",
-        description=HEAD,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        usage="gracile memory [CONFIG.yaml | NAME] [options] [--key value ...]",
-    )
+    parser = OneLineParser.of("memory", HEAD)
     parser.add_argument("--zero", type=int, metavar="STAGE", help="DeepSpeed ZeRO 0, 1, 2 or 3 [the configuration's]")
     parser.add_argument("--world_size", "--world-size", type=int, metavar="N", help="processes [those launched]")
     parser.add_argument("--offload", choices=("none", "optimizer"), help="whether optimizer state lies on the CPU")

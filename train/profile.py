@@ -40,13 +40,7 @@ CONFIG is as for gracile pretrain, and so are all further --key value pairs; not
 
 
 def _flags() -> OneLineParser:
-    parser = OneLineParser(
-        prog="gracile profile",
-        description=HEAD,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        usage="gracile profile [CONFIG.yaml | NAME] [options] [--key value ...]",
-    )
+    parser = OneLineParser.of("profile", HEAD)
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="steps that are timed, after a first one [5]")
     parser.add_argument("--trace", metavar="FILE.json", help="a trace of one step for chrome://tracing and Perfetto")
     parser.add_argument("--snapshot", metavar="FILE.pickle", help="a GPU's memory, for pytorch.org/memory_viz")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from typing import Any, TypeVar
 
@@ -75,3 +76,28 @@ class FactoredLinear(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class FactoredWeight(FactoredLinear):
+    """A layer that begins as a weight taken apart: a given one, or one drawn as ``nn.Linear``'s."""
+
+    @abstractmethod
+    def factor(self, weight: Tensor) -> None:
+        """Take ``weight`` (out x in) apart; nothing on the meta device."""
+
+    def reset_parameters(self) -> None:
+        bound, like = self.in_features**-0.5, next(self.parameters())
+        drawn = torch.empty(self.out_features, self.in_features, device=like.device, dtype=like.dtype)
+        self.factor(nn.init.uniform_(drawn, -bound, bound))
+        self._reset_bias()
+
+    @torch.no_grad()
+    def take(self, linear: nn.Linear) -> None:
+        super().take(linear)
+        self.factor(linear.weight)
+
+
+def generator_of(*parts: object) -> torch.Generator:
+    """A generator on the CPU that is a function of ``parts`` alone: the same on every process and device."""
+    digest = hashlib.sha256("\n".join(map(str, parts)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

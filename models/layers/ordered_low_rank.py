@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...validation import is_real, is_whole, require
-from .base import FactoredLinear
+from .base import FactoredWeight
 
 
-class OrderedLowRankLinear(FactoredLinear):
+class OrderedLowRankLinear(FactoredWeight):
     """y = x (U V^T)^T + bias, of which the first ``width`` components count, or the first ``sampled`` in training.
 
     ``from_linear`` keeps the weight: U and V start as its singular vectors times the roots of its singular values. A
@@ -45,19 +45,8 @@ class OrderedLowRankLinear(FactoredLinear):
         self.V = nn.Parameter(torch.empty(in_features, k, **placed))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        bound = self.in_features**-0.5
-        drawn = torch.empty(self.out_features, self.in_features, device=self.U.device, dtype=self.U.dtype)
-        self._factor(nn.init.uniform_(drawn, -bound, bound))
-        self._reset_bias()
-
     @torch.no_grad()
-    def take(self, linear: nn.Linear) -> None:
-        super().take(linear)
-        self._factor(linear.weight)
-
-    @torch.no_grad()
-    def _factor(self, weight: Tensor) -> None:
+    def factor(self, weight: Tensor) -> None:
         if weight.is_meta:
             return
         U, sigma, Vh = torch.linalg.svd(weight.double(), full_matrices=False)

@@ -11,7 +11,6 @@ which then never move. No trained scale: theirs is reset to where all gradients 
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...validation import is_real, is_whole, require
-from .base import FactoredLinear
+from .base import FactoredLinear, generator_of
 
 
 class ReLoRALinear(FactoredLinear):
@@ -98,9 +97,7 @@ class ReLoRALinear(FactoredLinear):
         self.B.zero_()
         if self.A.is_meta:
             return
-        digest = hashlib.sha256(f"{self.seed}\n{self.name}\n{int(self.folds)}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        drawn = torch.rand(self.A.shape, generator=generator)  # on the CPU: the same on every device
+        drawn = torch.rand(self.A.shape, generator=generator_of(self.seed, self.name, int(self.folds)))
         self.A.copy_(drawn.mul_(2).sub_(1).mul_(self.in_features**-0.5))
 
     def extra_repr(self) -> str:

@@ -17,7 +17,6 @@ starts with only ``density`` of a dense layer's variance, for B is zero.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...validation import is_real, is_whole, require
-from .base import FactoredLinear
+from .base import FactoredLinear, generator_of
 
 INT32 = 2**31 - 1
 
@@ -115,8 +114,7 @@ def places(elements: int, count: int, seed: int, name: str) -> Tensor:
 
     A function of its arguments alone. Memory is a few times ``count``, never ``elements``: what repeats is drawn again.
     """
-    digest = hashlib.sha256(f"{seed}\n{name}\n{elements}\n{count}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = generator_of(seed, name, elements, count)
     dense = 2 * count > elements  # then those that are left out are drawn
     wanted = elements - count if dense else count
     drawn = torch.empty(0, dtype=torch.int32)

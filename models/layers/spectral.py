@@ -26,10 +26,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...validation import is_whole, require
-from .base import FactoredLinear
+from .base import FactoredWeight
 
 
-class SpectralLinear(FactoredLinear):
+class SpectralLinear(FactoredWeight):
     """y = x (U diag(sigma) V^T)^T + bias; sigma and ``rank`` pairs of vectors are trained at a time.
 
     Parameters ``U`` (out x rank), ``V`` (in x rank) and ``sigma`` (k, the active ones first); buffers ``U_frozen`` and
@@ -54,17 +54,6 @@ class SpectralLinear(FactoredLinear):
         self.register_buffer("U_frozen", torch.empty(out_features, most - rank, **placed))
         self.register_buffer("V_frozen", torch.empty(in_features, most - rank, **placed))
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        bound = self.in_features**-0.5
-        drawn = torch.empty(self.out_features, self.in_features, device=self.U.device, dtype=self.U.dtype)
-        self._factor(nn.init.uniform_(drawn, -bound, bound))
-        self._reset_bias()
-
-    @torch.no_grad()
-    def take(self, linear: nn.Linear) -> None:
-        super().take(linear)
-        self._factor(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
@@ -120,10 +109,10 @@ class SpectralLinear(FactoredLinear):
     def refactor(self) -> None:
         """U, sigma, V anew by the SVD of W, the largest ones active. W stays; between two calls columns are of length
         one but not orthogonal, and sigma are not singular values."""
-        self._factor(self.dense())
+        self.factor(self.dense())
 
     @torch.no_grad()
-    def _factor(self, weight: Tensor) -> None:
+    def factor(self, weight: Tensor) -> None:
         if weight.is_meta:
             return
         exact = torch.float64 if min(weight.shape) <= 1024 else torch.float32
