@@ -97,6 +97,7 @@ class Ledger(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self._alive[self._kind(key)] -= self._sizes.pop(key)
+        del self._made[key]
         self._gradients.discard(key)
         self._activations.discard(key)
 

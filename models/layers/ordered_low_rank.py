@@ -64,7 +64,7 @@ class OrderedLowRankLinear(FactoredWeight):
 
     def penalty(self) -> Tensor:
         """The hierarchical group lasso of this layer, in fp32 at least; differentiable, 0 where a tail is zero."""
-        return sum((_tails(factor[:, : self.width]).sum() for factor in (self.U, self.V)), torch.zeros(()))
+        return _tails(self.U[:, : self.width]).sum() + _tails(self.V[:, : self.width]).sum()
 
     @torch.no_grad()
     def shrink(self, threshold: float = 1e-5, relative: bool = True) -> int:

@@ -21,8 +21,8 @@ def test_a_prefix_is_the_best_of_its_rank(width):
     best = (U[:, :width] * sigma[:width]) @ Vh[:width]
     x = torch.randn(5, 14, dtype=torch.float64)
     torch.testing.assert_close(layer(x), x @ best.T + linear.bias)
-    layer.eval()
-    torch.testing.assert_close(layer(x), linear(x)), "what is sampled is for training"
+    layer.eval()  # what is sampled is for training
+    torch.testing.assert_close(layer(x), linear(x))
 
 
 def test_components_beyond_have_no_gradient():
