@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 from .. import __version__
 from ..validation import nearest
+from .leaving import leave
 
 COMMANDS = {
     "pretrain": "train a LLaMA from scratch",
@@ -31,3 +33,7 @@ def main() -> int:
     chosen = import_module(f".{arguments[0]}", __package__)  # here: help and typos need not wait for transformers
     code: int = chosen.main(arguments[1:])
     return code
+
+
+def command() -> NoReturn:
+    leave(main())

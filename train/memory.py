@@ -19,6 +19,7 @@ from ..validation import nearest
 from . import building
 from .config import Config, OneLineParser, RunArguments, load_config
 from .errors import BadInput
+from .leaving import leave
 from .optimizers import OPTIMIZERS
 from .outputs import check_output
 from .plan import ACTIVATIONS, KINDS, TEMPORARY, Division, Plan, Planner
@@ -300,4 +301,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -25,6 +25,7 @@ from .checks import RUN_FILE, check_same_run, check_values, resuming, starting_p
 from .config import Config, ModelArguments, load_config
 from .data import Blocks, Corpus, collate, make_blocks, open_corpus, tokenizer_identity
 from .errors import BadInput, RunStopped
+from .leaving import leave
 from .optimizers import without_effect
 from .tokenizer import get_tokenizer
 from .trainer import Moments, PretrainTrainer
@@ -204,4 +205,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

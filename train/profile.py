@@ -23,6 +23,7 @@ from .activations import Pass
 from .clock import BACKWARD, DATA, FORWARD, OPTIMIZER, PHASES, REFRESH, Clock
 from .config import Config, OneLineParser, load_config
 from .errors import BadInput, RunStopped
+from .leaving import leave
 from .outputs import check_output
 from .plan import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, TEMPORARY, Division, Planner
 from .pretrain import read, trainer_of
@@ -256,4 +257,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -43,6 +43,7 @@ from gracile.optim.base import SubspaceOptimizer
 from gracile.optim.shards.world import _host_group
 from gracile.optim.subspaces.basis import Room
 from gracile.train.compiled_ops import skip_inference_reduce
+from gracile.train.leaving import leave
 from gracile.train.traffic import Traffic
 
 STEPS, GAP, RANK, BATCH = 20, 7, 6, 8
@@ -438,7 +439,7 @@ def main():
         with open(results, "w") as file:
             json.dump(told, file)
     dist.barrier()
-    dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from gracile.train.leaving import leave
+
 SAVED, END = 6, 12
 TAG = "saved"
 
@@ -140,7 +142,7 @@ def main():
         with open(results, "w") as file:
             json.dump(told, file)
     dist.barrier()
-    dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

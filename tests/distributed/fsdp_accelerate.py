@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from gracile.optim.shards import UnsupportedLayout
+from gracile.train.leaving import leave
 
 CELL = {"optimizer": "GaLoreAdamW", "proj_type": "left"}
 PLACED = {"optimizer": "APOLLOAdamW"}  # draws its projections by a parameter's place
@@ -147,7 +148,7 @@ def main():
     if accelerator.is_main_process:
         Path(results).write_text(json.dumps(told))
     dist.barrier()
-    dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

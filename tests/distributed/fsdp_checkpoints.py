@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from gracile import optim
+from gracile.train.leaving import leave
 
 HALF, STEPS = 8, 16  # refreshes at 0, 5, 7 and 10, 14, 15
 
@@ -167,7 +168,7 @@ def main():
     if dist.get_rank() == 0:
         Path(results).write_text(json.dumps(told))
     dist.barrier()
-    dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

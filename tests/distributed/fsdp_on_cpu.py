@@ -5,8 +5,6 @@
 accelerate 1.15 turns FSDP on for a list of kinds of devices that lacks CPUs. torch itself splits on them.
 """
 
-import sys
-
 from accelerate.state import DistributedType, PartialState
 
 
@@ -23,7 +21,8 @@ def split_on_cpus() -> None:
 
 
 if __name__ == "__main__":
+    from gracile.train.leaving import leave
     from gracile.train.pretrain import main
 
     split_on_cpus()
-    sys.exit(main())
+    leave(main())

@@ -12,6 +12,7 @@ from gracile.models import build_llama
 from gracile.optim import param_groups, state_bytes
 from gracile.optim.memory import planned_state_by_kind
 from gracile.optim.shards import as_one, each
+from gracile.train.leaving import leave
 
 
 def llama():
@@ -86,7 +87,7 @@ def main():
         with open(results, "w") as file:
             json.dump(told, file)
     dist.barrier()
-    dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":
