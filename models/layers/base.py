@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ...owners import enrol
+
 Layer = TypeVar("Layer", bound="FactoredLinear")
+Parts = Mapping[str, Tensor]  # the parameters and buffers of a layer by their own names, each whole
 
 
 class FactoredLinear(nn.Module, ABC):
@@ -21,7 +26,13 @@ class FactoredLinear(nn.Module, ABC):
         bias: whether there is one, as ``nn.Linear`` draws it.
     """
 
+    method: ClassVar[str]  # what configurations and optimizers call it
     replaced: type[nn.Module] = nn.Linear  # what it stands in place of, where that is another class
+
+    def __new__(cls, *_: Any, **__: Any) -> FactoredLinear:
+        layer = super().__new__(cls)  # here and not in __init__: copies and pickles do not pass there
+        enrol(layer)
+        return layer
 
     def __init__(
         self,
@@ -43,6 +54,12 @@ class FactoredLinear(nn.Module, ABC):
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw everything anew."""
+
+    def parts(self) -> dict[str, Tensor]:
+        """The layer's own parameters and buffers. What changes a layer at times takes others in their place: where an
+        engine splits parameters, or keeps wider ones, an optimizer puts them together."""
+        own = chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False))
+        return {name: tensor.detach() for name, tensor in own}
 
     def _reset_bias(self) -> None:
         if self.bias is not None:

@@ -4,13 +4,15 @@
     y    =  x W^T + s dropout(x) A^T B^T + bias
     at times:  W <- W + s B A,   A <- drawn anew,   B <- 0         fold
 
-``fold`` adds in fp32, and draws A from a generator of its own, so that every process has the same: a function of the
-seed, the layer's name and how often it was folded. Of A and B only B is ever zero: the authors' wrapper can zero both,
-which then never move. No trained scale: theirs is reset to where all gradients vanish.
+``fold`` adds in fp32 and rounds to a bf16 W at random, and draws from generators of its own, so that every process
+has the same: functions of the seed, the layer's name and how often it was folded. Of A and B only B is ever zero: the
+authors' wrapper can zero both, which then never move. No trained scale: theirs is reset to where all gradients
+vanish.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...validation import is_real, is_whole, require
-from .base import FactoredLinear, generator_of
+from .base import FactoredLinear, Parts, generator_of
+
+ROWS = 1024  # of W that are folded at a time
 
 
 class ReLoRALinear(FactoredLinear):
@@ -32,6 +36,8 @@ class ReLoRALinear(FactoredLinear):
         dropout: probability, on what A sees. (The authors' is 0.1.)
         seed, name: what A is drawn from at each fold.
     """
+
+    method = "relora"
 
     folds: Tensor
 
@@ -68,7 +74,7 @@ class ReLoRALinear(FactoredLinear):
         bound = self.in_features**-0.5
         nn.init.uniform_(self.weight, -bound, bound)
         self.folds.zero_()
-        self._restart()
+        self._restart(self.parts())
         self._reset_bias()
 
     @torch.no_grad()
@@ -82,23 +88,44 @@ class ReLoRALinear(FactoredLinear):
 
     @torch.no_grad()
     def dense(self) -> Tensor:
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        return torch.addmm(self.weight.to(wide), self.B.to(wide), self.A.to(wide), alpha=self.scale).to(self.weight)
+        return torch.cat([rows.to(self.weight) for rows in self._folded(self.parts())])
 
     @torch.no_grad()
-    def fold(self) -> None:
-        """Take s B A into W, and start A and B again: the layer computes what it did."""
-        self.weight.copy_(self.dense())
-        self.folds += 1
-        self._restart()
+    def fold(self, parts: Parts | None = None) -> None:
+        """Take s B A into W, and start A and B again: the layer computes what it did.
+
+        Args:
+            parts: in place of the layer's own, written to.
+        """
+        held = self.parts() if parts is None else parts
+        generator = generator_of(self.seed, self.name, "rounding", int(held["folds"]))
+        for rows, wide in zip(held["weight"].split(ROWS), self._folded(held), strict=True):
+            rows.copy_(_rounded(wide, generator) if rows.dtype == torch.bfloat16 else wide)
+        held["folds"].add_(1)
+        self._restart(held)
+
+    def _folded(self, parts: Parts) -> Iterator[Tensor]:
+        """W + s B A in fp32 at least, some rows at a time."""
+        W, A, B = parts["weight"], parts["A"], parts["B"]
+        wide = torch.promote_types(W.dtype, torch.float32)
+        for rows, lines in zip(W.split(ROWS), B.split(ROWS), strict=True):
+            yield torch.addmm(rows.to(wide), lines.to(wide), A.to(wide), alpha=self.scale)
 
     @torch.no_grad()
-    def _restart(self) -> None:
-        self.B.zero_()
-        if self.A.is_meta:
+    def _restart(self, parts: Parts) -> None:
+        parts["B"].zero_()
+        if parts["A"].is_meta:
             return
-        drawn = torch.rand(self.A.shape, generator=generator_of(self.seed, self.name, int(self.folds)))
-        self.A.copy_(drawn.mul_(2).sub_(1).mul_(self.in_features**-0.5))
+        drawn = torch.rand(parts["A"].shape, generator=generator_of(self.seed, self.name, int(parts["folds"])))
+        parts["A"].copy_(drawn.mul_(2).sub_(1).mul_(self.in_features**-0.5))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
+
+
+def _rounded(wide: Tensor, generator: torch.Generator) -> Tensor:
+    """fp32 as bf16, up or down at random, the likelier the nearer: rounded to the nearest, small changes would all be
+    lost."""
+    noise = torch.randint(2**16, wide.shape, generator=generator, dtype=torch.int32)
+    bits = wide.view(torch.int32).add(noise.to(wide.device)).bitwise_and_(-(2**16))
+    return torch.where(wide.isfinite(), bits.view(torch.float32), wide).bfloat16()

@@ -7,12 +7,13 @@
     dsigma   =  column sums of H * C                 exact, for all k
     dU_A     =  dy^T H_A,   dV_A = x^T C_A           "enhanced": autograd's have a factor sigma more
     dx       =  (C * sigma) V^T
-    after each step:         sigma <- max(sigma, 0), active columns <- themselves / their norm     renormalize
+    after each step:         sigma <- max(sigma, 0), active columns <- themselves / their norm
     at times:                other pairs become active, each likelier the larger its sigma          swap
     at longer times:         U, sigma, V <- SVD of W                                                refactor
 
 No m x n gradient is formed. The parameters are never replaced: ``swap`` and ``refactor`` write into them, and the
-function stays what it was. When to call them, and what becomes of moments, is the optimizer's business.
+function stays what it was. When to call them, what follows each step, and what becomes of moments is the optimizer's
+business (``gracile.optim.SSTAdamW``).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...validation import is_whole, require
-from .base import FactoredWeight
+from .base import FactoredWeight, Parts
 
 
 class SpectralLinear(FactoredWeight):
@@ -39,6 +40,8 @@ class SpectralLinear(FactoredWeight):
     Raises:
         ValueError: for a rank below 1 or above the smaller side.
     """
+
+    method = "sst"
 
     U_frozen: Tensor
     V_frozen: Tensor
@@ -64,70 +67,68 @@ class SpectralLinear(FactoredWeight):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @torch.no_grad()
-    def dense(self) -> Tensor:
-        U, V = self._columns()
-        return (U * self.sigma) @ V.mT
-
-    def _columns(self) -> tuple[Tensor, Tensor]:
-        """All of U and V, the active columns first."""
-        return torch.cat([self.U.detach(), self.U_frozen], 1), torch.cat([self.V.detach(), self.V_frozen], 1)
+    def dense(self, parts: Parts | None = None) -> Tensor:
+        U, V, sigma = _spectrum(self.parts() if parts is None else parts)
+        return (U * sigma) @ V.mT
 
     # ---- what an optimizer does at its times ----------------------------------------------------------------------
 
-    @torch.no_grad()
-    def renormalize(self) -> None:
-        """sigma >= 0, active columns of length one; in fp32, for bf16 would drift."""
-        self.sigma.clamp_(min=0)
-        for active in (self.U, self.V):
-            lengths = torch.linalg.vector_norm(active, dim=0, dtype=torch.promote_types(active.dtype, torch.float32))
-            active.copy_(active / lengths.clamp(min=1e-12))
-
-    def probabilities(self) -> Tensor:
+    def probabilities(self, parts: Parts | None = None) -> Tensor:
         """Of each pair to be drawn next (k): half of it even, half by the size of sigma."""
-        sizes = self.sigma.detach().float().clamp(min=0)
+        sizes = (self.sigma.detach() if parts is None else parts["sigma"]).float().clamp(min=0)
         even = torch.full_like(sizes, 1 / len(sizes))
         total = sizes.sum()
         return torch.where(total > 0, 0.5 * (even + sizes / total.clamp(min=1e-30)), even)
 
     @torch.no_grad()
-    def swap(self, chosen: Tensor) -> None:
+    def swap(self, chosen: Tensor, parts: Parts | None = None) -> None:
         """Make the pairs ``chosen`` (rank different numbers below k) the active ones. W stays.
+
+        Args:
+            parts: in place of the layer's own, written to.
 
         Raises:
             ValueError: for another number of them, or one that comes twice.
         """
-        k = len(self.sigma)
-        stays = torch.ones(k, dtype=torch.bool, device=self.sigma.device)
+        held = self.parts() if parts is None else parts
+        k = len(held["sigma"])
+        stays = torch.ones(k, dtype=torch.bool, device=held["sigma"].device)
         stays[chosen] = False
         different = chosen.shape == (self.rank,) and int(stays.sum()) == k - self.rank
         require(different, f"chosen must be {self.rank} different numbers below {k}", chosen.tolist())
         order = torch.cat([chosen.to(stays.device), stays.nonzero().view(-1)])
-        U, V = self._columns()
-        self._write(U[:, order], V[:, order], self.sigma[order])
+        U, V, sigma = _spectrum(held)
+        self._write(U[:, order], V[:, order], sigma[order], held)
 
     @torch.no_grad()
-    def refactor(self) -> None:
+    def refactor(self, parts: Parts | None = None) -> None:
         """U, sigma, V anew by the SVD of W, the largest ones active. W stays; between two calls columns are of length
         one but not orthogonal, and sigma are not singular values."""
-        self.factor(self.dense())
+        held = self.parts() if parts is None else parts
+        self.factor(self.dense(held), held)
 
     @torch.no_grad()
-    def factor(self, weight: Tensor) -> None:
+    def factor(self, weight: Tensor, parts: Parts | None = None) -> None:
         if weight.is_meta:
             return
         exact = torch.float64 if min(weight.shape) <= 1024 else torch.float32
         U, sigma, Vh = torch.linalg.svd(weight.to(exact), full_matrices=False)
-        self._write(U, Vh.mT, sigma)
+        self._write(U, Vh.mT, sigma, self.parts() if parts is None else parts)
 
-    def _write(self, U: Tensor, V: Tensor, sigma: Tensor) -> None:
-        r = self.rank
-        for active, frozen, columns in ((self.U, self.U_frozen, U), (self.V, self.V_frozen, V)):
-            active.copy_(columns[:, :r])
-            frozen.copy_(columns[:, r:])
-        self.sigma.copy_(sigma)
+    def _write(self, U: Tensor, V: Tensor, sigma: Tensor, parts: Parts) -> None:
+        for name, columns in (("U", U), ("V", V)):
+            parts[name].copy_(columns[:, : self.rank])
+            parts[f"{name}_frozen"].copy_(columns[:, self.rank :])
+        parts["sigma"].copy_(sigma)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank} of {len(self.sigma)}"
+
+
+def _spectrum(parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
+    """All of U, V and sigma, what is active first."""
+    U, V = (torch.cat([parts[name], parts[f"{name}_frozen"]], 1) for name in ("U", "V"))
+    return U, V, parts["sigma"]
 
 
 class _Spectral(torch.autograd.Function):

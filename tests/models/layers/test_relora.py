@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from gracile.models.layers import ReLoRALinear
+from gracile.models.layers.relora import _rounded
 
 
 def made(m=12, n=9, rank=3, **keys):
@@ -82,9 +83,23 @@ def test_dropout_is_for_training():
     torch.testing.assert_close(layer(x), layer.merge()(x), rtol=1e-5, atol=1e-5)
 
 
-def test_small_updates_of_bf16_weights_are_added_in_fp32():
-    layer = ReLoRALinear(64, 64, rank=4, dtype=torch.bfloat16)
-    nn.init.normal_(layer.B)
-    exact = layer.weight.double() + layer.scale * layer.B.double() @ layer.A.double()
+def test_small_updates_of_bf16_weights_are_not_lost():
+    """Each is below half of a weight's last place: rounded to the nearest, all of them would be."""
+    layer = ReLoRALinear(256, 256, rank=4, alpha=4.0, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.A.fill_(0.01)
+        layer.B.fill_(0.01)
+    small = 4 * layer.A[0, 0].double() * layer.B[0, 0].double()
+    assert small < 2**-9
     layer.fold()
-    assert torch.equal(layer.weight, exact.float().bfloat16())
+    mean = layer.weight.detach().double().mean() - 1
+    deviation = (small * 2**-7) ** 0.5 / 256
+    assert abs(mean - small) < 4 * deviation
+    assert set(layer.weight.detach().flatten().tolist()) == {1.0, 1 + 2**-7}
+
+
+def test_rounding_keeps_what_bf16_can_hold_and_what_is_not_finite():
+    held = torch.tensor([1.0, -2.5, 0.0, torch.inf, -torch.inf, torch.nan, 2.0**-126])
+    rounded = _rounded(held, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(rounded, held.bfloat16(), rtol=0, atol=0, equal_nan=True)
