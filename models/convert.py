@@ -34,7 +34,8 @@ def convert(
         keywords: the layer's own, such as ``rank``.
 
     Raises:
-        ValueError: for a pattern that matches nothing, or a value that the layer refuses.
+        ValueError: for a pattern that matches nothing, a value that the layer refuses, or weights that DeepSpeed ZeRO 3
+            has split already.
         TypeError: for a keyword that the layer does not take.
     """
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
@@ -43,6 +44,12 @@ def convert(
         raise ValueError("target_modules is empty; name the layers to swap")
     matches = found("target_modules", patterns, linears, isinstance(target_modules, str))
     chosen = {name: module for name, module in linears.items() if any(name in names for names in matches.values())}
+
+    split = next((name for name, module in chosen.items() if hasattr(module.weight, "ds_id")), None)
+    if split is not None:
+        raise ValueError(
+            f"{split} is split already (DeepSpeed ZeRO 3); build the model outside of zero.Init, and convert"
+        )
 
     def made(name: str, module: nn.Module) -> nn.Module:
         own = {"name": name} if "name" in signature(layer).parameters else {}  # what is drawn is a function of it

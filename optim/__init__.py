@@ -12,6 +12,10 @@ from .ldadam import LDAdamW
 from .lion import Lion
 from .memory import state_bytes
 from .q_galore import GaLoreAdamW8bit
+from .relora import ReLoRAAdamW
+from .schedules import JaggedCosineLR
+from .sltrain import SLTrainAdamW, SLTrainAdamW8bit
+from .sst import SSTAdamW
 
 __all__ = [
     "APOLLOAdamW",
@@ -23,8 +27,13 @@ __all__ = [
     "GaLoreLion",
     "GaLorePlusAdamW",
     "GradNormLoRPAdamW",
+    "JaggedCosineLR",
     "LDAdamW",
     "Lion",
+    "ReLoRAAdamW",
+    "SLTrainAdamW",
+    "SLTrainAdamW8bit",
+    "SSTAdamW",
     "full_state",
     "load_full_state",
     "param_groups",

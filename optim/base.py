@@ -159,6 +159,9 @@ class SubspaceOptimizer(FaithfulLoading):
         decay = group["lr"] * group["weight_decay"]
         shard.write(direction, group["lr"] * correction, decay, self.rule.decay_first)
 
+    def settle(self, work: list[Work]) -> None:
+        """Called once a step when every parameter has moved: what a method does to several of them together."""
+
     # ---- groups -------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: Group) -> None:
@@ -274,6 +277,7 @@ class SubspaceOptimizer(FaithfulLoading):
             if not (first and self._is_blank(work)):
                 self._refresh(work)
                 self._update(work)
+                self.settle(work)
         return loss
 
     def _is_blank(self, work: list[Work]) -> bool:
@@ -441,7 +445,13 @@ class SubspaceOptimizer(FaithfulLoading):
         parameter = torch.empty(tuple(shape), dtype=dtype, device="meta", requires_grad=True)
         if parameter.dim() != 2 and "rank" in keys:
             keys = {**keys, "rank": None}
-        return sum(value.nbytes for _, state in cls([parameter], **keys).planned_state() for value in state.values())
+        built = cls.on_paper(parameter, keys)
+        return sum(value.nbytes for _, state in built.planned_state() for value in state.values())
+
+    @classmethod
+    def on_paper(cls, parameter: Tensor, keys: dict[str, Any]) -> SubspaceOptimizer:
+        """An optimizer of this class for one parameter on the meta device."""
+        return cls([parameter], **keys)
 
     def planned_state(
         self, cut: Cut | None = None, rank: int = 0, size: int = 1, dtype: torch.dtype | None = None

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..owners import parts_among
 from ..patterns import found as found_names
 from .shards import full_shape
 
@@ -30,7 +31,8 @@ def param_groups(
         target_modules: a list of patterns, each a part of a module's name or a regular expression for all of it;
             or one regular expression for all of the name; or ``"all-linear"``, every matrix but embeddings and the
             output layer. Each pattern must match.
-        weight_decay: for the two groups of weights; None leaves it to the optimizer. Norms and biases get 0.
+        weight_decay: for the two groups of weights; None leaves it to the optimizer. Norms and biases get 0. What a
+            layer of ``gracile.models.layers`` makes its weight of counts as weights, in one group, of any shape.
         matrix_keys: further keys of the ranked group, such as ``update_proj_gap`` or ``scale``; the optimizer
             checks them. A mapping from patterns to values splits the group: ``num_heads={"q_proj": 32, "k_proj": 8}``
             holds for the targets whose names match, the first match counts, the others do without the key.
@@ -44,11 +46,12 @@ def param_groups(
     chosen = {id(p) for p in matrices.values()}
     trainable = [p for p in model.parameters() if p.requires_grad]  # lists a tied parameter once
     others = [p for p in trainable if id(p) not in chosen]
+    factors = {number for number, part in parts_among(others).items() if part.name != "bias"}
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     groups = [
         *({"params": params, "rank": rank, **keys, **decay} for params, keys in _split(matrices, matrix_keys)),
-        {"params": [p for p in others if _dim(p) > 1], **decay},
-        {"params": [p for p in others if _dim(p) <= 1], "weight_decay": 0.0},
+        {"params": [p for p in others if _dim(p) > 1 or id(p) in factors], **decay},
+        {"params": [p for p in others if _dim(p) <= 1 and id(p) not in factors], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

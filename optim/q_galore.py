@@ -29,17 +29,18 @@ from torch.optim.optimizer import ParamsT
 
 from ..validation import is_real, is_whole, require
 from .base import Group, MatrixWork, NewState, State
+from .eight_bit import EightBitMoments
 from .galore import GaLore
 from .packed import BITS, packed, packed_state, unpacked
-from .quantized import closed_state, opened_moments, require_bitsandbytes
+from .quantized import require_bitsandbytes
 from .rules import Rule, adam, adam_state, check_adam
-from .shards import Whole, WholeMatrix
-from .subspaces.basis import Lifted, first_columns
+from .shards import WholeMatrix
+from .subspaces.basis import first_columns
 
 PACKED = ("basis", "basis_scale", "basis_minimum")
 
 
-class GaLoreAdamW8bit(GaLore):
+class GaLoreAdamW8bit(EightBitMoments, GaLore):
     """GaLore's AdamW with 8-bit moments; as options, Q-GaLore's packed projector and lazy refreshes.
 
     A drop-in for ``galore_torch.GaLoreAdamW8bit``, whose defaults it has. Groups without a ``rank`` get 8-bit AdamW.
@@ -99,20 +100,6 @@ class GaLoreAdamW8bit(GaLore):
         require(is_real(gamma) and gamma >= 1, "gamma_proj must be a number >= 1", gamma)
         queue = group["queue_size"]
         require(is_whole(queue) and queue >= 1, "queue_size must be a whole number >= 1", queue)
-
-    # ---- moments in 8 bits --------------------------------------------------------------------------------------
-
-    def moments(self, shard: Whole, group: Group) -> NewState:
-        shapes = self.rule.state(shard.coordinates_shape, torch.float32, torch.device("meta"), group)
-        return closed_state(shapes, shard, shard.parameter.device)
-
-    def direction(self, shard: WholeMatrix, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
-        with opened_moments(state, shard) as wide:
-            return super().direction(shard, group, wide)
-
-    def plain_direction(self, shard: Whole, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
-        with opened_moments(state, shard) as wide:
-            return super().plain_direction(shard, group, wide)
 
     # ---- the packed projector -----------------------------------------------------------------------------------
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import chain
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,6 @@ class FactoredLinear(nn.Module, ABC):
         bias: whether there is one, as ``nn.Linear`` draws it.
     """
 
-    method: ClassVar[str]  # what configurations and optimizers call it
     replaced: type[nn.Module] = nn.Linear  # what it stands in place of, where that is another class
 
     def __new__(cls, *_: Any, **__: Any) -> FactoredLinear:
@@ -112,9 +110,3 @@ class FactoredWeight(FactoredLinear):
     def take(self, linear: nn.Linear) -> None:
         super().take(linear)
         self.factor(linear.weight)
-
-
-def generator_of(*parts: object) -> torch.Generator:
-    """A generator on the CPU that is a function of ``parts`` alone: the same on every process and device."""
-    digest = hashlib.sha256("\n".join(map(str, parts)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -26,8 +26,6 @@ class LowRankLinear(FactoredLinear):
         ValueError: for a rank below 1 or above both sides.
     """
 
-    method = "low_rank"
-
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, rank: int, **placed: Any) -> None:
         super().__init__(in_features, out_features, bias, **placed)
         most = min(in_features, out_features)

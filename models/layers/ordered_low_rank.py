@@ -32,8 +32,6 @@ class OrderedLowRankLinear(FactoredWeight):
         rank: the most components; min(in, out) by default.
     """
 
-    method = "maestro"
-
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, rank: int | None = None, **placed: Any
     ) -> None:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...seeded import generator_of
 from ...validation import is_real, is_whole, require
-from .base import FactoredLinear, Parts, generator_of
+from .base import FactoredLinear, Parts
 
 ROWS = 1024  # of W that are folded at a time
 
@@ -36,8 +37,6 @@ class ReLoRALinear(FactoredLinear):
         dropout: probability, on what A sees. (The authors' is 0.1.)
         seed, name: what A is drawn from at each fold.
     """
-
-    method = "relora"
 
     folds: Tensor
 

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ...seeded import generator_of
 from ...validation import is_real, is_whole, require
-from .base import FactoredLinear, generator_of
+from .base import FactoredLinear
 
 INT32 = 2**31 - 1
 
@@ -46,8 +47,6 @@ class SparseLowRankLinear(FactoredLinear):
     Raises:
         ValueError: for values out of range, or a matrix of more than 2^31 - 1 elements.
     """
-
-    method = "sltrain"
 
     support: Tensor
 

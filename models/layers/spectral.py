@@ -41,8 +41,6 @@ class SpectralLinear(FactoredWeight):
         ValueError: for a rank below 1 or above the smaller side.
     """
 
-    method = "sst"
-
     U_frozen: Tensor
     V_frozen: Tensor
 
@@ -78,14 +76,17 @@ class SpectralLinear(FactoredWeight):
         sizes = (self.sigma.detach() if parts is None else parts["sigma"]).float().clamp(min=0)
         even = torch.full_like(sizes, 1 / len(sizes))
         total = sizes.sum()
-        return torch.where(total > 0, 0.5 * (even + sizes / total.clamp(min=1e-30)), even)
+        return torch.where((total > 0) & total.isfinite(), 0.5 * (even + sizes / total.clamp(min=1e-30)), even)
 
     @torch.no_grad()
-    def swap(self, chosen: Tensor, parts: Parts | None = None) -> None:
+    def swap(self, chosen: Tensor, parts: Parts | None = None) -> Tensor:
         """Make the pairs ``chosen`` (rank different numbers below k) the active ones. W stays.
 
         Args:
             parts: in place of the layer's own, written to.
+
+        Returns:
+            The former numbers of the pairs in their new order (k).
 
         Raises:
             ValueError: for another number of them, or one that comes twice.
@@ -99,13 +100,16 @@ class SpectralLinear(FactoredWeight):
         order = torch.cat([chosen.to(stays.device), stays.nonzero().view(-1)])
         U, V, sigma = _spectrum(held)
         self._write(U[:, order], V[:, order], sigma[order], held)
+        return order
 
     @torch.no_grad()
     def refactor(self, parts: Parts | None = None) -> None:
         """U, sigma, V anew by the SVD of W, the largest ones active. W stays; between two calls columns are of length
         one but not orthogonal, and sigma are not singular values."""
         held = self.parts() if parts is None else parts
-        self.factor(self.dense(held), held)
+        W = self.dense(held)
+        if W.isfinite().all():  # else it has none, and the run is lost without a crash here
+            self.factor(W, held)
 
     @torch.no_grad()
     def factor(self, weight: Tensor, parts: Parts | None = None) -> None:

@@ -4,10 +4,11 @@
 of one: DeepSpeed ZeRO and FSDP2. ``layout`` finds out which.
 """
 
-from .layout import Keys, Member, UnsupportedLayout, flat_tensors, full_shape, pieces_of, rows_of
+from .layout import Keys, Member, UnsupportedLayout, flat_tensors, frozen_shard, full_shape, pieces_of, rows_of
 from .paper import Cut, as_one, by_rows, each, flat_length
-from .sliced import Slice, Sliced, SlicedMatrix, SlicedRows, complete
+from .sliced import Slice, Sliced, SlicedMatrix, SlicedRows, complete, sum_together_
 from .whole import Solving, Whole, WholeMatrix, has_subspace
+from .world import World
 
 __all__ = [
     "Cut",
@@ -21,14 +22,17 @@ __all__ = [
     "UnsupportedLayout",
     "Whole",
     "WholeMatrix",
+    "World",
     "as_one",
     "by_rows",
     "complete",
     "each",
     "flat_length",
     "flat_tensors",
+    "frozen_shard",
     "full_shape",
     "has_subspace",
     "pieces_of",
     "rows_of",
+    "sum_together_",
 ]

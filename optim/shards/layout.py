@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sliced import Slice
+from ..subspaces.basis import Room
+from .sliced import Slice, Sliced
+from .whole import Whole
 from .world import World
 
 
@@ -87,6 +89,22 @@ def rows_of(parameter: Any) -> Slice:
     if parameter.to_local().numel() != piece.numel:
         raise UnsupportedLayout(f"a DTensor of shape {shape} holds {parameter.to_local().numel()} elements here")
     return piece
+
+
+def frozen_shard(parameter: Any) -> Whole:
+    """What this process holds of a parameter that no optimizer is given: frozen ones are split too, in 16 bits, by
+    ZeRO 3 and FSDP2."""
+    if hasattr(parameter, "device_mesh"):
+        local = parameter.to_local().detach().view(-1)
+        return Sliced(local, local, rows_of(parameter), -1, Room())
+    if not hasattr(parameter, "ds_tensor"):
+        return Whole(parameter.detach(), -1, Room())
+    part, count = parameter.partition_numel(), parameter.ds_numel
+    world = World.for_tensors_on(parameter.ds_tensor.device, parameter.ds_process_group)
+    bounds = tuple(min(i * part, count) for i in range(world.size + 1))
+    piece = Slice(full_shape(parameter), bounds, 0, world)
+    own = piece.of(parameter.ds_tensor.detach().view(-1))
+    return Sliced(own, own, piece, -1, Room())
 
 
 def pieces_of(flat: Tensor, members: list[Member]) -> list[tuple[Member, Slice]]:

@@ -82,6 +82,40 @@ class Sliced(Whole):
     def count(self, like: Tensor) -> int:
         return math.prod(self.shape)
 
+    @property
+    def world(self) -> World:
+        return self.piece.world
+
+    def whole_of(self, own: Tensor) -> Tensor:
+        whole = own.new_zeros(math.prod(self.shape))
+        whole[self.piece.start : self.piece.start + self.piece.numel] = own
+        return self.world.sum_(whole).view(self.shape)
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        return whole.reshape(-1).narrow(0, self.piece.start, self.piece.numel)
+
+    def column_squares(self) -> Tensor:
+        squares = self.parameter.to(self._wide).square()
+        return self._rows(squares, squares.new_zeros(self._lead + self._tail)).sum(0)
+
+    def divide_columns(self, divisors: Tensor) -> None:
+        rows = divisors.repeat((self._lead + self.piece.numel + self._tail) // self.shape[1])
+        self.parameter.copy_(self.parameter / rows.narrow(0, self._lead, self.piece.numel))
+
+    @property
+    def _lead(self) -> int:
+        """Elements of the first row of this part that come before it."""
+        return self.piece.start % self.shape[1]
+
+    @property
+    def _tail(self) -> int:
+        """Elements of the last row of this part that come after it."""
+        return -(self.piece.start + self.piece.numel) % self.shape[1]
+
+    def _rows(self, own: Tensor, filling: Tensor) -> Tensor:
+        """``own`` in whole rows."""
+        return torch.cat([filling[: self._lead], own, filling[self._lead :]]).view(-1, self.shape[1])
+
 
 def _weight_rms(own: Tensor, piece: Slice) -> Tensor:
     squares = torch.linalg.vector_norm(own, dtype=torch.promote_types(own.dtype, torch.float32)).square_()
@@ -316,11 +350,17 @@ class SlicedRows(SlicedMatrix):
 def complete(shards: Sequence[SlicedMatrix], own: Sequence[Tensor]) -> list[Tensor | None]:
     """The cut rows of several matrices, each whole, by one sum per world. Collective."""
     parts = [shard.fragments(part) if shard.cut else None for shard, part in zip(shards, own, strict=True)]
-    worlds = {id(shard.world.group): shard.world for shard in shards}
-    for key, world in worlds.items():
-        mine = [p for p, s in zip(parts, shards, strict=True) if p is not None and id(s.world.group) == key]
-        if mine:
-            packed = world.sum_(torch.cat([p.view(-1) for p in mine]))
-            for part, whole in zip(mine, torch.split(packed, [p.numel() for p in mine]), strict=True):
-                part.copy_(whole.view(part.shape))
+    sum_together_([(shard, part) for shard, part in zip(shards, parts, strict=True) if part is not None])
     return parts
+
+
+def sum_together_(parts: Sequence[tuple[Whole, Tensor]]) -> None:
+    """Make each process's share of a sum the sum over the processes that a parameter is split over, in place, by one
+    message per world. Collective."""
+    split = [(shard.world, part) for shard, part in parts if shard.split]
+    worlds = {id(world.group): world for world, _ in split}
+    for key, world in worlds.items():
+        mine = [part for other, part in split if id(other.group) == key]
+        packed = world.sum_(torch.cat([part.view(-1) for part in mine]))
+        for part, whole in zip(mine, torch.split(packed, [part.numel() for part in mine]), strict=True):
+            part.copy_(whole.view(part.shape))

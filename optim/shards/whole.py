@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..subspaces.basis import Frame, Lifted, Room
+from .world import World
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,41 @@ class Whole:
     def weight_rms(self) -> Tensor:
         """The root mean square of the weights, in fp32 at least; a scalar on their device."""
         W = self.parameter
-        norm = torch.linalg.vector_norm(W, dtype=torch.promote_types(W.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(W, dtype=self._wide)
         rms: Tensor = norm / math.sqrt(max(1, W.numel()))
         return rms
 
     def count(self, like: Tensor) -> int:
         """How many elements all processes together hold of such a tensor."""
         return like.numel()
+
+    # ---- what is not one element's business, where a method needs it ------------------------------------------------
+
+    @property
+    def world(self) -> World:
+        """The processes that must agree about this parameter."""
+        return World.of_replicas(self.parameter.device)
+
+    def whole_of(self, own: Tensor) -> Tensor:
+        """The whole tensor of which ``own``, laid out as this parameter, is this process's part. Collective."""
+        return own
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """The inverse of ``whole_of``."""
+        return whole
+
+    def column_squares(self) -> Tensor:
+        """This process's share of the sums over rows of the squared weights (n), in fp32 at least."""
+        squares: Tensor = self.parameter.detach().to(self._wide).square().sum(0)
+        return squares
+
+    def divide_columns(self, divisors: Tensor) -> None:
+        """W <- W / divisors (n), rounded once."""
+        self.parameter.copy_(self.parameter / divisors)
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self.parameter.dtype, torch.float32)
 
     def write(self, direction: Tensor | Lifted, step_size: float, decay: float | Tensor, decay_first: bool) -> None:
         """W <- W - step_size * direction, and W <- W - decay * W before or, as in GaLore's code, after it.

@@ -25,6 +25,16 @@ class World:
             group = _host_group(group)
         return cls(group)
 
+    @classmethod
+    def of_replicas(cls, device: torch.device) -> World:
+        """The processes that hold what this one holds: all that were started together, or this one alone."""
+        together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return cls.for_tensors_on(device, None) if together else cls.alone()
+
+    @staticmethod
+    def alone() -> World:
+        return PaperWorld(0, 1)
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """``tensor`` summed over all processes, in place; the same bits on each."""
         if tensor.numel():
@@ -73,12 +83,12 @@ class World:
 
 @lru_cache(maxsize=64)
 def _host_group(group: Any) -> Any:
-    ranks = dist.get_process_group_ranks(group)
+    ranks = dist.get_process_group_ranks(group) if group else list(range(dist.get_world_size()))
     return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)  # only these ranks take part
 
 
 class PaperWorld(World):
-    """Process ``rank`` of ``size`` as it looks on the meta device, where only shapes count: nothing is said."""
+    """Process ``rank`` of ``size`` where nothing is said: on the meta device, where only shapes count, or alone."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.group, self.rank, self.size = None, rank, size

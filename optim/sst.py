@@ -1,0 +1,176 @@
+"""SST, sparse spectral training: AdamW on singular values and on sampled singular vectors.  Zhao et al. 2024,
+arXiv:2405.15481.
+
+For a layer W = U diag(sigma) V^T (m x n, k = min(m, n)), of whose pairs of vectors r are active:
+
+    each step               sigma, U_A, V_A  <- Adam of their gradients          the layer gives those without sigma
+                            sigma            <- max(sigma, 0)
+                            each active column of U and V <- itself / its norm
+    every swap_every steps  S  <- r of k pairs, drawn with p_i = (1 / k + sigma_i / sum sigma) / 2
+                            U_A, V_A  <- the pairs of S                           W stays
+                            their moments <- 0, and their learning rate rises from 0 in warmup_steps
+    every round of these    U, sigma, V  <- SVD of W, before S is drawn           W stays
+                            all moments <- 0
+
+A round is ceil(k / r) draws, so that each pair has its turn; ``iterations`` is another number of them. The paper's
+constants were not to be had: ``swap_every``, ``iterations`` and ``warmup_steps`` are our choices. Pairs are drawn when
+a step ends, for gradients belong to the pairs that made them; the first ones are the largest. What is drawn is a
+function of ``seed``, the layer and the step. Decay acts on sigma alone, for columns have length one. Gradients of sigma
+and of vectors are of different size: clip them, if at all, by themselves.
+
+Where processes hold replicas, or parts of a layer, one takes the SVD and the others take its bits: singular vectors are
+not the same on two machines.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..seeded import generator_of
+from ..validation import is_whole, require
+from .base import Group, State
+from .layered import LayeredOptimizer, LayerWork, at_step, since
+from .shards import Whole, World, sum_together_
+
+MOMENTS = {"exp_avg", "exp_avg_sq"}
+Held = tuple[LayerWork, dict[str, Tensor]]  # a layer and its parts, whole
+
+
+class SSTAdamW(LayeredOptimizer):
+    """AdamW for models with ``SpectralLinear`` layers, whose vectors it draws and decomposes anew (arXiv:2405.15481).
+
+    Other parameters get plain AdamW.
+
+    Args:
+        params: parameters, named parameters or groups; U, V and sigma of a layer in one group.
+        lr: learning rate.
+        betas, eps: as for ``torch.optim.AdamW``.
+        weight_decay: decoupled, before the step; not on U and V.
+        swap_every: steps between draws of the active vectors.
+        iterations: draws between singular value decompositions; None for ceil(k / r), each layer's own.
+        warmup_steps: over which the learning rate of U and V rises after a draw.
+        seed: of the draws.
+        synchronize: where a process group has been started, replicas of a model (DistributedDataParallel) share the
+            decompositions, and take each other's bits. False for a model that one process of them trains alone, which
+            would wait for the others.
+        state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+
+    State of an m x n layer: ``2 * (r * (m + n) + k)`` elements and three counters.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range, or where no
+            parameter belongs to such a layer.
+        UnsupportedLayout: at ``step``, where U, V and sigma of a layer are not stepped together.
+    """
+
+    needs = "SpectralLinear"
+    stepped = ("U", "V", "sigma")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        swap_every: int = 200,
+        iterations: int | None = None,
+        warmup_steps: int = 20,
+        seed: int = 0,
+        synchronize: bool = True,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def validate(self, group: Group) -> None:
+        every, rounds = group["swap_every"], group["iterations"]
+        require(is_whole(every) and every >= 1, "swap_every must be a whole number >= 1", every)
+        counted = rounds is None or (is_whole(rounds) and rounds >= 1)
+        require(counted, "iterations must be a whole number >= 1 or None", rounds)
+        for key in ("warmup_steps", "seed"):
+            require(is_whole(group[key]) and group[key] >= 0, f"{key} must be a whole number >= 0", group[key])
+        require(isinstance(group["synchronize"], bool), "synchronize must be True or False", group["synchronize"])
+
+    def update(self, shard: Whole, group: Group, state: State) -> None:
+        name = self.part_of(shard)
+        if name is None:
+            super().update(shard, group, state)
+            return
+        t, vectors = state["step"].item(), name != "sigma"
+        age = since(t, group["swap_every"] if vectors else self._round(self._parts[shard.position].layer, group))
+        N, correction = self.rule.direction(shard.grad, at_step(state, age), group)
+        rising = vectors and age < min(t, group["warmup_steps"])  # not at first: that is the schedule's business
+        lr = group["lr"] * (age / group["warmup_steps"] if rising else 1.0)
+        shard.write(N, lr * correction, 0.0 if vectors else group["lr"] * group["weight_decay"], decay_first=True)
+
+    def _round(self, layer: Any, group: Group) -> int:
+        """Steps between singular value decompositions of a layer."""
+        pairs = min(layer.in_features, layer.out_features)
+        iterations: int = group["iterations"] or -(-pairs // layer.rank)
+        return iterations * int(group["swap_every"])
+
+    # ---- layers, when all of each has moved -------------------------------------------------------------------------
+
+    def settle_layers(self, layers: list[LayerWork]) -> None:
+        self._renormalize(layers)
+        due = [layer for layer in layers if layer.steps % layer.group["swap_every"] == 0]
+        if due:
+            world = _world_of(due[0])
+            for begin in range(0, len(due), world.size):  # as many decompositions at a time as there are processes
+                self._draw(due[begin : begin + world.size])
+
+    def _renormalize(self, layers: list[LayerWork]) -> None:
+        columns = [layer.stepped[name].shard for layer in layers for name in ("U", "V")]
+        squares = [shard.column_squares() for shard in columns]
+        sum_together_(list(zip(columns, squares, strict=True)))
+        for shard, square in zip(columns, squares, strict=True):
+            shard.divide_columns(square.sqrt_().clamp_(min=1e-12))
+        for layer in layers:
+            layer.stepped["sigma"].shard.parameter.clamp_(min=0)
+
+    def _draw(self, layers: list[LayerWork]) -> None:
+        """Other active vectors for some layers, each of which is one process's to decompose."""
+        with ExitStack() as open_layers:
+            held = [(layer, open_layers.enter_context(layer.whole())) for layer in layers]
+            for layer, parts in self._decomposed(held):
+                due = generator_of(layer.group["seed"], "SST", layer.position, layer.steps)
+                likely = layer.layer.probabilities(parts).cpu()
+                chosen = torch.multinomial(likely, layer.layer.rank, generator=due)
+                order = layer.layer.swap(chosen, parts)
+                self._restart(layer, order)
+
+    def _decomposed(self, held: list[Held]) -> list[Held]:
+        """``held``, with the layers whose round is over decomposed anew. Collective."""
+        world = _world_of(held[0][0])
+        over = [(owner, *both) for owner, both in enumerate(held) if self._is_over(both[0])]
+        for owner, layer, parts in over:
+            if owner == world.rank:
+                layer.layer.refactor(parts)
+        for owner, _, parts in over:
+            for part in parts.values():
+                world.send_from(part, owner)
+        return held
+
+    def _is_over(self, layer: LayerWork) -> bool:
+        return layer.steps % self._round(layer.layer, layer.group) == 0
+
+    def _restart(self, layer: LayerWork, order: Tensor) -> None:
+        """Moments of vectors are nothing now; those of sigma follow their pairs, but for a new decomposition's."""
+        for name, (shard, _, state) in layer.stepped.items():
+            for key in state.keys() & MOMENTS:
+                if name != "sigma" or self._is_over(layer):
+                    state[key].zero_()
+                else:
+                    state[key].copy_(shard.part_of(shard.whole_of(state[key])[order]))
+
+
+def _world_of(layer: LayerWork) -> World:
+    """The processes that share what is found of a layer."""
+    shard = layer.stepped["U"].shard
+    return shard.world if shard.split or layer.group["synchronize"] else World.alone()
