@@ -90,7 +90,15 @@ def train(settings: dict[str, Any], dataset: str, steps: int) -> dict[str, Any]:
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
         told: dict[str, Any] = json.loads((Path(folder) / "metrics.json").read_text())
-    wanted = ("validation_loss", "optimizer_state_bytes", "adamw_state_bytes", "tokens", "parameters")
+    wanted = (
+        "validation_loss",
+        "optimizer_state_bytes",
+        "adamw_state_bytes",
+        "tokens",
+        "parameters",
+        "weight_bytes",
+        "gradient_bytes",
+    )
     return {key: told[key] for key in wanted}
 
 

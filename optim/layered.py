@@ -33,8 +33,8 @@ class LayerWork(NamedTuple):
 
     @property
     def position(self) -> int:
-        """Among all parameters of the optimizer: the same on every process."""
-        return next(iter(self.stepped.values())).shard.position
+        """Among all parameters of the optimizer: the same on every process and in every layout."""
+        return min(work.shard.position for work in self.stepped.values())
 
     @contextmanager
     def whole(self) -> Iterator[dict[str, Tensor]]:

@@ -28,7 +28,7 @@ from .base import Group, State
 from .layered import LayeredOptimizer, LayerWork, at_step, since
 from .shards import Whole
 
-MOMENTS = {"exp_avg", "exp_avg_sq"}
+MOMENTS = ("exp_avg", "exp_avg_sq")  # in one order on every process
 RESETS = ("zero", "random", "magnitude")
 
 
@@ -108,7 +108,7 @@ class ReLoRAAdamW(LayeredOptimizer):
     def _reset(self, layer: LayerWork) -> None:
         how = layer.group["reset"]
         for name, (shard, group, state) in layer.stepped.items():
-            for key in sorted(state.keys() & MOMENTS):
+            for key in MOMENTS:
                 if how == "zero":
                     state[key].zero_()
                     continue
@@ -116,7 +116,7 @@ class ReLoRAAdamW(LayeredOptimizer):
                 order = whole.abs().flatten().cpu()
                 if how == "random":
                     generator = generator_of(group["seed"], "ReLoRA", layer.position, name, key, layer.steps)
-                    order = torch.rand(order.shape, generator=generator)
+                    order = torch.rand(order.shape, generator=generator, device="cpu")
                 whole.view(-1)[_smallest(order, group["reset_ratio"]).to(whole.device)] = 0
                 state[key].copy_(shard.part_of(whole))
 

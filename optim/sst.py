@@ -37,7 +37,7 @@ from .base import Group, State
 from .layered import LayeredOptimizer, LayerWork, at_step, since
 from .shards import Whole, World, sum_together_
 
-MOMENTS = {"exp_avg", "exp_avg_sq"}
+MOMENTS = ("exp_avg", "exp_avg_sq")  # in one order on every process
 Held = tuple[LayerWork, dict[str, Tensor]]  # a layer and its parts, whole
 
 
@@ -163,7 +163,7 @@ class SSTAdamW(LayeredOptimizer):
     def _restart(self, layer: LayerWork, order: Tensor) -> None:
         """Moments of vectors are nothing now; those of sigma follow their pairs, but for a new decomposition's."""
         for name, (shard, _, state) in layer.stepped.items():
-            for key in state.keys() & MOMENTS:
+            for key in MOMENTS:
                 if name != "sigma" or self._is_over(layer):
                     state[key].zero_()
                 else:

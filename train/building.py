@@ -10,11 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ..models.llama import SIZES, build_llama, llama_config
 from ..validation import nearest
-from . import zero
+from . import layers, zero
 from .checks import DTYPES
 from .config import Config, ModelArguments, RunArguments, mapping
 from .errors import BadInput
-from .optimizers import build_optimizer
+from .optimizers import build_optimizer, jagged_schedule
 
 
 def architecture(chosen: ModelArguments) -> PreTrainedConfig:
@@ -45,13 +45,17 @@ def untrained(
     config: Config, architecture: PreTrainedConfig, dtype: torch.dtype | None = None, device: str = "meta"
 ) -> PreTrainedModel:
     """The model with new weights, whole; on the meta device without memory."""
-    with torch.device(device), zero.unpartitioned(config.run):
+    # layers are not drawn where tensors have no memory, on the meta device; elsewhere they may only pretend to have it
+    layered = config.model.layer is not None
+    with torch.device("meta" if layered else device), zero.unpartitioned(config.run):
         trusted = config.model.trust_remote_code
         try:
-            return AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=trusted)
+            built = AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=trusted)
         except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise BadInput(f"model {config.model.model!r} cannot be built as it is configured: {reason}") from None
+        built = layers.converted(built, config)
+    return built.to_empty(device=device) if layered and device != "meta" else built
 
 
 def checkpoints_activations(run: RunArguments) -> bool:
@@ -70,12 +74,26 @@ def checkpoint_activations(model: PreTrainedModel, run: RunArguments) -> None:
 
 def check_optimizer(config: Config, architecture: PreTrainedConfig) -> None:
     """Build the optimizer on a model without memory: bad values show before any data is read."""
-    build_optimizer(untrained(config, architecture), config.optimizer, config.run)
+    model = untrained(config, architecture)
+    optimizer = build_optimizer(model, config.optimizer, config.run)
+    layers.ordered_dropout(model, config)
+    if config.optimizer.lr_restart_every is not None and config.run.max_steps > 0:
+        jagged_schedule(config, config.run.max_steps, optimizer)
 
 
-def model(chosen: ModelArguments, checkpoint: Path | None) -> PreTrainedModel:
+def model(config: Config, checkpoint: Path | None) -> PreTrainedModel:
     """The model, with a checkpoint's weights where one is given: engines copy them when they take the model over."""
-    dtype, source = DTYPES[chosen.dtype], chosen.model if checkpoint is None else str(checkpoint)
+    if config.model.layer is None:
+        return _loaded(config.model, config.model.model if checkpoint is None else str(checkpoint))
+    with zero.unpartitioned(config.run):  # layers are made from whole weights
+        layered = layers.converted(_loaded(config.model, config.model.model), config)
+    if checkpoint is not None:
+        layers.load_weights(layered, checkpoint)
+    return layered
+
+
+def _loaded(chosen: ModelArguments, source: str) -> PreTrainedModel:
+    dtype = DTYPES[chosen.dtype]
     if source in SIZES:
         return build_llama(source, dtype=dtype, **_overrides(chosen))
     return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=chosen.trust_remote_code)

@@ -10,7 +10,7 @@ from accelerate.state import DistributedType
 from transformers.training_args import ParallelMode
 
 from ..validation import nearest
-from . import checkpoints
+from . import checkpoints, layers
 from .config import Config, RunArguments
 from .errors import BadInput
 
@@ -40,6 +40,7 @@ def check_values(config: Config) -> None:
         raise BadInput(f"unknown dtype {config.model.dtype!r}; {nearest(config.model.dtype, DTYPES)}")
     if run.fsdp:
         _check_fsdp(run)
+    layers.check(config)
 
 
 def _check_fsdp(run: RunArguments) -> None:

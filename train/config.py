@@ -35,6 +35,16 @@ class ModelArguments:
     model_overrides: str | None = field(
         default=None, metadata={"help": 'Fields of a size changed, as a mapping: {"num_hidden_layers": 2}.'}
     )
+    layer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Layers that store less in place of the target linear layers: sltrain, sst, relora, low_rank or "
+            "maestro; rank and target_modules are theirs."
+        },
+    )
+    layer_args: str | None = field(
+        default=None, metadata={"help": 'Further keywords of the layers, as a mapping: {"density": 0.03}.'}
+    )
     dtype: str = field(default="float32", metadata={"help": "Dtype of the weights: float32 or bfloat16."})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that a saved model, tokenizer or data set brings along."}
@@ -75,10 +85,11 @@ class OptimizerArguments:
         default="galore_adamw",
         metadata={
             "help": "adamw, lion, galore_adamw, galore_adamw_8bit, galore_adafactor, galore_lion, galore_plus_adamw, "
-            "fira_adamw, gradnormlorp_adamw, dct_adamw, apollo_adamw or ldadamw."
+            "fira_adamw, gradnormlorp_adamw, dct_adamw, apollo_adamw, ldadamw; with layers: sltrain_adamw, "
+            "sltrain_adamw_8bit, sst_adamw or relora_adamw."
         },
     )
-    rank: int = field(default=128, metadata={"help": "Rank of the subspace of each target matrix."})
+    rank: int = field(default=128, metadata={"help": "Rank of the subspace, or of the layer, of each target matrix."})
     update_proj_gap: int | None = field(
         default=None, metadata={"help": "Steps between refreshes of the subspace; by default the optimizer's own."}
     )
@@ -94,6 +105,14 @@ class OptimizerArguments:
         default_factory=lambda: list(DEFAULT_TARGETS),
         metadata={"help": "Parts of, or regular expressions for, the names of the layers that get a rank."},
     )
+    lr_restart_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps between restarts of a cosine, as ReLoRA merges; in place of lr_scheduler_type, of whose "
+            "lr_scheduler_kwargs min_lr_rate counts."
+        },
+    )
+    lr_restart_warmup: int = field(default=100, metadata={"help": "Steps of the rise after each restart."})
     optimizer_args: str | None = field(
         default=None,
         metadata={"help": 'Further keywords of the optimizer, as a mapping: {"error_feedback": "8bit"}.'},

@@ -68,6 +68,10 @@ OPTIMIZERS = {
     "dct_adamw": Recipe(optim.DCTAdamW),
     "apollo_adamw": Recipe(optim.APOLLOAdamW),
     "ldadamw": Recipe(optim.LDAdamW),
+    "sltrain_adamw": Recipe(optim.SLTrainAdamW),
+    "sltrain_adamw_8bit": Recipe(optim.SLTrainAdamW8bit),
+    "sst_adamw": Recipe(optim.SSTAdamW),
+    "relora_adamw": Recipe(optim.ReLoRAAdamW),
 }
 
 
@@ -98,6 +102,25 @@ def build_optimizer(model: nn.Module, chosen: OptimizerArguments, run: RunArgume
         raise BadInput(str(error)) from None
 
 
+def jagged_schedule(config: Config, steps: int, optimizer: torch.optim.Optimizer) -> optim.JaggedCosineLR:
+    """ReLoRA's learning rate over a run of ``steps``.
+
+    Raises:
+        BadInput: for restarts that do not fit into the run.
+    """
+    run, chosen = config.run, config.optimizer
+    assert chosen.lr_restart_every is not None
+    given = run.lr_scheduler_kwargs if isinstance(run.lr_scheduler_kwargs, dict) else {}
+    least = given.get("min_lr_rate", 0.1)
+    try:
+        return optim.JaggedCosineLR(
+            optimizer, steps, run.get_warmup_steps(steps), chosen.lr_restart_every, chosen.lr_restart_warmup, least
+        )
+    except ValueError as error:
+        told = str(error).replace("restart_warmup_steps", "lr_restart_warmup")
+        raise BadInput(told.replace("restart_every", "lr_restart_every").replace("lr_lr_", "lr_")) from None
+
+
 def in_place_of(chosen: OptimizerArguments, optimizer: str) -> OptimizerArguments:
     """The same choice with another optimizer, and those of its further keywords that this one takes."""
     if optimizer == chosen.optimizer:
@@ -124,7 +147,8 @@ def without_effect(config: Config) -> list[str]:
     """The subspace keys that were given and that the chosen optimizer does not have."""
     accepted = _recipe(config.optimizer).accepts()
     told = ("rank", *SUBSPACE_KEYS, "target_modules")
-    present = accepted | ({"target_modules"} if "rank" in accepted else set())
+    targeted = "rank" in accepted or config.model.layer is not None
+    present = accepted | ({"rank", "target_modules"} if targeted else set())
     return [key for key in told if key in config.given and key not in present]
 
 

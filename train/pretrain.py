@@ -54,7 +54,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         check_same_run(config, output_dir if checkpoint is None else checkpoint.parent, data_identity)
 
     set_seed(run.seed)
-    model = building.model(config.model, checkpoint if split_anew else None)
+    model = building.model(config, checkpoint if split_anew else None)
     if run.should_save:
         _make(output_dir)
     trainer = trainer_of(config, model, tokenizer, blocks, layout, weights_are_loaded=split_anew)
@@ -98,7 +98,7 @@ def _train(trainer: PretrainTrainer, checkpoint: Path | None) -> float | None:
 def _finish(config: Config, trainer: PretrainTrainer, output_dir: Path, speed: float | None) -> dict[str, Any]:
     """The last evaluation, the saved model, metrics.json, loss.png and the table."""
     loss = trainer.evaluate()["eval_loss"]
-    trainer.save_model(str(output_dir))
+    trainer.export(str(output_dir))
     model = trainer.accelerator.unwrap_model(trainer.model)
     tokens_per_step = trainer.get_total_train_batch_size(config.run) * config.data.block_size
     steps = trainer.state.global_step
@@ -145,7 +145,7 @@ def trainer_of(
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(settings, token, getattr(tokenizer, token))
     return kind(
-        chosen=config.optimizer,
+        config=config,
         layout=layout,
         weights_are_loaded=weights_are_loaded,
         model=model,
@@ -162,7 +162,8 @@ def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks) 
     parameters = report.elements(model)
     train = "streamed" if corpus.streamed else f"{len(blocks.train):,}"
     print(
-        f"{config.name}: {config.model.model} LLaMA of {parameters:,} parameters, {config.optimizer.optimizer}, "
+        f"{config.name}: {config.model.model} LLaMA of {parameters:,} parameters"
+        f"{f' in {config.model.layer} layers' if config.model.layer else ''}, {config.optimizer.optimizer}, "
         f"{corpus.name}\n"
         f"{train} training and {len(blocks.validation):,} validation blocks of {config.data.block_size} tokens",
         flush=True,

@@ -145,7 +145,7 @@ def profile(arguments: Sequence[str], steps: int, output_dir: str) -> tuple[Prof
     building.check_optimizer(config, architecture)
     _, tokenizer, blocks = read(config, architecture)
     set_seed(config.run.seed)
-    model = building.model(config.model, None)
+    model = building.model(config, None)
     trainer = trainer_of(config, model, tokenizer, blocks, layouts.Layout.of(config.run), kind=ProfiledTrainer)
     assert isinstance(trainer, ProfiledTrainer)
     trainer.train()

@@ -33,12 +33,18 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None, layout: La
     process would hold of them."""
     trainable = [_split_from(p) for p in model.parameters() if p.requires_grad]
     return {
-        "weight_bytes": sum(_held(p).nbytes for p in model.parameters()),
+        "weight_bytes": sum(_held(p).nbytes for p in [*model.parameters(), *_saved_buffers(model)]),
         "gradient_bytes": sum(p.nbytes for p in trainable) // layout.gradient_parts,
         "optimizer_state_bytes": 0 if optimizer is None else state_bytes(optimizer),
         "adamw_state_bytes": adamw_state_bytes(trainable) // layout.state_parts,
         "peak_memory_bytes": peak_memory(),
     }
+
+
+def _saved_buffers(model: nn.Module) -> list[torch.Tensor]:
+    """Those that are part of a model's weights, as the places of sparse values are."""
+    found = [(module, *pair) for module in model.modules() for pair in module.named_buffers(recurse=False)]
+    return [buffer for module, name, buffer in found if name not in module._non_persistent_buffers_set]
 
 
 def _held(parameter: Any) -> torch.Tensor:

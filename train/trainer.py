@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from . import checkpoints, layouts
-from .config import OptimizerArguments, RunArguments
+from ..models.convert import merge
+from ..models.ordered_dropout import OrderedDropout
+from . import building, checkpoints, layers, layouts
+from .config import Config, RunArguments
 from .errors import RunStopped
-from .optimizers import build_optimizer
+from .optimizers import build_optimizer, jagged_schedule
 
 
 class PretrainTrainer(Trainer):
@@ -22,23 +25,55 @@ class PretrainTrainer(Trainer):
     args: RunArguments
     model: PreTrainedModel
 
-    def __init__(
-        self, *, chosen: OptimizerArguments, layout: layouts.Layout, weights_are_loaded: bool, **kwargs: Any
-    ) -> None:
-        self.chosen, self.layout, self.weights_are_loaded = chosen, layout, weights_are_loaded
+    def __init__(self, *, config: Config, layout: layouts.Layout, weights_are_loaded: bool, **kwargs: Any) -> None:
+        self.config, self.layout, self.weights_are_loaded = config, layout, weights_are_loaded
         self.own_optimizer: torch.optim.Optimizer | None = None  # as engines were given it, before they wrapped it
+        if config.model.layer is not None and config.run.ddp_broadcast_buffers is None:
+            config.run.ddp_broadcast_buffers = False  # places of weights never change
         super().__init__(**kwargs)
+        self.dropout = layers.ordered_dropout(self.model, config)
+        self._passes = (0, 0)  # the step, and how many passes of it there have been
+        if self.dropout is not None:
+            self.add_callback(Shrinking(self.dropout))
         self._first_bad_step = torch.full((), -1, dtype=torch.long, device=self.args.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.model if model is None else model, self.chosen, self.args)
+            self.optimizer = build_optimizer(self.model if model is None else model, self.config.optimizer, self.args)
             self.own_optimizer = self.optimizer
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        stepped: Any = optimizer or self.optimizer
+        if self.lr_scheduler is None and self.config.optimizer.lr_restart_every is not None:
+            jagged: Any = jagged_schedule(self.config, num_training_steps, stepped)
+            self.lr_scheduler = jagged
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # ---- ordered dropout ----------------------------------------------------------------------------------------
+
+    def _draw_widths(self) -> None:
+        if self.dropout is not None:
+            step, passes = self._passes
+            passes = passes if step == self.state.global_step else 0
+            self.dropout.draw(self.state.global_step * self.args.gradient_accumulation_steps + passes)
+            self._passes = (self.state.global_step, passes + 1)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.dropout is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # which of the two divides by the passes of a step is the Trainer's rule for its own loss
+        divided = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        loss = loss + self.dropout.loss() / (self.current_gradient_accumulation_steps if divided else 1)
+        return (loss, outputs) if return_outputs else loss
 
     # ---- non-finite losses --------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._draw_widths()
         loss = super().training_step(*args, **kwargs)
         # Remembered on the device and read where the Trainer reads it anyway: no stop of a GPU per step.
         bad = ~torch.isfinite(loss) & (self._first_bad_step < 0)
@@ -110,6 +145,23 @@ class PretrainTrainer(Trainer):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
 
+    def export(self, folder: str) -> None:
+        """The trained model as one that loads without gracile: layers merged into plain ones. Collective."""
+        if self.config.model.layer is None:
+            self.save_model(folder)
+            return
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        if not self.args.should_save:
+            return
+        architecture: Any = self.model.config
+        plain = building.untrained(self.config, architecture, next(iter(state.values())).dtype)
+        plain.load_state_dict(state, assign=True)
+        merge(plain)
+        plain.generation_config = self.model.generation_config
+        plain.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
     def is_finished(self, checkpoint: Path) -> bool:
         """Whether the checkpoint is the end of this run: the Trainer's loop would train one step more."""
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -144,4 +196,17 @@ class Moments(TrainerCallback):
         if control.should_save:
             # A logged loss is a mean since the last log: starting anew at each save, a resumed run logs the same.
             control.should_log = True
+        return control
+
+
+class Shrinking(TrainerCallback):
+    """Ordered factors lose components after some steps."""
+
+    def __init__(self, dropout: OrderedDropout) -> None:
+        self.dropout = dropout
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        self.dropout.shrink(state.global_step)
         return control

@@ -115,7 +115,8 @@ class ReLoRALinear(FactoredLinear):
         parts["B"].zero_()
         if parts["A"].is_meta:
             return
-        drawn = torch.rand(parts["A"].shape, generator=generator_of(self.seed, self.name, int(parts["folds"])))
+        generator = generator_of(self.seed, self.name, int(parts["folds"]))
+        drawn = torch.rand(parts["A"].shape, generator=generator, device="cpu")
         parts["A"].copy_(drawn.mul_(2).sub_(1).mul_(self.in_features**-0.5))
 
     def extra_repr(self) -> str:
@@ -125,6 +126,6 @@ class ReLoRALinear(FactoredLinear):
 def _rounded(wide: Tensor, generator: torch.Generator) -> Tensor:
     """fp32 as bf16, up or down at random, the likelier the nearer: rounded to the nearest, small changes would all be
     lost."""
-    noise = torch.randint(2**16, wide.shape, generator=generator, dtype=torch.int32)
+    noise = torch.randint(2**16, wide.shape, generator=generator, dtype=torch.int32, device="cpu")
     bits = wide.view(torch.int32).add(noise.to(wide.device)).bitwise_and_(-(2**16))
     return torch.where(wide.isfinite(), bits.view(torch.float32), wide).bfloat16()

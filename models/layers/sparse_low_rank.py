@@ -118,17 +118,19 @@ def places(elements: int, count: int, seed: int, name: str) -> Tensor:
     generator = generator_of(seed, name, elements, count)
     dense = 2 * count > elements  # then those that are left out are drawn
     wanted = elements - count if dense else count
-    drawn = torch.empty(0, dtype=torch.int32)
+    drawn = torch.empty(0, dtype=torch.int32, device="cpu")
     while len(drawn) < wanted:
         missing = wanted - len(drawn)
-        more = torch.randint(elements, (missing + missing // 8 + 16,), generator=generator, dtype=torch.int32)
+        more = torch.randint(
+            elements, (missing + missing // 8 + 16,), generator=generator, dtype=torch.int32, device="cpu"
+        )
         drawn = torch.unique(torch.cat([drawn, more]))
     if len(drawn) > wanted:  # any of them may go: all are alike
-        keep = torch.randperm(len(drawn), generator=generator)[:wanted]
+        keep = torch.randperm(len(drawn), generator=generator, device="cpu")[:wanted]
         drawn = drawn[keep.sort().values]
     if not dense:
         return drawn
-    kept = torch.ones(elements, dtype=torch.bool)
+    kept = torch.ones(elements, dtype=torch.bool, device="cpu")
     kept[drawn.long()] = False
     return kept.nonzero().view(-1).int()
 

@@ -33,16 +33,13 @@ from .base import FactoredWeight, Parts
 class SpectralLinear(FactoredWeight):
     """y = x (U diag(sigma) V^T)^T + bias; sigma and ``rank`` pairs of vectors are trained at a time.
 
-    Parameters ``U`` (out x rank), ``V`` (in x rank) and ``sigma`` (k, the active ones first); buffers ``U_frozen`` and
-    ``V_frozen`` hold the other k - rank columns. ``from_linear`` keeps the weight; a new one is drawn as
-    ``nn.Linear``'s.
+    Parameters ``U`` (out x rank), ``V`` (in x rank) and ``sigma`` (k, the active ones first); ``U_frozen`` and
+    ``V_frozen`` hold the other k - rank columns: frozen parameters and not buffers, so that engines split and cast
+    them. ``from_linear`` keeps the weight; a new one is drawn as ``nn.Linear``'s.
 
     Raises:
         ValueError: for a rank below 1 or above the smaller side.
     """
-
-    U_frozen: Tensor
-    V_frozen: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, rank: int, **placed: Any) -> None:
         super().__init__(in_features, out_features, bias, **placed)
@@ -52,16 +49,16 @@ class SpectralLinear(FactoredWeight):
         self.U = nn.Parameter(torch.empty(out_features, rank, **placed))
         self.V = nn.Parameter(torch.empty(in_features, rank, **placed))
         self.sigma = nn.Parameter(torch.empty(most, **placed))
-        self.register_buffer("U_frozen", torch.empty(out_features, most - rank, **placed))
-        self.register_buffer("V_frozen", torch.empty(in_features, most - rank, **placed))
+        for name, side in (("U_frozen", out_features), ("V_frozen", in_features)):  # engines cannot split nothing
+            frozen = nn.Parameter(torch.empty(side, most - rank, **placed), requires_grad=False)
+            self.register_parameter(name, frozen if rank < most else None)
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
-        made_of: tuple[Tensor, ...] = (x, self.U, self.U_frozen, self.V, self.V_frozen, self.sigma)
         if torch.is_autocast_enabled(kind):
-            made_of = tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in made_of)
-        y: Tensor = _Spectral.apply(*made_of)
+            x = x.to(torch.get_autocast_dtype(kind))
+        y: Tensor = _Spectral.apply(x, self.U, self.U_frozen, self.V, self.V_frozen, self.sigma)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @torch.no_grad()
@@ -117,50 +114,64 @@ class SpectralLinear(FactoredWeight):
             return
         exact = torch.float64 if min(weight.shape) <= 1024 else torch.float32
         U, sigma, Vh = torch.linalg.svd(weight.to(exact), full_matrices=False)
-        self._write(U, Vh.mT, sigma, self.parts() if parts is None else parts)
+        # a pair may change its sign where a weight changes in its last bit: the largest of each column of U is positive
+        signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
+        self._write(U * signs, Vh.mT * signs, sigma, self.parts() if parts is None else parts)
 
     def _write(self, U: Tensor, V: Tensor, sigma: Tensor, parts: Parts) -> None:
         for name, columns in (("U", U), ("V", V)):
             parts[name].copy_(columns[:, : self.rank])
-            parts[f"{name}_frozen"].copy_(columns[:, self.rank :])
+            if f"{name}_frozen" in parts:
+                parts[f"{name}_frozen"].copy_(columns[:, self.rank :])
         parts["sigma"].copy_(sigma)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank} of {len(self.sigma)}"
+        return f"{super().extra_repr()}, rank={self.rank} of {min(self.in_features, self.out_features)}"
 
 
 def _spectrum(parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
     """All of U, V and sigma, what is active first."""
-    U, V = (torch.cat([parts[name], parts[f"{name}_frozen"]], 1) for name in ("U", "V"))
+    U, V = (_columns(parts[name], parts.get(f"{name}_frozen")) for name in ("U", "V"))
     return U, V, parts["sigma"]
 
 
+def _columns(active: Tensor, frozen: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """Side by side; all may be active."""
+    columns = active if frozen is None else torch.cat([active, frozen], 1)
+    return columns if dtype is None else columns.to(dtype)
+
+
 class _Spectral(torch.autograd.Function):
+    """Active and frozen columns are put side by side for a moment, and sigma multiplies columns of U or V (of m and n
+    rows) and not of H or C (of N): one product each, and no other pass over what is as long as N but for dsigma's.
+    What is narrower than the parameters, under autocast, is made anew in the backward pass and not kept."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, U: Tensor, U_frozen: Tensor, V: Tensor, V_frozen: Tensor, sigma: Tensor) -> Tensor:
-        r = U.shape[1]
+    def forward(
+        ctx: Any, x: Tensor, U: Tensor, U_frozen: Tensor | None, V: Tensor, V_frozen: Tensor | None, sigma: Tensor
+    ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            H, H_frozen = x @ V, x @ V_frozen
-            ctx.save_for_backward(x, H, H_frozen, U, U_frozen, V, V_frozen, sigma)
-            return F.linear(H * sigma[:r], U) + F.linear(H_frozen * sigma[r:], U_frozen)
+            H = x @ _columns(V, V_frozen, x.dtype)
+            ctx.save_for_backward(x, H, U, U_frozen, V, V_frozen, sigma)
+            return F.linear(H, _columns(U, U_frozen, x.dtype) * sigma.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, H, H_frozen, U, U_frozen, V, V_frozen, sigma = ctx.saved_tensors
+        x, H, U, U_frozen, V, V_frozen, sigma = ctx.saved_tensors
         need_x, need_U, _, need_V, _, need_sigma = ctx.needs_input_grad
         r = U.shape[1]
         dx = dU = dV = dsigma = None
         with torch.autocast(x.device.type, enabled=False):
-            C, C_frozen = dy @ U, dy @ U_frozen
+            C = dy @ _columns(U, U_frozen, x.dtype)
             if need_x:
-                dx = F.linear(C * sigma[:r], V) + F.linear(C_frozen * sigma[r:], V_frozen)
+                dx = F.linear(C, _columns(V, V_frozen, x.dtype) * sigma.to(x.dtype))
             if need_U:
-                dU = _rows(dy).mT @ _rows(H)
+                dU = (_rows(dy).mT @ _rows(H)[:, :r]).to(U.dtype)
             if need_V:
-                dV = _rows(x).mT @ _rows(C)
+                dV = (_rows(x).mT @ _rows(C)[:, :r]).to(V.dtype)
             if need_sigma:
-                dsigma = torch.cat([_rows(h * c).sum(0) for h, c in ((H, C), (H_frozen, C_frozen))])
+                dsigma = _rows(C.mul_(H)).sum(0).to(sigma.dtype)  # C is not needed any more
         return dx, dU, None, dV, None, dsigma
 
 

@@ -39,6 +39,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gracile import optim
+from gracile.models import layers
+from gracile.models.convert import convert
 from gracile.optim.base import SubspaceOptimizer
 from gracile.optim.shards.world import _host_group
 from gracile.optim.subspaces.basis import Room
@@ -73,7 +75,19 @@ OPTIMIZERS = {
     "APOLLOAdamW Mini": (optim.APOLLOAdamW, {}, {"rank": 1, "scale_type": "tensor", "scale": 8.0}),
     "APOLLOAdamW svd": (optim.APOLLOAdamW, {}, {"proj": "svd"}),
     "LDAdamW": (optim.LDAdamW, {**EPS, "lr": 3e-3}, {}),
+    "SLTrainAdamW": (optim.SLTrainAdamW, {**EPS, "lr": 3e-3}, None),
+    "SLTrainAdamW8bit": (optim.SLTrainAdamW8bit, {**EPS, "lr": 3e-3}, None),
+    "SSTAdamW": (optim.SSTAdamW, {**EPS, "lr": 3e-3, "swap_every": GAP, "iterations": 2, "warmup_steps": 3}, None),
+    "ReLoRAAdamW": (optim.ReLoRAAdamW, {**EPS, "lr": 3e-3, "merge_every": GAP}, None),
 }
+# those that need layers of their own
+LAYERS = {
+    "SLTrainAdamW": (layers.SparseLowRankLinear, {"density": 0.1}),
+    "SLTrainAdamW8bit": (layers.SparseLowRankLinear, {"density": 0.1}),
+    "SSTAdamW": (layers.SpectralLinear, {}),
+    "ReLoRAAdamW": (layers.ReLoRALinear, {"alpha": 6.0}),
+}
+TARGETS = ["tall", "wide", "near", "square", "small"]
 
 
 BACKEND_OF = dist.get_backend
@@ -104,7 +118,11 @@ class Net(nn.Module):
 
 def build(cell):
     torch.manual_seed(0)
-    return Net(*cell.get("sizes", SIZES))
+    net = Net(*cell.get("sizes", SIZES))
+    if cell["optimizer"] in LAYERS:
+        kind, keys = LAYERS[cell["optimizer"]]
+        convert(net, kind, TARGETS, rank=cell.get("rank", RANK), **keys)
+    return net
 
 
 def batch(step, micro):
@@ -113,9 +131,17 @@ def batch(step, micro):
     return x, (3 * x + 1) % 37
 
 
-def make_optimizer(net, cell):
-    """Two ranked groups, with different rank, gap and side, and the rest."""
+def make_optimizer(net, cell, together=True):
+    """Two ranked groups, with different rank, gap and side, and the rest; or groups of whole layers, and the rest.
+
+    ``together``: on all processes, not in this one by itself.
+    """
     kind, keys, matrix_keys = OPTIMIZERS[cell["optimizer"]]
+    if cell["optimizer"] in LAYERS:
+        more = {"synchronize": together} if kind is optim.SSTAdamW else {}
+        groups = [[*net.tall.parameters(), *net.wide.parameters()]]
+        groups += [[p for p in net.parameters() if p.requires_grad and not any(p is q for q in groups[0])]]
+        return kind([{"params": group} for group in groups], **{**keys, **more})
     trained = [p for p in net.parameters() if p.requires_grad]
     if matrix_keys is None:
         return kind([{"params": trained[:5]}, {"params": trained[5:]}], **{"lr": 0.01, **keys})
@@ -139,7 +165,7 @@ def weights_of(net):
 def alone(cell):
     """The weights before and after, in one process, and the bytes of its state."""
     net = build(cell)
-    before, optimizer = weights_of(net), make_optimizer(net, cell)
+    before, optimizer = weights_of(net), make_optimizer(net, cell, together=False)
     parts = cell.get("accumulation", 1)
     for step in range(STEPS):
         for micro in range(parts):
@@ -282,7 +308,7 @@ class Replay:
     not that of gradients in bf16."""
 
     def __init__(self, split, cell):
-        self.optimizer = make_optimizer(build(cell), cell)
+        self.optimizer = make_optimizer(build(cell), cell, together=False)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.before = self.weights(split)
         for position, weights in self.before.items():

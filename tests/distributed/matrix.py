@@ -31,8 +31,10 @@ BATCH_OF_CELLS = 30  # cells a launch runs: starting processes costs more than a
 OPTIMIZERS = [
     "Lion", "GaLoreAdamW", "GaLoreAdamW svd", "GaLoreAdamW8bit", "GaLoreAdamW8bit Q-GaLore", "GaLoreAdafactor",
     "GaLoreLion", "GaLorePlusAdamW", "FiraAdamW", "GradNormLoRPAdamW", "DCTAdamW", "DCTAdamW fed back",
-    "DCTAdamW fed back in 8 bits", "APOLLOAdamW", "APOLLOAdamW Mini", "APOLLOAdamW svd", "LDAdamW",
+    "DCTAdamW fed back in 8 bits", "APOLLOAdamW", "APOLLOAdamW Mini", "APOLLOAdamW svd", "LDAdamW", "SLTrainAdamW",
+    "SLTrainAdamW8bit", "SSTAdamW", "ReLoRAAdamW",
 ]  # fmt: skip
+LAYERED = ("SLTrain", "SST", "ReLoRA")
 LARGE = {"sizes": [96, 401, 113], "rank": 12}  # moments of at least 4096 numbers, so that they are held in 8 bits
 ZERO = ("zero1", "zero2", "zero3")
 OPTIONS: dict[str, tuple[Cell, tuple[str, ...]]] = {
@@ -67,6 +69,13 @@ def possible(cell: Cell) -> bool:
     if cell.get("zero_init") and option and "zero3" not in OPTIONS[option][1]:
         return False
     precision = cell.get("precision")
+    layered = cell.get("optimizer", "").startswith(LAYERED)
+    if layered and (cell.get("zero_init") or option == "sub-groups" or cell.get("side", "std") != "std"):
+        return False  # weights must be whole to be converted, and layers stepped whole; there is no side
+    if layered and cell.get("shard_basis"):
+        return False
+    if cell.get("optimizer") == "SSTAdamW" and (precision or "fp32") != "fp32":
+        return False  # what is frozen is rounded there, and its decompositions cannot be replayed in fp32
     if precision == "bf16, fp32 gradients" and layout and layout not in ZERO:
         return False
     return not (precision == "bf16" and layout == "zero0")  # no fp32 master weights there

@@ -6,7 +6,7 @@ torchrun --nproc-per-node 2 state_bytes.py CELLS.json RESULTS.json
 import json
 import sys
 
-from cells import OPTIMIZERS, deepspeed, dist, skip_inference_reduce, torch
+from cells import LAYERS, OPTIMIZERS, convert, deepspeed, dist, skip_inference_reduce, torch
 
 from gracile.models import build_llama
 from gracile.optim import param_groups, state_bytes
@@ -15,10 +15,14 @@ from gracile.optim.shards import as_one, each
 from gracile.train.leaving import leave
 
 
-def llama():
+def llama(cell):
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3, "vocab_size": 512}
-    return build_llama("2m", num_attention_heads=4, **sizes)
+    model = build_llama("2m", num_attention_heads=4, **sizes)
+    if cell["optimizer"] in LAYERS:
+        kind, keys = LAYERS[cell["optimizer"]]
+        convert(model, kind, rank=32, **keys)
+    return model
 
 
 def made(model, cell):
@@ -43,15 +47,15 @@ def basis_bytes(optimizer):
 def planned_bytes(cell):
     """What this process will hold, known before there is an engine."""
     with torch.device("meta"):
-        optimizer = made(llama(), cell)
+        optimizer = made(llama(cell), cell)
     cut = each if cell["stage"] == 3 else as_one
     return planned_state_by_kind(optimizer, cut, dist.get_rank(), dist.get_world_size(), torch.float32).total()
 
 
 def measure(cell):
-    model = llama()
+    model = llama(cell)
     alone = stepped(model, made(model, cell))
-    model = llama()
+    model = llama(cell)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,

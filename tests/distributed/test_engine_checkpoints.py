@@ -33,6 +33,9 @@ OPTIMIZERS = [
     "APOLLOAdamW Mini",
     "APOLLOAdamW svd",
     "LDAdamW",
+    "SLTrainAdamW",
+    "SSTAdamW",
+    "ReLoRAAdamW",
 ]
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}}
 BF16 = {"precision": "bf16"}

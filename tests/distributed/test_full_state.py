@@ -23,6 +23,9 @@ MOVES = [
     ("DCTAdamW fed back", "zero1", "zero2"),
     ("APOLLOAdamW", "fsdp2", "zero3"),
     ("LDAdamW", "zero3", "fsdp2"),
+    ("SLTrainAdamW8bit", "zero1", "fsdp2"),
+    ("SSTAdamW", "zero3", "zero1"),
+    ("ReLoRAAdamW", "fsdp2", "zero3"),
 ]
 
 

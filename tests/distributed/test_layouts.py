@@ -44,6 +44,15 @@ ON = {
         cell("GaLoreAdamW8bit Q-GaLore", "zero1", **LARGE, **SHARD_BASIS),
         cell("FiraAdamW", "zero1", precision="bf16, fp32 gradients", accumulation=4),
         cell("GaLoreAdamW", "zero3", precision="bf16", proj_type="left", zero=OFFLOAD),
+        cell("SLTrainAdamW", "zero2"),
+        cell("SLTrainAdamW8bit", "zero3", **LARGE),
+        cell("SSTAdamW", "ddp"),
+        cell("SSTAdamW", "zero1", zero={"round_robin_gradients": True}, accumulation=4),
+        cell("SSTAdamW", "zero3", zero=OFFLOAD, nccl=True),
+        cell("SSTAdamW", "zero3", rank=13),
+        cell("ReLoRAAdamW", "fsdp2"),
+        cell("ReLoRAAdamW", "zero3", clip=0.05, zero={"stage3_param_persistence_threshold": 100_000}),
+        cell("ReLoRAAdamW", "zero2", precision="bf16"),
     ],
     4: [
         cell("Lion", "fsdp2"),
@@ -58,6 +67,8 @@ ON = {
         cell("LDAdamW", "fsdp2", proj_type="left", **SHARD_BASIS),
         cell("GaLoreAdamW8bit", "zero3", proj_type="left", **LARGE),
         cell("GaLorePlusAdamW", "zero2", precision="bf16", **SHARD_BASIS),
+        cell("SSTAdamW", "fsdp2"),
+        cell("ReLoRAAdamW", "zero3"),
     ],
 }
 

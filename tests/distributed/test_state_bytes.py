@@ -10,7 +10,7 @@ WORKER = Path(__file__).with_name("state_bytes.py")
 OPTIMIZERS = [
     "Lion", "GaLoreAdamW8bit", "GaLoreAdamW8bit Q-GaLore", "GaLoreAdafactor", "GaLoreLion", "GaLorePlusAdamW",
     "FiraAdamW", "GradNormLoRPAdamW", "DCTAdamW", "DCTAdamW fed back in 8 bits", "APOLLOAdamW", "APOLLOAdamW svd",
-    "LDAdamW",
+    "LDAdamW", "SLTrainAdamW", "SSTAdamW", "ReLoRAAdamW",
 ]  # fmt: skip
 CELLS = [{"optimizer": name, "stage": 1 + i % 3, "keys": {}} for i, name in enumerate(OPTIMIZERS)]
 CELLS += [{"optimizer": name, "stage": stage, "keys": {}} for name in ("AdamW", "GaLoreAdamW") for stage in (1, 2, 3)]

@@ -1,0 +1,143 @@
+"""``gracile pretrain`` with layers that store less: runs that go on, models that load anywhere, bad input."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from gracile.train.config import load_config
+from gracile.train.layers import LAYERS
+from gracile.train.pretrain import main
+from tests.train.test_pretrain import interrupt, same, weights
+
+# layer -> settings that let everything happen within twelve steps
+RUNS = {
+    "low_rank": {"optimizer": "adamw"},
+    "sltrain": {"optimizer": "sltrain_adamw", "layer_args": {"density": 0.1}},
+    "sst": {"optimizer": "sst_adamw", "optimizer_args": {"swap_every": 3, "iterations": 2}},
+    "relora": {
+        "optimizer": "relora_adamw",
+        "layer_args": {"dropout": 0.1},
+        "optimizer_args": {"merge_every": 4, "reset": "random"},
+        "lr_restart_every": 4,
+        "lr_restart_warmup": 2,
+    },
+    "maestro": {"optimizer": "adamw", "layer_args": {"shrink_every": 4, "threshold": 0.05, "penalty": 0.001}},
+}
+
+
+def settings(layer, **changes):
+    return {"layer": layer, **RUNS[layer], "update_proj_gap": None, **changes}
+
+
+@pytest.mark.parametrize("layer", RUNS)
+def test_a_run_goes_on_to_the_bit_and_its_model_loads_without_gracile(layer, tiny, tmp_path, metrics):
+    config = tiny(**settings(layer))
+    assert main([config]) == 0
+    run = tmp_path / "run"
+    copy = interrupt(run, tmp_path / "copy", keep="checkpoint-5")
+    assert main([config, "--output_dir", str(copy), "--resume_from_checkpoint", "true"]) == 0
+    assert same(weights(run), weights(copy))
+    assert metrics(run)["history"] == metrics(copy)["history"]
+    last = load_file(run / "checkpoint-12" / "model.safetensors")
+    assert same(last, load_file(copy / "checkpoint-12" / "model.safetensors"))
+    assert last.keys() != weights(run).keys()
+
+    script = """
+import sys
+from transformers import AutoModelForCausalLM
+model, told = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(told.values()), told
+assert "gracile" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(run)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("layer", RUNS)
+def test_the_saved_model_computes_what_the_trained_one_did(layer, tiny, tmp_path, metrics):
+    """Its loss on the validation blocks is what the run told."""
+    assert main([tiny(**settings(layer))]) == 0
+    told = metrics(tmp_path / "run")
+    start = str(tmp_path / "run")
+    again = tiny(model=start, model_overrides=None, max_steps=1, learning_rate=0.0, optimizer="adamw",
+                 output_dir=str(tmp_path / "again"), update_proj_gap=None)  # fmt: skip
+    assert main([again]) == 0
+    assert metrics(tmp_path / "again")["validation_loss"] == pytest.approx(told["validation_loss"], rel=1e-5)
+
+
+def test_relora_begins_with_a_saved_model(tiny, tmp_path, metrics):
+    """A warm start: before the first step it computes what the saved model does."""
+    assert main([tiny(optimizer="adamw", output_dir=str(tmp_path / "full"))]) == 0
+    told = metrics(tmp_path / "full")
+    start = {"model": str(tmp_path / "full"), "model_overrides": None}
+    assert main([tiny(**settings("relora", **start, learning_rate=0.0, max_steps=1))]) == 0
+    assert metrics(tmp_path / "run")["validation_loss"] == pytest.approx(told["validation_loss"], rel=1e-5)
+
+
+def test_maestro_loses_components(tiny, tmp_path):
+    assert main([tiny(**settings("maestro", layer_args={"shrink_every": 4, "threshold": 0.5}))]) == 0
+    held = load_file(tmp_path / "run" / "checkpoint-12" / "model.safetensors")
+    widths = [int(value) for key, value in held.items() if key.endswith("_extra_state")]
+    assert min(widths) < 32
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    ranks = [int(torch.linalg.matrix_rank(p.double(), rtol=1e-6)) for n, p in model.named_parameters() if "_proj" in n]
+    assert sorted(ranks) == sorted(widths)
+
+
+def test_memory_counts_places_and_what_is_frozen(tiny, tmp_path, metrics):
+    assert main([tiny(**settings("sltrain", max_steps=1))]) == 0
+    told = metrics(tmp_path / "run")
+    places = sum(int(0.1 * m * n) for m, n in [(32, 32)] * 8 + [(88, 32)] * 6)
+    assert told["weight_bytes"] == 4 * told["parameters"] + 4 * places
+    assert main([tiny(**settings("sst", max_steps=1, output_dir=str(tmp_path / "sst")))]) == 0
+    told = metrics(tmp_path / "sst")
+    frozen = sum(28 * (m + n) for m, n in [(32, 32)] * 8 + [(88, 32)] * 6)
+    assert told["weight_bytes"] - told["gradient_bytes"] == 4 * frozen
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer": "sltrian"}, "unknown layer 'sltrian'; did you mean 'sltrain'?"),
+        ({"layer": "sst"}, "layer sst needs optimizer: sst_adamw, got galore_adamw"),
+        ({"layer": "relora", "optimizer": "adamw"}, "layer relora needs optimizer: relora_adamw, got adamw"),
+        ({"optimizer": "sltrain_adamw"}, "optimizer sltrain_adamw needs layer: sltrain, got none"),
+        ({"layer": "sst", "optimizer": "relora_adamw"}, "optimizer relora_adamw needs layer: relora, got sst"),
+        ({"layer_args": {"density": 0.1}}, 'layer_args {"density": 0.1} need a layer; choose one of low_rank'),
+        ({**settings("sltrain"), "layer_args": {"desity": 1}}, "layer_args: sltrain takes no 'desity'; did you mean"),
+        ({**settings("sltrain"), "layer_args": {"density": 2}}, "layer sltrain: density must be a number in [0, 1], g"),
+        ({**settings("sst"), "rank": 33}, "layer sst: rank must be a whole number from 1 to 32 here, got 33"),
+        ({**settings("sst"), "target_modules": ["mpl"]}, "layer sst: target_modules: 'mpl' matches no trainable lin"),
+        ({**settings("sst"), "optimizer_args": {"swap_evry": 2}}, "optimizer_args: sst_adamw takes no 'swap_evry' th"),
+        ({**settings("sst"), "optimizer_args": {"swap_every": 0}}, "swap_every must be a whole number >= 1, got 0"),
+        ({**settings("relora"), "lr_restart_warmup": 4}, "lr_restart_warmup must be below lr_restart_every=4, got 4"),
+        ({**settings("relora"), "lr_restart_every": 0}, "lr_restart_every must be a whole number >= 1, got 0"),
+        ({**settings("maestro"), "layer_args": {"sampler": "two"}}, "layer_args: sampler must be one of one, each, n"),
+    ],
+)
+def test_bad_input_gets_one_line(changes, message, tiny, tmp_path, capsys):
+    assert main([tiny(**changes)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"gracile pretrain: {message}"), told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_layer_is_tried_and_named_in_the_help():
+    assert RUNS.keys() == LAYERS.keys()
+    fields = {f.name: f for f in type(load_config(["quickstart"]).model).__dataclass_fields__.values()}
+    assert all(name in fields["layer"].metadata["help"] for name in LAYERS)
+
+
+def test_widths_are_drawn_for_a_pass_and_not_by_it(tiny, tmp_path):
+    """With activations checkpointed, each pass is done twice, and is the same run."""
+    kept = settings("maestro", activation_checkpointing=False)
+    assert main([tiny(**kept)]) == 0
+    again = settings("maestro", activation_checkpointing=True, output_dir=str(tmp_path / "again"))
+    assert main([tiny(**again)]) == 0
+    one, other = weights(tmp_path / "run"), weights(tmp_path / "again")
+    assert all(torch.allclose(one[key], other[key], rtol=1e-5, atol=1e-6) for key in one)

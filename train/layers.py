@@ -1,0 +1,126 @@
+"""Layers that store less, by the name that a configuration gives them."""
+
+from __future__ import annotations
+
+from inspect import signature
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..models import layers
+from ..models.convert import convert
+from ..models.layers import FactoredLinear
+from ..models.ordered_dropout import OrderedDropout
+from ..validation import nearest
+from .config import Config, mapping
+from .errors import BadInput
+
+
+class Kind(NamedTuple):
+    """A class of layers. ``optimizers`` are those that care for it, where others would not train what is meant."""
+
+    layer: type[FactoredLinear]
+    optimizers: tuple[str, ...] = ()
+    more: type[Any] | None = None  # what else takes keywords of ``layer_args``
+
+
+LAYERS = {
+    "low_rank": Kind(layers.LowRankLinear),
+    "sltrain": Kind(layers.SparseLowRankLinear),
+    "sst": Kind(layers.SpectralLinear, ("sst_adamw",)),
+    "relora": Kind(layers.ReLoRALinear, ("relora_adamw",)),
+    "maestro": Kind(layers.OrderedLowRankLinear, more=OrderedDropout),
+}
+# optimizers that are for one layer alone
+FOR_LAYERS = {"sltrain_adamw": "sltrain", "sltrain_adamw_8bit": "sltrain", "sst_adamw": "sst", "relora_adamw": "relora"}
+
+
+def check(config: Config) -> None:
+    """Refuse what does not go together, before anything is built.
+
+    Raises:
+        BadInput: for an unknown layer, an optimizer that does not care for it, a keyword that nothing takes, or a
+            layout that the layer cannot be trained in.
+    """
+    name, optimizer = config.model.layer, config.optimizer.optimizer
+    if FOR_LAYERS.get(optimizer, name) != name:
+        raise BadInput(f"optimizer {optimizer} needs layer: {FOR_LAYERS[optimizer]}, got {name or 'none'}")
+    if name is None:
+        if config.model.layer_args is not None:
+            raise BadInput(f"layer_args {config.model.layer_args} need a layer; choose one of {', '.join(LAYERS)}")
+        return
+    if name not in LAYERS:
+        raise BadInput(f"unknown layer {name!r}; {nearest(name, LAYERS)}")
+    kind = LAYERS[name]
+    if kind.optimizers and optimizer not in kind.optimizers:
+        raise BadInput(f"layer {name} needs optimizer: {' or '.join(kind.optimizers)}, got {optimizer}")
+    known = _accepted(kind.layer) | (_accepted(kind.more) if kind.more else set())
+    for key in _given(config):
+        if key not in known:
+            raise BadInput(f"layer_args: {name} takes no {key!r}; {nearest(key, known)}")
+    stage = (getattr(config.run, "hf_deepspeed_config", None) and config.run.hf_deepspeed_config.config) or {}
+    if name == "maestro" and (config.run.fsdp or stage.get("zero_optimization", {}).get("stage") == 3):
+        raise BadInput("layer maestro needs whole factors for its penalty, which ZeRO 3 and FSDP split; use ZeRO 2")
+
+
+def converted(model: PreTrainedModel, config: Config) -> PreTrainedModel:
+    """``model`` itself, with the layers that the configuration asks for, if it does.
+
+    Raises:
+        BadInput: for a value that the layer refuses, or a pattern that matches nothing.
+    """
+    if config.model.layer is None:
+        return model
+    kind, keys = LAYERS[config.model.layer], _accepted(LAYERS[config.model.layer].layer)
+    given = {key: value for key, value in _given(config).items() if key in keys}
+    if config.model.layer != "maestro":  # which has its own idea of a rank: all of it
+        given.setdefault("rank", config.optimizer.rank)
+    if "seed" in keys:
+        given.setdefault("seed", config.run.seed)
+    try:
+        return convert(model, kind.layer, config.optimizer.target_modules, **given)
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"layer {config.model.layer}: {error}") from None
+
+
+def ordered_dropout(model: nn.Module, config: Config) -> OrderedDropout | None:
+    """Maestro's sampling, penalty and shrinking for a model with its layers.
+
+    Raises:
+        BadInput: for a value that is refused.
+    """
+    if config.model.layer != "maestro":
+        return None
+    keys = _accepted(OrderedDropout)
+    given = {key: value for key, value in _given(config).items() if key in keys}
+    try:
+        return OrderedDropout(model, **{"seed": config.run.seed, **given})
+    except ValueError as error:
+        raise BadInput(f"layer_args: {error}") from None
+
+
+def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    """A checkpoint's weights into a model that has its layers already.
+
+    Raises:
+        BadInput: where they are not of these layers.
+    """
+    held = {
+        key: value for file in sorted(checkpoint.glob("model*.safetensors")) for key, value in load_file(file).items()
+    }
+    missing, unexpected = model.load_state_dict(held, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    strange = [*unexpected, *(name for name in missing if name not in tied)]
+    if strange:
+        raise BadInput(f"{checkpoint} does not hold the weights of these layers: {strange[0]} is on one side only")
+
+
+def _given(config: Config) -> dict[str, Any]:
+    return mapping("layer_args", config.model.layer_args, '{"density": 0.03}')
+
+
+def _accepted(kind: Any) -> set[str]:
+    return set(signature(kind).parameters) - {"in_features", "out_features", "bias", "name", "placed", "model"}
