@@ -192,13 +192,14 @@ def taken_over(net, cell):
         return None
     saved = torch.load(cell["load"], weights_only=True)
     with torch.no_grad():
-        for name, p in net.named_parameters():
+        for name, p in [*net.named_parameters(), *net.named_buffers()]:
             p.copy_(saved["model"][name])
     return saved["optimizer"]
 
 
-def keep(full, optimizer, cell):
+def keep(net, full, optimizer, cell):
     if "save" in cell:
+        full = full | dict(net.named_buffers())
         state = optim.full_state(optimizer)
         if dist.get_rank() == 0:
             torch.save({"model": full, "optimizer": state}, cell["save"])
@@ -234,7 +235,7 @@ def replicated(cell):
         optimizer.zero_grad()
     full = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in net.named_parameters()}
     full = {name: p.detach().clone() for name, p in full.items()}
-    keep(full, optimizer, cell)
+    keep(net, full, optimizer, cell)
     watch.close(optimizer)
     return full, optimizer, watch
 
@@ -293,7 +294,7 @@ def zero(cell):
     watch = Watch(optimizer, cell)
     train(engine, cell, steps_of(cell))
     full = weights_of_engine(engine, cell)
-    keep(full, optimizer, cell)
+    keep(engine.module, full, optimizer, cell)
     watch.close(optimizer)
     engine.destroy()
     return full, optimizer, watch

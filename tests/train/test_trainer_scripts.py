@@ -33,6 +33,14 @@ CLASSES = {
     "Lion": ({"lr": 0.005}, {}),
 }
 
+# Those that need layers of their own: the layer's class and keys beside the optimizer's.
+LAYERED = {
+    "ReLoRAAdamW": ("ReLoRALinear", {"rank": 8}, {"lr": 0.02, "merge_every": 3}),
+    "SLTrainAdamW": ("SparseLowRankLinear", {"rank": 8, "density": 0.1}, {"lr": 0.01}),
+    "SLTrainAdamW8bit": ("SparseLowRankLinear", {"rank": 8, "density": 0.1}, {"lr": 0.01}),
+    "SSTAdamW": ("SpectralLinear", {"rank": 8}, {"lr": 0.01, "swap_every": 3, "iterations": 2}),
+}
+
 by_class = pytest.mark.parametrize("name", CLASSES)
 
 
@@ -72,7 +80,9 @@ def assert_trained(trainer, losses, name, steps):
 
 
 def test_the_table_has_every_class_of_the_package():
-    assert set(CLASSES) == {name for name in optim.__all__ if isinstance(getattr(optim, name), type)}
+    every = {name: getattr(optim, name) for name in optim.__all__}
+    classes = {n for n, kind in every.items() if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)}
+    assert {*CLASSES, *LAYERED} == classes
 
 
 # ---- an optimizer that the script builds ----------------------------------------------------------------------------
@@ -147,6 +157,21 @@ def test_a_language_model_with_ranks_resumes_from_the_checkpoint_of_the_trainer(
     trainer, losses = run(path, tmp_path / "out")
     assert_trained(trainer, losses, name, steps=8)
     assert trainer.optimizer.param_groups[0].get("rank") == ranked.get("rank")
+    resumed, again = run(path, tmp_path / "again", tmp_path / "out" / "checkpoint-5")
+    assert again == losses
+    for p, q in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_a_language_model_with_layers_trains_on_the_groups_of_the_trainer_and_resumes(name, tmp_path):
+    """Which has factors of all shapes among its weights."""
+    layer, layer_keys, keys = LAYERED[name]
+    line = "import gracile.optim; from gracile.models import layers; from gracile.models.convert import convert; "
+    line += f"convert(model, layers.{layer}, **{layer_keys}); OPTIMIZER = gracile.optim.{name}, {keys}"
+    path = rewritten("trainer_causal_lm.py", line, tmp_path)
+    trainer, losses = run(path, tmp_path / "out")
+    assert_trained(trainer, losses, name, steps=8)
     resumed, again = run(path, tmp_path / "again", tmp_path / "out" / "checkpoint-5")
     assert again == losses
     for p, q in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
