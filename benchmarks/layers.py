@@ -2,6 +2,7 @@
 
     python benchmarks/layers.py --size 60m
     python benchmarks/layers.py --size 350m
+    python benchmarks/layers.py --size 350m --one_thread        # on a machine that others use
 
 1. Forward and backward of the seven matrices of one layer of a LLaMA size, the input's gradient included, in fp32.
    SLTrain and SST also in the other way that their products can be taken, which gives the same numbers: SLTrain as
@@ -9,7 +10,8 @@
    gradient, projected.
 2. SST's re-SVDs and swaps at their default clocks, as a share of the run: of a step of these matrices alone.
 
-Contenders take turns, so that a drift of the machine's speed meets all of them.
+Contenders take turns, so that a drift of the machine's speed meets all of them. ``--one_thread`` takes one thread, and
+the time that it had a core: the turns of other processes are not in it.
 """
 
 from __future__ import annotations
@@ -140,13 +142,14 @@ def assert_same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
 
 def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Milliseconds of each contender, taking turns."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if turn:  # the first turn warms up
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * (clock() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -201,10 +204,13 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(RANKS), default="60m")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 256])
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--one_thread", "--one-thread", action="store_true", help="and its own time only")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     torch.manual_seed(0)
+    if options.one_thread:
+        torch.set_num_threads(1)
     rank, counts = RANKS[options.size], layer_shapes(options.size)
 
     costs = {shape: upkeep(shape, max(1, options.repeats // 3)) for shape in counts}
@@ -226,7 +232,8 @@ def main() -> None:
         told["tokens"][tokens] = {"ms": {**by_shape, "one layer": layer}, "share_of_steps": share}
 
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"layers_{options.size}.json").write_text(json.dumps(told, indent=1) + "\n")
+    suffix = "_one_thread" if options.one_thread else ""
+    (options.output / f"layers_{options.size}{suffix}.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Maestro's training of ordered factors: a width drawn before each pass, a penalty, shrinking.  Horvath et al. 2023,
 arXiv:2308.14929.
 
-    before pass number i    one layer is cut to b of its components; each pair of a layer and a width has its turn,
+    before step number i    one layer is cut to b of its components; each pair of a layer and a width has its turn,
                             in an order drawn anew when all have had one        sampler "one", the paper's
                             or every layer to a width of its own                sampler "each"
     loss                    + penalty * sum over layers of the norms of their tails
     every shrink_every      layers lose the last components that are too small
 
-All widths of a pass are known before it, as a function of ``seed`` and i: a pass that is done again (activation
-checkpointing) and every process see the same. The authors' pass over the whole model beside the sampled one, whose
-predictions the sampled one imitates, is not built.
+All widths of a step are known before it, as a function of ``seed`` and i: a pass that is done again (activation
+checkpointing), every pass of an accumulated step and every process see the same. The authors' pass over the whole
+model beside the sampled one, whose predictions the sampled one imitates, is not built.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class OrderedDropout:
         self.threshold, self.seed = threshold, seed
 
     def draw(self, number: int) -> None:
-        """The widths of pass ``number`` (from 0)."""
+        """The widths of step ``number`` (from 0)."""
         for layer in self.layers:
             layer.sampled = None
         draws: dict[str, Callable[[int], None]] = {"one": self._draw_one, "each": self._draw_each}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..models.llama import SIZES, build_llama, llama_config
@@ -55,7 +56,19 @@ def untrained(
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise BadInput(f"model {config.model.model!r} cannot be built as it is configured: {reason}") from None
         built = layers.converted(built, config)
-    return built.to_empty(device=device) if layered and device != "meta" else built
+    return _moved(built, device) if layered and device != "meta" else built
+
+
+def _moved(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """``model``, of the meta device, on another. ``Module.to_empty`` does not do it for tensors that only pretend."""
+    new: dict[int, Any] = {}  # tied ones stay tied
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            empty = torch.empty_like(p, device=device)
+            module._parameters[name] = new.setdefault(id(p), nn.Parameter(empty, requires_grad=p.requires_grad))
+        for name, b in module.named_buffers(recurse=False):
+            module._buffers[name] = new.setdefault(id(b), torch.empty_like(b, device=device))
+    return model
 
 
 def checkpoints_activations(run: RunArguments) -> bool:

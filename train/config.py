@@ -85,8 +85,8 @@ class OptimizerArguments:
         default="galore_adamw",
         metadata={
             "help": "adamw, lion, galore_adamw, galore_adamw_8bit, galore_adafactor, galore_lion, galore_plus_adamw, "
-            "fira_adamw, gradnormlorp_adamw, dct_adamw, apollo_adamw, ldadamw; with layers: sltrain_adamw, "
-            "sltrain_adamw_8bit, sst_adamw or relora_adamw."
+            "fira_adamw, gradnormlorp_adamw, dct_adamw, apollo_adamw, ldadamw, sltrain_adamw, sltrain_adamw_8bit, "
+            "sst_adamw or relora_adamw."
         },
     )
     rank: int = field(default=128, metadata={"help": "Rank of the subspace, or of the layer, of each target matrix."})

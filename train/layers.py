@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,6 +65,21 @@ def check(config: Config) -> None:
     stage = (getattr(config.run, "hf_deepspeed_config", None) and config.run.hf_deepspeed_config.config) or {}
     if name == "maestro" and (config.run.fsdp or stage.get("zero_optimization", {}).get("stage") == 3):
         raise BadInput("layer maestro needs whole factors for its penalty, which ZeRO 3 and FSDP split; use ZeRO 2")
+
+
+def beside(config: Config, optimizer: str) -> str | None:
+    """The layer that a run has when ``optimizer`` takes the place of the configured one, to be compared with it."""
+    own = config.model.layer
+    if optimizer in FOR_LAYERS:
+        return FOR_LAYERS[optimizer]
+    return None if own is not None and LAYERS[own].optimizers else own
+
+
+def with_layer(config: Config, layer: str | None) -> Config:
+    """The same run with another layer, which then has its own defaults."""
+    if layer == config.model.layer:
+        return config
+    return replace(config, model=replace(config.model, layer=layer, layer_args=None))
 
 
 def converted(model: PreTrainedModel, config: Config) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..optim.memory import ERRORS, INDICES, MOMENTS, PROJECTORS, planned_state_by_kind
 from ..optim.shards import as_one, each, flat_length
-from . import building
+from . import building, layers
 from .activations import Pass, Rehearsal
 from .checks import DTYPES, check_values
 from .config import Config, RunArguments
@@ -148,7 +148,7 @@ class Planner:
         in_16_bits = config.run.bf16 and self.division.stage > 0  # the engine casts the model, and keeps fp32 masters
         self.dtype = torch.bfloat16 if in_16_bits else DTYPES[config.model.dtype]
         self.autocast = torch.bfloat16 if config.run.bf16 and not in_16_bits else None
-        self._model = building.untrained(config, self.architecture, self.dtype)
+        self._model = lru_cache(maxsize=None)(self._untrained)
         self._rehearsal = lru_cache(maxsize=None)(self._rehearsed)
         self._pass = lru_cache(maxsize=None)(self._passed)
         self._fixed = lru_cache(maxsize=None)(self._without_a_pass)
@@ -159,8 +159,9 @@ class Planner:
         Raises:
             BadInput: for an optimizer that is unknown or refuses its keys.
         """
-        model, fixed = self._model, dict(self._fixed(optimizer))
-        one = self._pass(micro_batch, checkpointing)
+        layer = layers.beside(self.config, optimizer)
+        model, fixed = self._model(layer), dict(self._fixed(optimizer))
+        one = self._pass(micro_batch, checkpointing, layer)
         kept = _nbytes(model, trained=True)
         if self.division.stage >= 2:  # DeepSpeed averages in fp32, unless it is told that the run is in bf16
             width = self.dtype.itemsize if self.config.run.bf16 else 4
@@ -202,7 +203,7 @@ class Planner:
 
     @property
     def parameters(self) -> int:
-        return _count(self._model)
+        return _count(self._model(self.config.model.layer))
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
@@ -210,9 +211,12 @@ class Planner:
     def _accumulates(self) -> bool:
         return self.config.run.gradient_accumulation_steps > 1
 
-    def _rehearsed(self, checkpointing: bool) -> Rehearsal:
+    def _untrained(self, layer: str | None, device: str = "meta") -> PreTrainedModel:
+        return building.untrained(layers.with_layer(self.config, layer), self.architecture, self.dtype, device)
+
+    def _rehearsed(self, checkpointing: bool, layer: str | None) -> Rehearsal:
         def made() -> PreTrainedModel:
-            model = building.untrained(self.config, self.architecture, self.dtype, device="cpu")
+            model = self._untrained(layer, device="cpu")
             model.config.use_cache = self.config.run.use_cache  # as the Trainer does
             if checkpointing:
                 building.checkpoint_activations(model, self.config.run)
@@ -220,12 +224,12 @@ class Planner:
 
         return Rehearsal(made, autocast=self.autocast, accumulated=self._accumulates)
 
-    def _passed(self, micro_batch: int, checkpointing: bool) -> Pass:
+    def _passed(self, micro_batch: int, checkpointing: bool, layer: str | None) -> Pass:
         batch = (micro_batch, self.config.data.block_size)
         if micro_batch * self.config.data.block_size > MOST_TOKENS:
             raise BadInput(f"a pass over {batch[0]} x {batch[1]} tokens is too large to be planned")
         try:
-            return self._rehearsal(checkpointing).of(batch)
+            return self._rehearsal(checkpointing, layer).of(batch)
         except (RuntimeError, IndexError) as error:
             reason = " ".join(str(error).split())
             raise BadInput(
@@ -233,7 +237,8 @@ class Planner:
             ) from None
 
     def _without_a_pass(self, optimizer: str) -> dict[str, int]:
-        return self._weights(self._model) | self._state(self._model, optimizer)
+        model = self._model(layers.beside(self.config, optimizer))
+        return self._weights(model) | self._state(model, optimizer)
 
     def _weights(self, model: nn.Module) -> dict[str, int]:
         division, width = self.division, self.dtype.itemsize

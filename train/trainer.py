@@ -32,7 +32,6 @@ class PretrainTrainer(Trainer):
             config.run.ddp_broadcast_buffers = False  # places of weights never change
         super().__init__(**kwargs)
         self.dropout = layers.ordered_dropout(self.model, config)
-        self._passes = (0, 0)  # the step, and how many passes of it there have been
         if self.dropout is not None:
             self.add_callback(Shrinking(self.dropout))
         self._first_bad_step = torch.full((), -1, dtype=torch.long, device=self.args.device)
@@ -52,13 +51,6 @@ class PretrainTrainer(Trainer):
 
     # ---- ordered dropout ----------------------------------------------------------------------------------------
 
-    def _draw_widths(self) -> None:
-        if self.dropout is not None:
-            step, passes = self._passes
-            passes = passes if step == self.state.global_step else 0
-            self.dropout.draw(self.state.global_step * self.args.gradient_accumulation_steps + passes)
-            self._passes = (self.state.global_step, passes + 1)
-
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -73,7 +65,8 @@ class PretrainTrainer(Trainer):
     # ---- non-finite losses --------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._draw_widths()
+        if self.dropout is not None:
+            self.dropout.draw(self.state.global_step)  # the same in all passes of a step, on all processes
         loss = super().training_step(*args, **kwargs)
         # Remembered on the device and read where the Trainer reads it anyway: no stop of a GPU per step.
         bad = ~torch.isfinite(loss) & (self._first_bad_step < 0)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gracile.models import build_llama
-from gracile.train import building, measure
+from gracile.train import building, layers, measure
 from gracile.train.activations import Ledger, Rehearsal
 from gracile.train.config import load_config
 from gracile.train.errors import BadInput
@@ -33,25 +33,30 @@ def told(capsys, *arguments):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A real model of each size, with a gradient for every parameter."""
+    """A real model of each size and layer, with a gradient for every trained parameter."""
     models = {}
 
-    def of(size):
-        if size not in models:
+    def of(config):
+        key = (config.model.model, config.model.layer)
+        if key not in models:
             models.clear()
-            model = models[size] = build_llama(size)
+            model = models[key] = layers.converted(build_llama(config.model.model), config)
             for p in model.parameters():
-                p.grad = torch.full_like(p, 1e-3).add_(p.detach(), alpha=0.1)
-        return models[size]
+                if p.requires_grad:
+                    p.grad = torch.full_like(p, 1e-3).add_(p.detach(), alpha=0.1)
+        return models[key]
 
     return of
 
 
 @pytest.mark.parametrize("size", ["2m", "9m", "60m"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "adamw on low_rank", "adamw on maestro"])
 def test_weights_gradients_and_state_to_the_byte(trained, size, name):
-    model = trained(size)
-    config = config_of("--model", size, "--optimizer", name, "--rank", "32")
+    name, _, layer = name.partition(" on ")
+    layer = layer or layers.FOR_LAYERS.get(name)
+    chosen = [] if layer is None else ["--layer", layer]
+    config = config_of("--model", size, "--optimizer", name, "--rank", "32", *chosen)
+    model = trained(config)
     optimizer = build_optimizer(model, config.optimizer, config.run)
     optimizer.step()
     held = measure.held(model, optimizer)

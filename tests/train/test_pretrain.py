@@ -17,6 +17,7 @@ from gracile.models import build_llama
 from gracile.optim import state_bytes
 from gracile.train import checkpoints, trainer
 from gracile.train.config import load_config
+from gracile.train.layers import FOR_LAYERS
 from gracile.train.optimizers import OPTIMIZERS, build_optimizer
 from gracile.train.pretrain import main
 
@@ -108,7 +109,8 @@ def test_losses_and_weights_after_a_resume_are_bit_for_bit_the_same(tiny, tmp_pa
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in ("adamw", "galore_adamw")])
 def test_every_other_optimizer_trains_and_resumes_bit_for_bit(tiny, tmp_path, metrics, optimizer):
     rate = {"lion": 0.001, "galore_lion": 0.004}.get(optimizer, 0.01)
-    config = tiny(optimizer=optimizer, learning_rate=rate, max_steps=20, save_steps=7, subspace_method="iterate")
+    config = tiny(optimizer=optimizer, layer=FOR_LAYERS.get(optimizer), learning_rate=rate, max_steps=20, save_steps=7,
+                  subspace_method="iterate")  # fmt: skip
     assert main([config]) == 0
     told = metrics(tmp_path / "run")
     losses = [entry["loss"] for entry in told["history"] if "loss" in entry]
