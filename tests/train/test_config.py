@@ -54,7 +54,9 @@ def test_every_embedded_configuration_is_valid(name, monkeypatch):
 
 def test_the_papers_sizes_have_both_recipes():
     sizes = ("60m", "130m", "350m", "1b", "7b")
-    assert sorted(["quickstart", *(f"llama_{s}_{o}" for s in sizes for o in ("adamw", "galore"))]) == EMBEDDED
+    others = ["quickstart", "quickstart_maestro", "llama_130m_sst", "llama_60m_relora", "llama_60m_low_rank"]
+    methods = ("adamw", "galore", "sltrain")
+    assert sorted([*others, *(f"llama_{s}_{o}" for s in sizes for o in methods)]) == EMBEDDED
 
 
 @pytest.mark.parametrize(
