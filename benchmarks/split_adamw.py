@@ -1,30 +1,45 @@
-"""``gracile pretrain`` with torch's AdamW, the target matrices at a tenth of the learning rate of everything else.
+"""``gracile pretrain`` with the target matrices, or what layers make of them, at a part of the learning rate.
 
     python benchmarks/split_adamw.py quickstart --optimizer adamw --learning_rate 0.02 --output_dir runs/split
+    TARGETS=0.2 python benchmarks/split_adamw.py quickstart --layer sst --optimizer sst_adamw --output_dir runs/sst
 
 The low-rank classes scale the update of the targets (``scale``) and leave embeddings and the output layer at the full
-rate; plain AdamW has one rate for all. This is the AdamW to compare them with.
+rate; plain AdamW, and the optimizers of layers, have one rate for all. This is what to compare them with: a tenth for
+the targets, or what the variable says.
 """
 
-import sys
-
-import torch
+import os
 
 from gracile.optim import param_groups
+from gracile.owners import parts_among
 from gracile.train import pretrain, trainer
+from gracile.train.config import mapping
+from gracile.train.leaving import leave
+from gracile.train.optimizers import OPTIMIZERS
 
-FACTOR = 0.1
+FACTOR = float(os.environ.get("TARGETS", "0.1"))
+
+
+def targets_of(model, chosen):
+    """Ids of the parameters that get the smaller rate."""
+    factors = parts_among(model.parameters())
+    if factors:
+        return {number for number, part in factors.items() if part.name != "bias"}
+    return {id(p) for p in param_groups(model, 1, chosen.target_modules)[0]["params"]}
 
 
 def build_optimizer(model, chosen, run):
-    groups = param_groups(model, 1, chosen.target_modules, weight_decay=run.weight_decay)
-    for group in groups:
-        if group.pop("rank", None):
-            group["lr"] = FACTOR * run.learning_rate
-    betas = (run.adam_beta1, run.adam_beta2)
-    return torch.optim.AdamW(groups, lr=run.learning_rate, betas=betas, eps=run.adam_epsilon, fused=True)
+    targets = targets_of(model, chosen)
+    groups = []
+    for group in param_groups(model, weight_decay=run.weight_decay):
+        for part, rate in ((True, FACTOR * run.learning_rate), (False, run.learning_rate)):
+            params = [p for p in group["params"] if (id(p) in targets) is part]
+            if params:
+                groups.append({**group, "params": params, "lr": rate})
+    recipe = OPTIMIZERS[chosen.optimizer]
+    return recipe.optimizer(groups, **{**recipe.keys(run), **mapping("optimizer_args", chosen.optimizer_args, "")})
 
 
 if __name__ == "__main__":
     trainer.build_optimizer = build_optimizer
-    sys.exit(pretrain.main(sys.argv[1:]))
+    leave(pretrain.main())
