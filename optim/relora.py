@@ -7,11 +7,12 @@ For a layer y = x W^T + s x A^T B^T with W (m x n) frozen:
     every merge_every steps  W     <- W + s B A,   A <- drawn anew,   B <- 0       the function stays
     every reset_every steps  moments of A and B <- 0, or all but a part of them
 
-and a learning rate that falls to zero and rises again at each merge (``JaggedCosineLR``). Departures from the authors'
-code: a reset to zero leaves nothing, theirs leaves a random thousandth, to please another optimizer; with
-``reset_step`` the bias correction starts again too, without it the first updates after a reset are three times as large
-as Adam's; merges and resets come when a step ends and not one later; moments are pruned to the exact count. A warm
-start, some thousand steps of all weights, is a run of its own whose model the next one begins with.
+and a learning rate that falls to zero and rises again at each merge (``JaggedCosineLR``). Departures from the
+authors' code: a reset to zero leaves nothing, theirs leaves a random thousandth, to please another optimizer; with
+``reset_step`` the bias correction starts again too, without it the first updates after a reset are three times as
+large as Adam's; merges and resets come when a step ends and not one later; moments are pruned to the exact count, and
+both in the same places, for a first moment whose second is zero moves its weight by ten learning rates. A warm start,
+some thousand steps of all weights, is a run of its own whose model the next one begins with.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class ReLoRAAdamW(LayeredOptimizer):
         betas, eps, weight_decay: as for ``torch.optim.AdamW``.
         merge_every: steps between merges.
         reset_every: steps between resets of moments; None for ``merge_every``.
-        reset: ``zero`` all of them; ``random`` or ``magnitude``: zero a part of each, at random or the smallest.
+        reset: ``zero`` all of them; ``random`` or ``magnitude``: a part, at random or where the first moment is least.
         reset_ratio: that part.
         reset_step: count Adam's steps from the last reset.
         seed: of random resets.
@@ -106,19 +107,20 @@ class ReLoRAAdamW(LayeredOptimizer):
                 self._reset(layer)
 
     def _reset(self, layer: LayerWork) -> None:
-        how = layer.group["reset"]
         for name, (shard, group, state) in layer.stepped.items():
-            for key in MOMENTS:
-                if how == "zero":
+            if group["reset"] == "zero":
+                for key in MOMENTS:
                     state[key].zero_()
-                    continue
-                whole = shard.whole_of(state[key]).clone()
-                order = whole.abs().flatten().cpu()
-                if how == "random":
-                    generator = generator_of(group["seed"], "ReLoRA", layer.position, name, key, layer.steps)
-                    order = torch.rand(order.shape, generator=generator, device="cpu")
-                whole.view(-1)[_smallest(order, group["reset_ratio"]).to(whole.device)] = 0
-                state[key].copy_(shard.part_of(whole))
+                continue
+            whole = shard.whole_of(state["exp_avg"])
+            order = whole.abs().flatten()
+            if group["reset"] == "random":
+                generator = generator_of(group["seed"], "ReLoRA", layer.position, name, layer.steps)
+                order = torch.rand(order.shape, generator=generator, device="cpu").to(whole.device)
+            stays = torch.ones_like(order)
+            stays[_smallest(order, group["reset_ratio"])] = 0
+            for key in MOMENTS:
+                state[key].mul_(shard.part_of(stays.view(whole.shape)))
 
 
 def _reset_every(group: Group) -> int:
