@@ -9,7 +9,7 @@ ARGS ?=
 help:
 	@echo "make pretrain           train a small LLaMA with GaLore (runs/quickstart); ARGS='--key value ...' changes it"
 	@echo "make test               the test suite"
-	@echo "make test-distributed   every optimizer in every layout, each pair of options, as a table; half an hour"
+	@echo "make test-distributed   every optimizer in every layout, each pair of options, as a table; and what make test leaves out"
 	@echo "make lint               ruff and mypy"
 	@echo "make kill               kill a run ten times at random and compare it with an undisturbed one"
 
@@ -20,6 +20,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 test-distributed: $(VENV)/.dev
+	$(BIN)/python -m pytest -m thorough
 	$(BIN)/python tests/distributed/matrix.py $(ARGS)
 
 lint: $(VENV)/.dev

@@ -24,7 +24,7 @@ def assert_close(whole, split):
         assert torch.linalg.vector_norm(value - split[key]) <= 1e-4 * torch.linalg.vector_norm(value), key
 
 
-@pytest.mark.parametrize("form", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize("form", [pytest.param("FULL_STATE_DICT", marks=pytest.mark.thorough), "SHARDED_STATE_DICT"])
 def test_two_processes_train_the_run_of_one(form, tiny, tmp_path, metrics, torchrun):
     """And stopped after a checkpoint, they go on to the same bits; what is saved is whole."""
     config = tiny(max_steps=12)

@@ -28,7 +28,7 @@ def written(tiny, tmp_path, layer, start):
     return str(path)
 
 
-@pytest.fixture(params=ON)
+@pytest.fixture(params=["zero2", pytest.param("zero3", marks=pytest.mark.thorough)])
 def launched(request, tiny, tmp_path, torchrun):
     """Each layer's run in one process, in two, and in two again from the fifth step on."""
     start = str(tmp_path / "start")

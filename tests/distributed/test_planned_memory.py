@@ -11,10 +11,10 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
-        ("zero1", {}),
+        ("zero1", {"layer": "sltrain", "optimizer": "sltrain_adamw"}),
         ("zero2", {"bf16": True, "optimizer": "ldadamw", "target_modules": ["mlp"]}),
         ("zero3", {"bf16": True, "model": "2m", "model_overrides": None}),
-        ("zero3_offload", {"optimizer": "adamw", "target_modules": None, "rank": None}),
+        ("zero3_offload", {"layer": "sst", "optimizer": "sst_adamw"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

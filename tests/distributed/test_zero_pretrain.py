@@ -12,7 +12,7 @@ from gracile.train.pretrain import main
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
+@pytest.mark.parametrize("name", [pytest.param("zero2", marks=pytest.mark.thorough), "zero3"])
 def test_two_processes_train_the_run_of_one(name, tiny, tmp_path, metrics, torchrun, monkeypatch):
     """And stopped after a checkpoint, they go on to the same bits; the saved model is whole. Nothing is compiled.
 

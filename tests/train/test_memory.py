@@ -49,7 +49,7 @@ def trained():
     return of
 
 
-@pytest.mark.parametrize("size", ["2m", "9m", "60m"])
+@pytest.mark.parametrize("size", ["2m", pytest.param("9m", marks=pytest.mark.thorough), "60m"])
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "adamw on low_rank", "adamw on maestro"])
 def test_weights_gradients_and_state_to_the_byte(trained, size, name):
     name, _, layer = name.partition(" on ")
