@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .base import Group, State, SubspaceOptimizer
 from .quantized import close, opened
-from .shards import Member, Slice, Sliced, SlicedMatrix, Whole, WholeMatrix, has_subspace
+from .shards import Member, Sliced, SlicedMatrix, Whole, WholeMatrix, has_subspace, put_together
 from .subspaces.basis import Room
 
 FORMAT = 1
@@ -39,7 +39,7 @@ def full_state(optimizer: SubspaceOptimizer) -> dict[str, Any]:
                 value = shard.collected(value, shape[0])
             whole[key] = _gathered(value, axis, shard)
         if isinstance(shard, (Sliced, SlicedMatrix)):
-            whole["weight"] = _put_together(shard.parameter, shard.piece)
+            whole["weight"] = put_together(shard.parameter, shard.piece, 0)
         if all(value is not None for value in whole.values()):
             parameters[member.position] = {key: value.cpu() for key, value in whole.items() if value is not None}
     return {"format": FORMAT, "class": type(optimizer).__name__, "parameters": parameters} if parameters else {}
@@ -123,18 +123,12 @@ def _gathered(value: Tensor, axis: int | None, shard: Whole) -> Tensor | None:
     if axis is None:
         return value.clone() if shard.piece.world.rank == 0 else None
     if isinstance(shard, Sliced):
-        return _put_together(value, shard.piece)
+        return put_together(value, shard.piece, 0)
     own = shard.own_lines(value.movedim(axis, 0))
     lines = [last - first for first, last in shard.line_ranges]
     line = own[:1].numel() if len(own) else math.prod(own.shape[1:])
     flat = shard.world.gather(own.contiguous().view(-1), [count * line for count in lines], 0)
     return None if flat is None else flat.view(sum(lines), *own.shape[1:]).movedim(0, axis).contiguous()
-
-
-def _put_together(own: Tensor, piece: Slice) -> Tensor | None:
-    sizes = [b - a for a, b in zip(piece.bounds, piece.bounds[1:], strict=False)]
-    flat = piece.world.gather(own.contiguous().view(-1), sizes, 0)
-    return None if flat is None else flat.view(piece.shape)
 
 
 def _own_weights(weight: Tensor, shard: Whole) -> Tensor:

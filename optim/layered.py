@@ -13,7 +13,9 @@ from torch.optim.optimizer import ParamsT
 from ..owners import Part, parts_among
 from .base import Group, State, SubspaceOptimizer, Work
 from .rules import TORCH_ADAM
-from .shards import UnsupportedLayout, Whole, frozen_shard
+from .shards import UnsupportedLayout, Whole, World, frozen_shard
+
+Parts = dict[str, Tensor]  # a layer's parameters and buffers by their own names, each whole
 
 
 class LayerWork(NamedTuple):
@@ -36,17 +38,41 @@ class LayerWork(NamedTuple):
         """Among all parameters of the optimizer: the same on every process and in every layout."""
         return min(work.shard.position for work in self.stepped.values())
 
+    def shards(self) -> dict[str, Whole]:
+        """What this process holds of the layer's parameters: of those that were stepped, and of the frozen ones."""
+        found = {name: work.shard for name, work in self.stepped.items()}
+        for name, parameter in self.layer.named_parameters(recurse=False):
+            if name not in found and not parameter.requires_grad:
+                found[name] = frozen_shard(parameter)
+        return found
+
     @contextmanager
-    def whole(self) -> Iterator[dict[str, Tensor]]:
+    def whole(self) -> Iterator[Parts]:
         """The layer's parameters and buffers, each whole and as wide as the optimizer keeps it, to be written to.
 
         Collective where an engine splits parameters: then they are put together, and each process takes its part.
         """
-        shards = {name: work.shard for name, work in self.stepped.items()}
-        for name, parameter in self.layer.named_parameters(recurse=False):
-            if name not in shards and not parameter.requires_grad:
-                shards[name] = frozen_shard(parameter)
-        parts = {name: shard.whole_of(shard.parameter) for name, shard in shards.items()}
+        shards = self.shards()
+        with self._taken(shards, {name: shard.whole_of(shard.parameter) for name, shard in shards.items()}) as parts:
+            yield parts
+
+    def whole_at(self, owner: int) -> Parts:
+        """``whole`` for one process: of what is split, the others have nothing. Collective."""
+        found = {name: shard.whole_at(shard.parameter, owner) for name, shard in self.shards().items()}
+        return {name: part for name, part in found.items() if part is not None}
+
+    @contextmanager
+    def whole_from(self, owner: int, found: Parts, world: World) -> Iterator[Parts]:
+        """``whole``, as it has become at the one process that had it. Collective."""
+        shards = self.shards()
+        parts = {
+            name: shard.whole_from(shard.parameter, found.get(name), owner, world) for name, shard in shards.items()
+        }
+        with self._taken(shards, parts) as taken:
+            yield taken
+
+    @contextmanager
+    def _taken(self, shards: dict[str, Whole], parts: Parts) -> Iterator[Parts]:
         yield dict(self.layer.named_buffers(recurse=False)) | parts
         for name, shard in shards.items():
             if shard.split:

@@ -24,7 +24,6 @@ not the same on two machines.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -34,11 +33,10 @@ from torch.optim.optimizer import ParamsT
 from ..seeded import generator_of
 from ..validation import is_whole, require
 from .base import Group, State
-from .layered import LayeredOptimizer, LayerWork, at_step, since
+from .layered import LayeredOptimizer, LayerWork, Parts, at_step, since
 from .shards import Whole, World, sum_together_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # in one order on every process
-Held = tuple[LayerWork, dict[str, Tensor]]  # a layer and its parts, whole
 
 
 class SSTAdamW(LayeredOptimizer):
@@ -120,10 +118,15 @@ class SSTAdamW(LayeredOptimizer):
     def settle_layers(self, layers: list[LayerWork]) -> None:
         self._renormalize(layers)
         due = [layer for layer in layers if layer.steps % layer.group["swap_every"] == 0]
-        if due:
-            world = _world_of(due[0])
-            for begin in range(0, len(due), world.size):  # as many decompositions at a time as there are processes
-                self._draw(due[begin : begin + world.size])
+        over = [layer for layer in due if self._is_over(layer)]
+        for layer in due:
+            if not self._is_over(layer):
+                with layer.whole() as parts:
+                    self._draw(layer, parts)
+        if over:
+            world = _world_of(over[0])
+            for begin in range(0, len(over), world.size):
+                self._decompose(over[begin : begin + world.size], world)
 
     def _renormalize(self, layers: list[LayerWork]) -> None:
         columns = [layer.stepped[name].shard for layer in layers for name in ("U", "V")]
@@ -134,28 +137,21 @@ class SSTAdamW(LayeredOptimizer):
         for layer in layers:
             layer.stepped["sigma"].shard.parameter.clamp_(min=0)
 
-    def _draw(self, layers: list[LayerWork]) -> None:
-        """Other active vectors for some layers, each of which is one process's to decompose."""
-        with ExitStack() as open_layers:
-            held = [(layer, open_layers.enter_context(layer.whole())) for layer in layers]
-            for layer, parts in self._decomposed(held):
-                due = generator_of(layer.group["seed"], "SST", layer.position, layer.steps)
-                likely = layer.layer.probabilities(parts).cpu()
-                chosen = torch.multinomial(likely, layer.layer.rank, generator=due)
-                order = layer.layer.swap(chosen, parts)
-                self._restart(layer, order)
+    def _decompose(self, layers: list[LayerWork], world: World) -> None:
+        """Layers decomposed, each by one process: none holds more of them whole than its own and one at a time."""
+        found = [layer.whole_at(owner) for owner, layer in enumerate(layers)]
+        if world.rank < len(layers):
+            layers[world.rank].layer.refactor(found[world.rank])
+        for owner, layer in enumerate(layers):
+            with layer.whole_from(owner, found[owner], world) as parts:
+                self._draw(layer, parts)
 
-    def _decomposed(self, held: list[Held]) -> list[Held]:
-        """``held``, with the layers whose round is over decomposed anew. Collective."""
-        world = _world_of(held[0][0])
-        over = [(owner, *both) for owner, both in enumerate(held) if self._is_over(both[0])]
-        for owner, layer, parts in over:
-            if owner == world.rank:
-                layer.layer.refactor(parts)
-        for owner, _, parts in over:
-            for part in parts.values():
-                world.send_from(part, owner)
-        return held
+    def _draw(self, layer: LayerWork, parts: Parts) -> None:
+        """Other active vectors."""
+        generator = generator_of(layer.group["seed"], "SST", layer.position, layer.steps)
+        likely = layer.layer.probabilities(parts).cpu()
+        order = layer.layer.swap(torch.multinomial(likely, layer.layer.rank, generator=generator), parts)
+        self._restart(layer, order)
 
     def _is_over(self, layer: LayerWork) -> bool:
         return layer.steps % self._round(layer.layer, layer.group) == 0

@@ -6,7 +6,7 @@ of one: DeepSpeed ZeRO and FSDP2. ``layout`` finds out which.
 
 from .layout import Keys, Member, UnsupportedLayout, flat_tensors, frozen_shard, full_shape, pieces_of, rows_of
 from .paper import Cut, as_one, by_rows, each, flat_length
-from .sliced import Slice, Sliced, SlicedMatrix, SlicedRows, complete, sum_together_
+from .sliced import Slice, Sliced, SlicedMatrix, SlicedRows, complete, put_together, sum_together_
 from .whole import Solving, Whole, WholeMatrix, has_subspace
 from .world import World
 
@@ -33,6 +33,7 @@ __all__ = [
     "full_shape",
     "has_subspace",
     "pieces_of",
+    "put_together",
     "rows_of",
     "sum_together_",
 ]

@@ -94,6 +94,12 @@ class Sliced(Whole):
     def part_of(self, whole: Tensor) -> Tensor:
         return whole.reshape(-1).narrow(0, self.piece.start, self.piece.numel)
 
+    def whole_at(self, own: Tensor, owner: int) -> Tensor | None:
+        return put_together(own, self.piece, owner)
+
+    def whole_from(self, own: Tensor, found: Tensor | None, owner: int, world: World) -> Tensor:
+        return world.send_from(own.new_empty(self.shape) if found is None else found, owner)
+
     def column_squares(self) -> Tensor:
         squares = self.parameter.to(self._wide).square()
         return self._rows(squares, squares.new_zeros(self._lead + self._tail)).sum(0)
@@ -115,6 +121,13 @@ class Sliced(Whole):
     def _rows(self, own: Tensor, filling: Tensor) -> Tensor:
         """``own`` in whole rows."""
         return torch.cat([filling[: self._lead], own, filling[self._lead :]]).view(-1, self.shape[1])
+
+
+def put_together(own: Tensor, piece: Slice, owner: int) -> Tensor | None:
+    """The whole of which ``own`` is this process's part, at ``owner``; None at the others."""
+    sizes = [b - a for a, b in zip(piece.bounds, piece.bounds[1:], strict=False)]
+    flat = piece.world.gather(own.contiguous().view(-1), sizes, owner)
+    return None if flat is None else flat.view(piece.shape)
 
 
 def _weight_rms(own: Tensor, piece: Slice) -> Tensor:

@@ -142,6 +142,14 @@ class Whole:
         """The inverse of ``whole_of``."""
         return whole
 
+    def whole_at(self, own: Tensor, owner: int) -> Tensor | None:
+        """``whole_of`` for process ``owner`` alone; None elsewhere, but where each has all of it. Collective."""
+        return own
+
+    def whole_from(self, own: Tensor, found: Tensor | None, owner: int, world: World) -> Tensor:
+        """What ``whole_at`` gave ``owner``, as it is there now, on all processes. Collective."""
+        return world.send_from(own, owner)
+
     def column_squares(self) -> Tensor:
         """This process's share of the sums over rows of the squared weights (n), in fp32 at least."""
         squares: Tensor = self.parameter.detach().to(self._wide).square().sum(0)
