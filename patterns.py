@@ -7,6 +7,22 @@ from collections.abc import Collection, Iterable
 
 from .validation import nearest
 
+# The linear layers of a transformer block in the LLaMA, Qwen and GPT-2 families, as the papers choose them.
+DEFAULT_TARGETS = ("attn", "mlp")
+
+
+def targets(target_modules: str | Iterable[str], names: Collection[str]) -> list[str]:
+    """Those of ``names`` that a list of patterns matches, or one regular expression for all of a name, in their order.
+
+    Raises:
+        ValueError: for no patterns, or one that matches none.
+    """
+    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    if not patterns:
+        raise ValueError("target_modules is empty; name the layers that it is for")
+    matched = set().union(*found("target_modules", patterns, names, isinstance(target_modules, str)).values())
+    return [name for name in names if name in matched]
+
 
 def found(key: str, patterns: list[str], names: Collection[str], whole_name: bool) -> dict[str, set[str]]:
     """The names that each pattern matches, at least one.

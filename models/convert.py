@@ -8,11 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..patterns import found
+from ..patterns import DEFAULT_TARGETS, targets
 from .layers import FactoredLinear
-
-# The linear layers of a transformer block in the LLaMA, Qwen and GPT-2 families.
-DEFAULT_TARGETS = ("attn", "mlp")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,12 +36,7 @@ def convert(
         TypeError: for a keyword that the layer does not take.
     """
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
-    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    if not patterns:
-        raise ValueError("target_modules is empty; name the layers to swap")
-    matches = found("target_modules", patterns, linears, isinstance(target_modules, str))
-    chosen = {name: module for name, module in linears.items() if any(name in names for names in matches.values())}
-
+    chosen = {name: linears[name] for name in targets(target_modules, linears)}
     split = next((name for name, module in chosen.items() if hasattr(module.weight, "ds_id")), None)
     if split is not None:
         raise ValueError(

@@ -8,11 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..owners import parts_among
+from ..patterns import DEFAULT_TARGETS, targets
 from ..patterns import found as found_names
 from .shards import full_shape
-
-# The linear layers of a transformer block in the LLaMA and GPT-2 families, as the GaLore papers choose them.
-DEFAULT_TARGETS = ("attn", "mlp")
 
 
 def param_groups(
@@ -62,18 +60,12 @@ def _dim(parameter: Tensor) -> int:
 
 def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     candidates = dict(_matrices(model))
-    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     find_output = getattr(model, "get_output_embeddings", None)  # transformers models know their output layer
     output = find_output() if callable(find_output) else None
-    if patterns == ["all-linear"]:
+    if target_modules in ("all-linear", ["all-linear"]):
         yield from ((name, p) for name, p in candidates.items() if output is None or p is not output.weight)
         return
-    if not patterns:
-        raise ValueError("target_modules is empty; name the layers to project, or leave out the rank")
-    found = found_names("target_modules", patterns, candidates, isinstance(target_modules, str))
-    for name in candidates:
-        if any(name in names for names in found.values()):
-            yield name, candidates[name]
+    yield from ((name, candidates[name]) for name in targets(target_modules, candidates))
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

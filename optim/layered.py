@@ -15,6 +15,7 @@ from .base import Group, State, SubspaceOptimizer, Work
 from .rules import TORCH_ADAM
 from .shards import UnsupportedLayout, Whole, World, frozen_shard
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, in one order on every process
 Parts = dict[str, Tensor]  # a layer's parameters and buffers by their own names, each whole
 
 

@@ -26,10 +26,10 @@ from torch.optim.optimizer import ParamsT
 from ..seeded import generator_of
 from ..validation import is_real, is_whole, require
 from .base import Group, State
-from .layered import LayeredOptimizer, LayerWork, at_step, since
+from .layered import MOMENTS, LayeredOptimizer, LayerWork, at_step, since
 from .shards import Whole
+from .subspaces.basis import Lifted
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # in one order on every process
 RESETS = ("zero", "random", "magnitude")
 
 
@@ -90,13 +90,10 @@ class ReLoRAAdamW(LayeredOptimizer):
         require(isinstance(group["reset_step"], bool), "reset_step must be True or False", group["reset_step"])
         require(is_whole(group["seed"]) and group["seed"] >= 0, "seed must be a whole number >= 0", group["seed"])
 
-    def update(self, shard: Whole, group: Group, state: State) -> None:
-        if self.part_of(shard) is None or not group["reset_step"]:
-            super().update(shard, group, state)
-            return
-        age = since(state["step"].item(), _reset_every(group))
-        N, correction = self.rule.direction(shard.grad, at_step(state, age), group)
-        shard.write(N, group["lr"] * correction, group["lr"] * group["weight_decay"], decay_first=True)
+    def plain_direction(self, shard: Whole, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
+        if self.part_of(shard) is not None and group["reset_step"]:
+            state = at_step(state, since(state["step"].item(), _reset_every(group)))
+        return super().plain_direction(shard, group, state)
 
     def settle_layers(self, layers: list[LayerWork]) -> None:
         for layer in layers:
@@ -117,10 +114,10 @@ class ReLoRAAdamW(LayeredOptimizer):
             if group["reset"] == "random":
                 generator = generator_of(group["seed"], "ReLoRA", layer.position, name, layer.steps)
                 order = torch.rand(order.shape, generator=generator, device="cpu").to(whole.device)
-            stays = torch.ones_like(order)
-            stays[_smallest(order, group["reset_ratio"])] = 0
+            gone = torch.zeros_like(order, dtype=torch.bool)
+            gone[_smallest(order, group["reset_ratio"])] = True
             for key in MOMENTS:
-                state[key].mul_(shard.part_of(stays.view(whole.shape)))
+                state[key].masked_fill_(shard.part_of(gone.view(whole.shape)), 0)
 
 
 def _reset_every(group: Group) -> int:

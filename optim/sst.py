@@ -33,10 +33,9 @@ from torch.optim.optimizer import ParamsT
 from ..seeded import generator_of
 from ..validation import is_whole, require
 from .base import Group, State
-from .layered import LayeredOptimizer, LayerWork, Parts, at_step, since
+from .layered import MOMENTS, LayeredOptimizer, LayerWork, Parts, at_step, since
 from .shards import Whole, World, sum_together_
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # in one order on every process
+from .subspaces.basis import Lifted
 
 
 class SSTAdamW(LayeredOptimizer):
@@ -96,16 +95,20 @@ class SSTAdamW(LayeredOptimizer):
         require(isinstance(group["synchronize"], bool), "synchronize must be True or False", group["synchronize"])
 
     def update(self, shard: Whole, group: Group, state: State) -> None:
-        name = self.part_of(shard)
+        vectors = self.part_of(shard) in ("U", "V")
+        super().update(shard, {**group, "weight_decay": 0.0} if vectors else group, state)
+
+    def plain_direction(self, shard: Whole, group: Group, state: State) -> tuple[Tensor | Lifted, float]:
+        name, t = self.part_of(shard), state["step"].item()
         if name is None:
-            super().update(shard, group, state)
-            return
-        t, vectors = state["step"].item(), name != "sigma"
-        age = since(t, group["swap_every"] if vectors else self._round(self._parts[shard.position].layer, group))
-        N, correction = self.rule.direction(shard.grad, at_step(state, age), group)
-        rising = vectors and age < min(t, group["warmup_steps"])  # not at first: that is the schedule's business
-        lr = group["lr"] * (age / group["warmup_steps"] if rising else 1.0)
-        shard.write(N, lr * correction, 0.0 if vectors else group["lr"] * group["weight_decay"], decay_first=True)
+            return super().plain_direction(shard, group, state)
+        if name == "sigma":
+            age = since(t, self._round(self._parts[shard.position].layer, group))
+            return super().plain_direction(shard, group, at_step(state, age))
+        age = since(t, group["swap_every"])
+        N, correction = super().plain_direction(shard, group, at_step(state, age))
+        rising = age < min(t, group["warmup_steps"])  # not at first: that is the schedule's business
+        return N, correction * (age / group["warmup_steps"] if rising else 1.0)
 
     def _round(self, layer: Any, group: Group) -> int:
         """Steps between singular value decompositions of a layer."""

@@ -21,7 +21,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..optim.groups import DEFAULT_TARGETS
+from ..patterns import DEFAULT_TARGETS
 from ..validation import nearest
 from .compiled_ops import skip_inference_reduce
 from .errors import BadInput

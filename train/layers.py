@@ -16,6 +16,7 @@ from ..models.convert import convert
 from ..models.layers import FactoredLinear
 from ..models.ordered_dropout import OrderedDropout
 from ..validation import nearest
+from . import layouts
 from .config import Config, mapping
 from .errors import BadInput
 
@@ -62,8 +63,8 @@ def check(config: Config) -> None:
     for key in _given(config):
         if key not in known:
             raise BadInput(f"layer_args: {name} takes no {key!r}; {nearest(key, known)}")
-    stage = (getattr(config.run, "hf_deepspeed_config", None) and config.run.hf_deepspeed_config.config) or {}
-    if name == "maestro" and (config.run.fsdp or stage.get("zero_optimization", {}).get("stage") == 3):
+    layout = layouts.Layout.of(config.run)
+    if name == "maestro" and (layout.engine == layouts.FSDP or layout.settings.get("stage") == 3):
         raise BadInput("layer maestro needs whole factors for its penalty, which ZeRO 3 and FSDP split; use ZeRO 2")
 
 
