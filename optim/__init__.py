@@ -1,6 +1,7 @@
 """Drop-in ``torch.optim`` classes whose state is low-rank. Imports torch and nothing heavier."""
 
 from .apollo import APOLLOAdamW
+from .blast import BlockSparseAdamW
 from .dct import DCTAdamW
 from .fira import FiraAdamW
 from .full_state import full_state, load_full_state
@@ -13,12 +14,16 @@ from .lion import Lion
 from .memory import state_bytes
 from .q_galore import GaLoreAdamW8bit
 from .relora import ReLoRAAdamW
+from .rigl import RigLAdamW, SETAdamW
 from .schedules import JaggedCosineLR
 from .sltrain import SLTrainAdamW, SLTrainAdamW8bit
+from .sparse import SparseAdamW
+from .srigl import SRigLAdamW
 from .sst import SSTAdamW
 
 __all__ = [
     "APOLLOAdamW",
+    "BlockSparseAdamW",
     "DCTAdamW",
     "FiraAdamW",
     "GaLoreAdafactor",
@@ -31,9 +36,13 @@ __all__ = [
     "LDAdamW",
     "Lion",
     "ReLoRAAdamW",
+    "RigLAdamW",
+    "SETAdamW",
     "SLTrainAdamW",
     "SLTrainAdamW8bit",
+    "SRigLAdamW",
     "SSTAdamW",
+    "SparseAdamW",
     "full_state",
     "load_full_state",
     "param_groups",

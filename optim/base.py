@@ -410,10 +410,16 @@ class SubspaceOptimizer(FaithfulLoading):
         return self._state_on_meta(parameter, group)
 
     def held_state(self, parameter: Tensor, group: Group, saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self._split_state(parameter, group).held(saved) if _is_dtensor(parameter) else saved
+        if not _is_dtensor(parameter):
+            return saved
+        split = self._split_state(parameter, group)
+        return self.settled(split.shard, group, split.held(saved))
 
     def saved_state(self, parameter: Tensor, group: Group, held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self._split_state(parameter, group).shared(held) if _is_dtensor(parameter) else held
+        if not _is_dtensor(parameter):
+            return held
+        split = self._split_state(parameter, group)
+        return split.shared(self.spread(split.shard, group, dict(held)))
 
     def _split_state(self, parameter: Any, group: Group) -> SplitState:
         ((member, piece),) = self._layout(parameter, group)
@@ -422,15 +428,31 @@ class SubspaceOptimizer(FaithfulLoading):
         def on_paper(rank: int) -> NewState:
             seen = piece.on_paper(rank)
             flat = whole.new_empty(seen.numel)
-            return self.new_state(self._sliced(flat, flat, seen, member, group, Room()), group)
+            return self.spread_state(self._sliced(flat, flat, seen, member, group, Room()), group)
 
         flat, world = _local(parameter.detach()), piece.world
         shard = self._sliced(flat, flat, piece, member, group, Room())
         own, last = on_paper(world.rank), on_paper(world.size - 1)
-        return SplitState(parameter.device_mesh, shard, own, last, self._state_on_meta(whole, group))
+        at_large = self.spread_state(self._whole(whole, group, member.position, Room()), group)
+        return SplitState(parameter.device_mesh, shard, own, last, at_large)
 
-    def _state_on_meta(self, parameter: Tensor, group: Group) -> NewState:
-        return self.new_state(self._whole(torch.empty_like(parameter, device="meta"), group, 0, Room()), group)
+    def _state_on_meta(self, parameter: Tensor, group: Group, position: int = 0) -> NewState:
+        return self.new_state(self._whole(torch.empty_like(parameter, device="meta"), group, position, Room()), group)
+
+    # ---- state between layouts --------------------------------------------------------------------------------------
+
+    def spread_state(self, shard: Whole, group: Group) -> NewState:
+        """New state as it travels from one layout to another: split as the parameter or its coordinates are, so that
+        what each process holds can be put together."""
+        return self.new_state(shard, group)
+
+    def spread(self, shard: Whole, group: Group, state: State) -> Mapping[str, Tensor]:
+        """``state`` as it travels."""
+        return state
+
+    def settled(self, shard: Whole, group: Group, spread: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The inverse of ``spread``."""
+        return spread
 
     @classmethod
     def state_bytes_for(cls, shape: Sequence[int], dtype: torch.dtype = torch.float32, **keys: Any) -> int:
@@ -468,7 +490,7 @@ class SubspaceOptimizer(FaithfulLoading):
             trained = [member for member in members if member.parameter.requires_grad]
             if cut is None:
                 for member in trained:
-                    yield member.position, self._state_on_meta(member.parameter, group)
+                    yield member.position, self._state_on_meta(member.parameter, group, member.position)
                 continue
             for member, piece in cut(trained, rank, size):
                 flat = torch.empty(piece.numel, dtype=dtype or member.parameter.dtype, device="meta")

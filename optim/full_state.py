@@ -32,9 +32,9 @@ def full_state(optimizer: SubspaceOptimizer) -> dict[str, Any]:
     """
     parameters: dict[int, dict[str, Tensor]] = {}
     for member, shard, group, state in _held(optimizer):
-        whole = {}
+        whole, spread = {}, optimizer.spread(shard, group, state)
         for key, (shape, axis) in _whole_state(optimizer, shard, group).items():
-            value = opened(state, key, shard) if f"{key}_absmax" in state else state[key]
+            value = opened(spread, key, shard) if f"{key}_absmax" in spread else spread[key]
             if key.startswith("basis") and has_subspace(shard):
                 value = shard.collected(value, shape[0])
             whole[key] = _gathered(value, axis, shard)
@@ -76,9 +76,11 @@ def load_full_state(optimizer: SubspaceOptimizer, saved: dict[str, Any]) -> None
         own = saved["parameters"].get(member.position)
         if own is None:
             raise ValueError(f"the full state has nothing of parameter {member.position}, of shape {member.shape}")
+        whole = Whole(torch.empty(member.shape, device="meta"), member.position, Room())
+        own = {**optimizer.spread(whole, group, dict(own))}  # what one process saved is as it held it
         fresh.append(_part(optimizer, own, member, shard, group))
-    for (member, shard, _, state), part in zip(held, fresh, strict=True):
-        for key, value in part.items():
+    for (member, shard, group, state), part in zip(held, fresh, strict=True):
+        for key, value in optimizer.settled(shard, group, part).items():
             state[key] = value
         own = saved["parameters"][member.position]
         if "weight" in own:
@@ -107,7 +109,7 @@ def _whole_state(
         else:
             size = (shard.shape[0] + more, *shard.shape[1:]) if shard.shape else (1 + more,)
             meta = Whole(torch.empty(size, device="meta"), 0, Room())
-        states.append(optimizer.new_state(meta, group))
+        states.append(optimizer.spread_state(meta, group))
     axes = {}
     for key, value in states[0].items():
         pairs = enumerate(zip(value.shape, states[1][key].shape, strict=True))
@@ -141,7 +143,7 @@ def _part(
     optimizer: SubspaceOptimizer, whole: dict[str, Tensor], member: Member, shard: Whole, group: Group
 ) -> dict[str, Tensor]:
     """This process's part of the state of one parameter."""
-    part = dict(optimizer.new_state(shard, group))
+    part = dict(optimizer.spread_state(shard, group))
     for key, (_, axis) in _whole_state(optimizer, shard, group).items():
         if key not in whole:
             raise ValueError(f"the full state of parameter {member.position} has no {key!r}; it has {sorted(whole)}")

@@ -12,6 +12,9 @@ from ..patterns import DEFAULT_TARGETS, targets
 from ..patterns import found as found_names
 from .shards import full_shape
 
+# What makes the group of target matrices, beside a rank: a share of weights, n of every m, a number of groups of them.
+MARKS = ("sparsity", "density", "n", "keep")
+
 
 def param_groups(
     model: nn.Module,
@@ -25,31 +28,35 @@ def param_groups(
 
     Args:
         model: any module; frozen parameters are left out, tied ones are owned once.
-        rank: of the target matrices. None makes no ranked group: the groups suit ``torch.optim`` too.
+        rank: of the target matrices. Without one, and without another key that says what is special of them
+            (``sparsity``, ``density``, ``n``, ``keep``), they have no group, and the groups suit ``torch.optim`` too.
         target_modules: a list of patterns, each a part of a module's name or a regular expression for all of it;
             or one regular expression for all of the name; or ``"all-linear"``, every matrix but embeddings and the
             output layer. Each pattern must match.
         weight_decay: for the two groups of weights; None leaves it to the optimizer. Norms and biases get 0. What a
             layer of ``gracile.models.layers`` makes its weight of counts as weights, in one group, of any shape.
-        matrix_keys: further keys of the ranked group, such as ``update_proj_gap`` or ``scale``; the optimizer
+        matrix_keys: further keys of the target matrices' group, such as ``update_proj_gap`` or ``scale``; the optimizer
             checks them. A mapping from patterns to values splits the group: ``num_heads={"q_proj": 32, "k_proj": 8}``
             holds for the targets whose names match, the first match counts, the others do without the key.
 
     Raises:
-        ValueError: for a pattern that matches no trainable matrix, or matrix keys without a rank.
+        ValueError: for a pattern that matches no trainable matrix, or matrix keys without one that makes their group.
     """
-    if rank is None and matrix_keys:
-        raise ValueError(f"{', '.join(sorted(matrix_keys))} need a rank, got rank=None")
-    matrices = {} if rank is None else dict(_targets(model, target_modules))
+    marks = [key for key in MARKS if matrix_keys.get(key) is not None]
+    if rank is None and matrix_keys and not marks:
+        raise ValueError(f"{', '.join(sorted(matrix_keys))} need a rank (or one of {', '.join(MARKS)}), got rank=None")
+    matrices = {} if rank is None and not marks else dict(_targets(model, target_modules))
     chosen = {id(p) for p in matrices.values()}
     trainable = [p for p in model.parameters() if p.requires_grad]  # lists a tied parameter once
     others = [p for p in trainable if id(p) not in chosen]
     factors = {number for number, part in parts_among(others).items() if part.name != "bias"}
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    marked = {} if rank is None else {"rank": rank}
+    plain = dict.fromkeys(marks)  # also where the optimizer's own default is another
     groups = [
-        *({"params": params, "rank": rank, **keys, **decay} for params, keys in _split(matrices, matrix_keys)),
-        {"params": [p for p in others if _dim(p) > 1 or id(p) in factors], **decay},
-        {"params": [p for p in others if _dim(p) <= 1 and id(p) not in factors], "weight_decay": 0.0},
+        *({"params": params, **marked, **keys, **decay} for params, keys in _split(matrices, matrix_keys)),
+        {"params": [p for p in others if _dim(p) > 1 or id(p) in factors], **plain, **decay},
+        {"params": [p for p in others if _dim(p) <= 1 and id(p) not in factors], **plain, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -13,9 +13,8 @@ from torch.optim.optimizer import ParamsT
 from ..owners import Part, parts_among
 from .base import Group, State, SubspaceOptimizer, Work
 from .rules import TORCH_ADAM
-from .shards import UnsupportedLayout, Whole, World, frozen_shard
+from .shards import UnsupportedLayout, Whole, World, held_shard
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, in one order on every process
 Parts = dict[str, Tensor]  # a layer's parameters and buffers by their own names, each whole
 
 
@@ -44,7 +43,7 @@ class LayerWork(NamedTuple):
         found = {name: work.shard for name, work in self.stepped.items()}
         for name, parameter in self.layer.named_parameters(recurse=False):
             if name not in found and not parameter.requires_grad:
-                found[name] = frozen_shard(parameter)
+                found[name] = held_shard(parameter)
         return found
 
     @contextmanager

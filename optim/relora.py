@@ -26,7 +26,8 @@ from torch.optim.optimizer import ParamsT
 from ..seeded import generator_of
 from ..validation import is_real, is_whole, require
 from .base import Group, State
-from .layered import MOMENTS, LayeredOptimizer, LayerWork, at_step, since
+from .layered import LayeredOptimizer, LayerWork, at_step, since
+from .rules import MOMENTS
 from .shards import Whole
 from .subspaces.basis import Lifted
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..validation import is_real, require
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, in one order on every process
 Shape = torch.Size | tuple[int, ...]
 
 

@@ -33,7 +33,8 @@ from torch.optim.optimizer import ParamsT
 from ..seeded import generator_of
 from ..validation import is_whole, require
 from .base import Group, State
-from .layered import MOMENTS, LayeredOptimizer, LayerWork, Parts, at_step, since
+from .layered import LayeredOptimizer, LayerWork, Parts, at_step, since
+from .rules import MOMENTS
 from .shards import Whole, World, sum_together_
 from .subspaces.basis import Lifted
 

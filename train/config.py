@@ -86,7 +86,7 @@ class OptimizerArguments:
         metadata={
             "help": "adamw, lion, galore_adamw, galore_adamw_8bit, galore_adafactor, galore_lion, galore_plus_adamw, "
             "fira_adamw, gradnormlorp_adamw, dct_adamw, apollo_adamw, ldadamw, sltrain_adamw, sltrain_adamw_8bit, "
-            "sst_adamw or relora_adamw."
+            "sst_adamw, relora_adamw, sparse_adamw, set_adamw, rigl_adamw, srigl_adamw or block_sparse_adamw."
         },
     )
     rank: int = field(default=128, metadata={"help": "Rank of the subspace, or of the layer, of each target matrix."})
@@ -101,9 +101,21 @@ class OptimizerArguments:
         metadata={"help": "How the subspace is found: iterate, one cheap warm iteration, or svd, exact."},
     )
     proj_type: str = field(default="std", metadata={"help": "Side projected: std, reverse_std, left or right."})
+    sparsity: float | None = field(
+        default=None, metadata={"help": "Share of the target matrices' weights that is zero, of an optimizer of masks."}
+    )
+    update_every: int | None = field(
+        default=None, metadata={"help": "Steps between changes of the masks; by default the optimizer's own."}
+    )
+    drop_fraction: float | None = field(
+        default=None, metadata={"help": "Share of a mask that changes, at first; 0 keeps the first masks."}
+    )
+    t_end: int | None = field(
+        default=None, metadata={"help": "Last step of the masks' changes; by default three quarters of max_steps."}
+    )
     target_modules: list[str] = field(
         default_factory=lambda: list(DEFAULT_TARGETS),
-        metadata={"help": "Parts of, or regular expressions for, the names of the layers that get a rank."},
+        metadata={"help": "Parts of, or regular expressions for, the names of the layers that get a rank or a mask."},
     )
     lr_restart_every: int | None = field(
         default=None,

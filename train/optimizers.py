@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,8 +16,9 @@ from ..validation import nearest
 from .config import Config, OptimizerArguments, RunArguments, mapping
 from .errors import BadInput
 
-# Keys of a configuration that reach an optimizer's matrices where it has them.
+# Keys of a configuration that reach an optimizer where it has them: those of a subspace its ranked matrices alone.
 SUBSPACE_KEYS = ("update_proj_gap", "scale", "proj_type", "subspace_method")
+MASK_KEYS = ("sparsity", "update_every", "drop_fraction", "t_end")
 
 
 def _adam_keys(run: RunArguments) -> dict[str, Any]:
@@ -44,17 +45,19 @@ def _heads(model: nn.Module) -> dict[str, Any]:
 
 
 class Recipe(NamedTuple):
-    """How a class is built from a configuration: the keys it takes from TrainingArguments, and those that it takes from
-    the model."""
+    """How a class is built from a configuration: the keys it takes from TrainingArguments, those that it takes from the
+    model, and those that are by default a share of the run's steps."""
 
     optimizer: Callable[..., torch.optim.Optimizer]
     keys: Callable[[RunArguments], dict[str, Any]] = _adam_keys
     matrix_keys: Callable[[nn.Module], dict[str, Any]] = lambda model: {}
+    clocks: Mapping[str, float] = {}
 
     def accepts(self) -> set[str]:
         return set(inspect.signature(self.optimizer).parameters) - {"params"}
 
 
+MASK_CLOCK = {"t_end": 0.75}  # RigL's
 OPTIMIZERS = {
     "adamw": Recipe(torch.optim.AdamW, _torch_keys),
     "lion": Recipe(optim.Lion, _lion_keys),
@@ -72,6 +75,11 @@ OPTIMIZERS = {
     "sltrain_adamw_8bit": Recipe(optim.SLTrainAdamW8bit),
     "sst_adamw": Recipe(optim.SSTAdamW),
     "relora_adamw": Recipe(optim.ReLoRAAdamW),
+    "sparse_adamw": Recipe(optim.SparseAdamW, clocks=MASK_CLOCK),
+    "set_adamw": Recipe(optim.SETAdamW, clocks=MASK_CLOCK),
+    "rigl_adamw": Recipe(optim.RigLAdamW, clocks=MASK_CLOCK),
+    "srigl_adamw": Recipe(optim.SRigLAdamW, clocks=MASK_CLOCK),
+    "block_sparse_adamw": Recipe(optim.BlockSparseAdamW, clocks=MASK_CLOCK),
 }
 
 
@@ -83,21 +91,18 @@ def build_optimizer(model: nn.Module, chosen: OptimizerArguments, run: RunArgume
     """
     recipe = _recipe(chosen)
     keywords = _keywords(chosen)
-    known = recipe.accepts() - {"rank", *SUBSPACE_KEYS}
+    known = recipe.accepts() - {"rank", *SUBSPACE_KEYS, *MASK_KEYS}
     for key in keywords:
         if key not in known:
             raise BadInput(f"optimizer_args: {chosen.optimizer} takes no {key!r} there; {nearest(key, known)}")
     if "state_dtype" in keywords:
         keywords["state_dtype"] = _dtype(keywords["state_dtype"])
     try:
-        if "rank" in recipe.accepts():
-            matrix_keys = _matrix_keys(recipe, model, chosen, keywords)
-            groups = optim.param_groups(
-                model, chosen.rank, chosen.target_modules, weight_decay=run.weight_decay, **matrix_keys
-            )
-        else:
-            groups = optim.param_groups(model, weight_decay=run.weight_decay)
-        return recipe.optimizer(groups, **{**recipe.keys(run), **keywords})
+        rank = chosen.rank if "rank" in recipe.accepts() else None
+        matrix_keys = _matrix_keys(recipe, model, chosen, keywords) if rank is not None else _mark(recipe, chosen)
+        groups = optim.param_groups(model, rank, chosen.target_modules, weight_decay=run.weight_decay, **matrix_keys)
+        keywords = {**_mask_keys(recipe, chosen), **keywords}
+        return recipe.optimizer(groups, **{**recipe.keys(run), **_clocks(recipe, run, keywords), **keywords})
     except (ValueError, ImportError) as error:
         raise BadInput(str(error)) from None
 
@@ -143,12 +148,36 @@ def _dtype(name: Any) -> torch.dtype | None:
     return known[name]
 
 
+def _mark(recipe: Recipe, chosen: OptimizerArguments) -> dict[str, Any]:
+    """What makes the target matrices of an optimizer without ranks special, if anything does."""
+    if "sparsity" not in recipe.accepts():
+        return {}
+    if chosen.sparsity is None:
+        raise BadInput(f"optimizer {chosen.optimizer} needs sparsity, the share of weights that are zero, such as 0.9")
+    return {"sparsity": chosen.sparsity}
+
+
+def _mask_keys(recipe: Recipe, chosen: OptimizerArguments) -> dict[str, Any]:
+    given = {key: getattr(chosen, key) for key in MASK_KEYS if key != "sparsity"}
+    return {key: value for key, value in given.items() if value is not None and key in recipe.accepts()}
+
+
+def _clocks(recipe: Recipe, run: RunArguments, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Steps at which something ends, as shares of the run's, where they are not given."""
+    missing = {key: share for key, share in recipe.clocks.items() if key not in given}
+    if missing and run.max_steps <= 0:
+        key, share = next(iter(missing.items()))
+        raise BadInput(f"{key} is {share:g} of max_steps by default; give one of the two")
+    return {key: max(1, round(share * run.max_steps)) for key, share in missing.items()}
+
+
 def without_effect(config: Config) -> list[str]:
     """The subspace keys that were given and that the chosen optimizer does not have."""
     accepted = _recipe(config.optimizer).accepts()
-    told = ("rank", *SUBSPACE_KEYS, "target_modules")
-    targeted = "rank" in accepted or config.model.layer is not None
-    present = accepted | ({"rank", "target_modules"} if targeted else set())
+    told = ("rank", *SUBSPACE_KEYS, *MASK_KEYS, "target_modules")
+    layered = config.model.layer is not None
+    present = accepted | ({"rank"} if layered else set())
+    present |= {"target_modules"} if layered or accepted & {"rank", "sparsity"} else set()
     return [key for key in told if key in config.given and key not in present]
 
 

@@ -4,7 +4,7 @@
 of one: DeepSpeed ZeRO and FSDP2. ``layout`` finds out which.
 """
 
-from .layout import Keys, Member, UnsupportedLayout, flat_tensors, frozen_shard, full_shape, pieces_of, rows_of
+from .layout import Keys, Member, UnsupportedLayout, flat_tensors, full_shape, held_shard, pieces_of, rows_of
 from .paper import Cut, as_one, by_rows, each, flat_length
 from .sliced import Slice, Sliced, SlicedMatrix, SlicedRows, complete, put_together, sum_together_
 from .whole import Solving, Whole, WholeMatrix, has_subspace
@@ -29,9 +29,9 @@ __all__ = [
     "each",
     "flat_length",
     "flat_tensors",
-    "frozen_shard",
     "full_shape",
     "has_subspace",
+    "held_shard",
     "pieces_of",
     "put_together",
     "rows_of",

@@ -91,20 +91,20 @@ def rows_of(parameter: Any) -> Slice:
     return piece
 
 
-def frozen_shard(parameter: Any) -> Whole:
-    """What this process holds of a parameter that no optimizer is given: frozen ones are split too, in 16 bits, by
-    ZeRO 3 and FSDP2."""
+def held_shard(parameter: Any, position: int = -1) -> Whole:
+    """What this process holds of a parameter itself, where no optimizer steps it, or not yet: ZeRO 3 and FSDP2 split
+    frozen ones too, and those that zero.Init makes, in 16 bits."""
     if hasattr(parameter, "device_mesh"):
         local = parameter.to_local().detach().view(-1)
-        return Sliced(local, local, rows_of(parameter), -1, Room())
+        return Sliced(local, local, rows_of(parameter), position, Room())
     if not hasattr(parameter, "ds_tensor"):
-        return Whole(parameter.detach(), -1, Room())
+        return Whole(parameter.detach(), position, Room())
     part, count = parameter.partition_numel(), parameter.ds_numel
     world = World.for_tensors_on(parameter.ds_tensor.device, parameter.ds_process_group)
     bounds = tuple(min(i * part, count) for i in range(world.size + 1))
     piece = Slice(full_shape(parameter), bounds, 0, world)
     own = piece.of(parameter.ds_tensor.detach().view(-1))
-    return Sliced(own, own, piece, -1, Room())
+    return Sliced(own, own, piece, position, Room())
 
 
 def pieces_of(flat: Tensor, members: list[Member]) -> list[tuple[Member, Slice]]:

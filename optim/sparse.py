@@ -1,0 +1,511 @@
+"""Dynamic sparse training: AdamW on some weights of each matrix, and another choice of them now and then.
+
+    before the first step     M  <-  K of the m n places of W;  W outside of M is zero             the mask
+    every step                G  =   dL/dW, of all places                                           m x n
+                              W[M] <- AdamW(G[M])                                                   K moments, twice
+    every update_every steps, to t_end:
+                              n     =  floor(drop_fraction(t) K)
+                              keep  <-  the K - n weights of M that are worth most                  drop
+                              grow  <-  n places outside of keep that promise most                  grow
+                              M     <-  keep + grow;  what is new has weight and moments zero
+
+The mask is a subspace of coordinates: a gather projects, a scatter lifts. Moments exist for its K weights alone. Only a
+dense gradient is asked for, which a plain backward pass through a weight with zeros gives anyway; the model stays what
+it is. Choices are exact in number and in whom they fall on, ties going to the lowest place, under ZeRO and FSDP2 as on
+one process: optim/subspaces/selection.py.
+
+Departures from published code (google-research/rigl, calgaryml/condensed-sparsity, sparse_learning):
+
+- an update of the mask follows an ordinary step; there it takes the step's place, once in ``update_every``.
+- only weights of the mask are ranked for dropping, so that none is kept that is not there; no noise breaks ties.
+- counts are exact, drawn without replacement; Bernoulli masks drift.
+- a cosine counts from ``t_begin`` on.
+- gradients are ranked as ``step`` finds them: accumulated, averaged over processes, unscaled, clipped. A norm that
+  clips them is that of all places.
+
+Methods of this family are this class with some of the choices made: sets of keys in rigl.py, srigl.py and blast.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..validation import is_real, is_whole, require
+from .base import Group, NewState, State, SubspaceOptimizer, Work
+from .rules import MOMENTS, TORCH_ADAM
+from .shards import UnsupportedLayout, Whole, full_shape, held_shard
+from .subspaces.budgets import BY_SHAPE, BY_WEIGHT, DISTRIBUTIONS, budgets, budgets_by_weight
+from .subspaces.masks import DROPS, GROWS, Change, Masked, Structure, Unstructured, nonzeros, weights_held
+from .subspaces.structured import Blocks, ConstantFanIn
+
+STRUCTURES: dict[str, Structure] = {
+    "unstructured": Unstructured(),
+    "constant_fan_in": ConstantFanIn(),
+    "block": Blocks(),
+}
+OF_STRUCTURE = {"gamma_sal": ("constant_fan_in", 0.3), "block_size": ("block", 64)}  # keys, whose, and their defaults
+SCHEDULES: dict[
+    str, Callable[[float], float]
+] = {  # what is left of the drop fraction when a share of the time to t_end is over
+    "constant": lambda share: 1.0,
+    "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
+    "cubic": lambda share: (1 - share) ** 3,
+}
+INITS = ("random", "magnitude")
+PACKED = ("indices", *MOMENTS)  # state that is as long as the mask
+
+
+class SparseOptimizer(SubspaceOptimizer):
+    """The loop above. ``fixed`` holds what a method has chosen: keys that its groups do not have.
+
+    State of an m x n matrix that keeps K weights: ``indices`` (K, int32), the ascending places of those that this
+    process holds in its part, ``exp_avg`` and ``exp_avg_sq`` (K), a counter, and with ``grow="momentum"`` also
+    ``momentum`` (m n). How many of K lie in a process's part changes with the mask.
+    """
+
+    rule = TORCH_ADAM
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    _is_built = False
+    _keeps_to_masks = False  # weights may have been loaded, or drawn, since the masks were made
+
+    def __init__(self, params: ParamsT, arguments: Group) -> None:
+        self._by_weight: dict[int, int] = {}  # weights left to a matrix, by position, until it has a mask
+        super().__init__(params, arguments)
+        for group in self.param_groups:
+            self._mask_weights(group)
+        self._is_built = True
+
+    # ---- groups -------------------------------------------------------------------------------------------------
+
+    def settings(self, group: Group) -> Group:
+        """A group's keys and what the method has chosen; those of its structure have their defaults."""
+        chosen = {**self.fixed, **group}
+        for key, (_, default) in OF_STRUCTURE.items():
+            chosen[key] = default if chosen.get(key) is None else chosen[key]
+        by_weight = chosen["distribution"] in BY_WEIGHT
+        chosen["init"] = chosen["init"] or ("magnitude" if by_weight else "random")
+        return chosen
+
+    def structure(self, group: Group) -> Structure:
+        return STRUCTURES[{**self.fixed, **group}["structure"]]
+
+    def validate(self, group: Group) -> None:
+        if _density(group) is not None or _density(self.defaults) is not None:
+            self._check_masks({**self.fixed, **group})
+
+    def _check_masks(self, keys: Group) -> None:
+        sparsity, density = keys["sparsity"], keys["density"]
+        require(sparsity is None or density is None, "sparsity and density say the same; give one", (sparsity, density))
+        for key in ("sparsity", "density", "initial_sparsity"):
+            value = keys[key]
+            require(value is None or (is_real(value) and 0 <= value <= 1), f"{key} must be a number in [0, 1]", value)
+        for key, known in {
+            "drop": DROPS,
+            "grow": GROWS,
+            "structure": tuple(STRUCTURES),
+            "distribution": DISTRIBUTIONS,
+            "schedule": tuple(SCHEDULES),
+            "init": (*INITS, None),
+        }.items():
+            require(keys[key] in known, f"{key} must be one of {', '.join(map(str, known))}", keys[key])
+        self._check_clock(keys)
+        for key, (structure, _) in OF_STRUCTURE.items():
+            if keys.get(key) is not None and keys["structure"] != structure:
+                raise ValueError(f"{key}={keys[key]!r} is for structure={structure!r}, got {keys['structure']!r}")
+        if keys["distribution"] in BY_WEIGHT:
+            unfit = keys["structure"] != "unstructured" or keys["initial_sparsity"] is not None
+            require(
+                not unfit and keys["init"] != "random",
+                "lamp and global rank weights; they go with "
+                "structure='unstructured', init='magnitude' and no initial_sparsity",
+                keys["distribution"],
+            )
+        weight = keys["drop_lambda"]
+        require(is_real(weight) and weight >= 0, "drop_lambda must be a number >= 0", weight)
+        require(is_whole(keys["seed"]) and keys["seed"] >= 0, "seed must be a whole number >= 0", keys["seed"])
+        for key in ("reinit_when_same", "rescale_init"):
+            require(isinstance(keys[key], bool), f"{key} must be True or False", keys[key])
+        STRUCTURES[keys["structure"]].check(self.settings(keys))
+
+    def _check_clock(self, keys: Group) -> None:
+        fraction, every, begin, end = (keys[key] for key in ("drop_fraction", "update_every", "t_begin", "t_end"))
+        require(is_real(fraction) and 0 <= fraction <= 1, "drop_fraction must be a number in [0, 1]", fraction)
+        require(is_whole(every) and every >= 1, "update_every must be a whole number >= 1", every)
+        require(is_whole(begin) and begin >= 0, "t_begin must be a whole number >= 0", begin)
+        require(end is None or (is_whole(end) and end > begin), "t_end must be a whole number > t_begin or None", end)
+        falls = (keys["schedule"] != "constant" and fraction > 0) or keys["initial_sparsity"] is not None
+        require(
+            end is not None or not falls,
+            f"t_end must be the step of the last change of masks (three quarters of the run, as RigL has it) with "
+            f"schedule={keys['schedule']!r} and initial_sparsity={keys['initial_sparsity']!r}",
+            end,
+        )
+
+    def _check_parameters(self, group: Group) -> None:
+        super()._check_parameters(group)
+        density = _density(group)
+        if density is None:
+            return
+        parameters = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+        shapes = [full_shape(p) for p in parameters]
+        for p, shape in zip(parameters, shapes, strict=True):
+            if len(shape) < 2:
+                raise ValueError(
+                    f"sparsity={1 - density:g} needs matrices, got a parameter of shape {shape}; put it into a "
+                    "group without a sparsity (gracile.optim.param_groups does)"
+                )
+            if not p.is_contiguous():
+                raise ValueError(f"a parameter of shape {shape} is not contiguous; a mask counts its places in memory")
+            self.structure(group).check_shape(_as_matrix(shape), self.settings(group))
+        if self.settings(group)["distribution"] in BY_SHAPE:
+            for shape, units in zip(shapes, self._counts(shapes, group, self.settings(group)["t_end"]), strict=True):
+                self.structure(group).check_budget(units, _as_matrix(shape))
+
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        if self._is_built:
+            self._mask_weights(self.param_groups[-1])
+
+    # ---- how many, and when -------------------------------------------------------------------------------------
+
+    def density_at(self, step: int | None, group: Group) -> float:
+        """The share of a group's weights that is in the masks after ``step`` steps: with ``initial_sparsity`` it falls
+        by a cubic to its last value (Zhu & Gupta 2017, arXiv:1710.01878)."""
+        keys, last = self.settings(group), _density(group)
+        assert last is not None
+        if keys["initial_sparsity"] is None or step is None:
+            return last
+        first = 1 - float(keys["initial_sparsity"])
+        return last + (first - last) * (1 - _share(step, keys)) ** 3
+
+    def _counts(self, shapes: Sequence[tuple[int, ...]], group: Group, step: int | None) -> list[int]:
+        """How many units of each of a group's matrices stay. Of ``BY_SHAPE``."""
+        structure, keys = self.structure(group), self.settings(group)
+        units = [structure.units(_as_matrix(shape), keys) for shape in shapes]
+        return budgets(units, shapes, self.density_at(step, group), keys["distribution"])
+
+    def counts_at(self, group: Group, step: int | None) -> dict[int, int]:
+        """``_counts`` by position among all parameters."""
+        members = [m for m in self._members[group["group_number"]].values() if m.parameter.requires_grad]
+        counts = self._counts([member.shape for member in members], group, step)
+        return {member.position: count for member, count in zip(members, counts, strict=True)}
+
+    def is_due(self, group: Group, state: State) -> bool:
+        """Whether a matrix's mask changes after the step that its counter has counted."""
+        step, keys = int(state["step"].item()), self.settings(group)
+        begin, end = keys["t_begin"], keys["t_end"]
+        if keys["initial_sparsity"] is not None and step == end:
+            return True  # the last of the ramp
+        moves = keys["drop_fraction"] > 0 or keys["initial_sparsity"] is not None
+        return moves and begin < step and (end is None or step < end) and step % keys["update_every"] == 0
+
+    def drop_fraction_at(self, step: int, group: Group) -> float:
+        keys = self.settings(group)
+        return float(keys["drop_fraction"]) * SCHEDULES[keys["schedule"]](_share(step, keys))
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    def init_state(self, shard: Whole, group: Group) -> NewState:
+        """Empty masks: all matrices of a step are given theirs together. On the meta device, as many as will be."""
+        if _density(group) is None:
+            return super().init_state(shard, group)
+        count = self._planned_count(shard, group) if shard.host == "meta" else 0
+        device, dtype = shard.parameter.device, shard.state_dtype(group)
+        state = {"indices": torch.zeros(count, dtype=torch.int32, device=device)}
+        state |= self.rule.state((count,), dtype, device, group)
+        if self.settings(group)["grow"] == "momentum":
+            state["momentum"] = torch.zeros(shard.parameter.numel(), dtype=dtype, device=device)
+        return state
+
+    def _planned_count(self, shard: Whole, group: Group) -> int:
+        """How many weights of a mask this process will hold: of a part of a matrix, its share of them."""
+        keys, elements = self.settings(group), math.prod(shard.shape)
+        units = round(self.density_at(0, group) * self.structure(group).units(_as_matrix(shard.shape), keys))
+        if keys["distribution"] in BY_SHAPE:
+            units = self.counts_at(group, 0).get(shard.position, units)
+        if keys["structure"] == "constant_fan_in":
+            units -= units % shard.shape[0]
+        return round(self.structure(group).weights(units, keys) * shard.parameter.numel() / max(1, elements))
+
+    def expected_state(self, parameter: Tensor, group: Group, saved: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
+        expected = super().expected_state(parameter, group, saved)
+        held = saved.get("indices")
+        if expected is None or "indices" not in expected or not isinstance(held, Tensor) or held.dim() != 1:
+            return expected
+        if len(held) and not 0 <= int(held.min()) <= int(held.max()) < parameter.numel():
+            raise ValueError(f"the saved mask has places outside of a parameter of shape {tuple(parameter.shape)}")
+        return {key: value.new_empty(len(held)) if key in PACKED else value for key, value in expected.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._keeps_to_masks = False
+
+    def spread_state(self, shard: Whole, group: Group) -> NewState:
+        if _density(group) is None:
+            return super().spread_state(shard, group)
+        shape, device = tuple(shard.parameter.shape), shard.parameter.device
+        by_place = (*MOMENTS, "momentum") if self.settings(group)["grow"] == "momentum" else MOMENTS
+        state = {"step": torch.zeros((), dtype=torch.float32, device=shard.host)}
+        state |= {"mask": torch.zeros(shape, dtype=torch.uint8, device=device)}
+        return state | {key: torch.zeros(shape, dtype=shard.state_dtype(group), device=device) for key in by_place}
+
+    def spread(self, shard: Whole, group: Group, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Moments as a dense tensor has them, and a mask of ones and zeros: where weights lie changes with the layout,
+        and how many a process has."""
+        if "indices" not in state:
+            return state
+        shape, at = tuple(shard.parameter.shape), state["indices"].long()
+        size, rest = math.prod(shape), {k: v for k, v in state.items() if k not in PACKED}
+        found = {"mask": torch.zeros(size, dtype=torch.uint8, device=at.device).index_fill_(0, at, 1).view(shape)}
+        for key in MOMENTS:
+            found[key] = state[key].new_zeros(size).index_copy_(0, at, state[key]).view(shape)
+        if "momentum" in rest:
+            rest["momentum"] = rest["momentum"].view(shape)
+        return rest | found
+
+    def settled(self, shard: Whole, group: Group, spread: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if "mask" not in spread:
+            return spread
+        self._keeps_to_masks = False
+        at = spread["mask"].reshape(-1).nonzero().view(-1)
+        moments = {key: spread[key].reshape(-1)[at] for key in MOMENTS}
+        rest = {k: v.reshape(-1) if k == "momentum" else v for k, v in spread.items() if k != "mask"}
+        return rest | moments | {"indices": at.int()}
+
+    # ---- a step -------------------------------------------------------------------------------------------------
+
+    def update(self, shard: Whole, group: Group, state: State) -> None:
+        if _density(group) is None:
+            super().update(shard, group, state)
+            return
+        W, G, M = shard.parameter.view(-1), shard.grad.reshape(-1), state["indices"]
+        if "momentum" in state:
+            state["momentum"].lerp_(G.to(state["momentum"].dtype), 1 - group["betas"][0])
+        N, correction = self.rule.direction(G if len(M) == len(G) else G.index_select(0, M), state, group)
+        N.mul_(correction)
+        if group["weight_decay"]:
+            N.add_(W if len(M) == len(W) else W.index_select(0, M), alpha=group["weight_decay"])
+        if len(M) == len(W):
+            W.add_(N, alpha=-group["lr"])
+        else:
+            W.index_add_(0, M, N.to(W.dtype), alpha=-group["lr"])
+
+    def _refresh(self, work: list[Work]) -> None:
+        """First masks, for matrices that have none; weights outside of masks are zero from here on."""
+        masked = list(self._masked(work))
+        new = [matrix for matrix in masked if matrix.clock == 0]
+        self._begin(new)
+        for matrix in new if self._keeps_to_masks else masked:
+            _keep_to_mask(matrix)
+        self._keeps_to_masks = True
+
+    def _masked(self, work: Sequence[Work]) -> Iterator[Masked]:
+        for shard, group, state in work:
+            if _density(group) is not None:
+                yield Masked(shard, self.settings(group), state)
+
+    def settle(self, work: list[Work]) -> None:
+        """Masks change, of all matrices together that are due."""
+        due = [item for item in work if _density(item.group) is not None and self.is_due(item.group, item.state)]
+        for lot in _alike(list(self._masked(due))):
+            structure = STRUCTURES[lot[0].group["structure"]]
+            held = weights_held(lot)
+            budgeted = self._budgets(lot, held)
+            keep, grow = [], []
+            for matrix, weights, budget in zip(lot, held, budgeted, strict=True):
+                units = weights // structure.weights(1, matrix.group)
+                fraction = self.drop_fraction_at(matrix.clock, matrix.group)
+                kept, grown = structure.amounts(units, budget, fraction)
+                keep.append(kept)
+                grow.append(grown)
+            for matrix, change in zip(lot, structure.change(lot, budgeted, keep, grow), strict=True):
+                _take(matrix, change)
+
+    def _budgets(self, lot: Sequence[Masked], held: Sequence[int]) -> list[int]:
+        """How many units each mask of a lot has after this step; where weights decide, as many as it has."""
+        counts: dict[int, dict[int, int]] = {}
+        found = []
+        for matrix, weights in zip(lot, held, strict=True):
+            number, position = matrix.group["group_number"], matrix.shard.position
+            if matrix.group["distribution"] in BY_WEIGHT:
+                found.append(self._by_weight.get(position, weights) if matrix.clock == 0 else weights)
+                continue
+            if number not in counts:
+                counts[number] = self.counts_at(matrix.group, matrix.clock)
+            found.append(counts[number][position])
+        return found
+
+    def _begin(self, matrices: Sequence[Masked]) -> None:
+        """Draw first masks into the state of matrices that have none."""
+        for lot in _alike(matrices):
+            structure = STRUCTURES[lot[0].group["structure"]]
+            held = nonzeros(lot)
+            budgeted = self._budgets(lot, held)
+            for matrix, indices, count, weights in zip(
+                lot, structure.begin(lot, budgeted, held), budgeted, held, strict=True
+            ):
+                own = structure.weights(count, matrix.group)
+                matrix.state["indices"] = indices
+                for key in MOMENTS:
+                    if key in matrix.state:
+                        matrix.state[key] = matrix.state[key].new_zeros(len(indices))
+                if matrix.group["rescale_init"] and weights > own > 0:
+                    matrix.weights.mul_(math.sqrt(math.prod(matrix.shape) / own))
+
+    @torch.no_grad()
+    def _mask_weights(self, group: Group) -> None:
+        """Weights outside of first masks are zero before the first forward pass. Collective where they are split."""
+        members = [m for m in self._members[group["group_number"]].values() if m.parameter.requires_grad]
+        if _density(group) is None or not members or members[0].parameter.is_meta:
+            return
+        shards = [held_shard(member.parameter, member.position) for member in members]
+        keys = self.settings(group)
+        if keys["distribution"] in BY_WEIGHT:
+            if any(shard.split for shard in shards):
+                raise UnsupportedLayout(
+                    f"distribution={keys['distribution']!r} ranks whole weights; build the optimizer before the model "
+                    "is split, or choose uniform, er or erk"
+                )
+            density = self.density_at(0, group)
+            counts = budgets_by_weight([shard.parameter for shard in shards], density, keys["distribution"])
+            self._by_weight |= {shard.position: count for shard, count in zip(shards, counts, strict=True)}
+        matrices = [Masked(shard, keys, {"step": torch.zeros(())}) for shard in shards]
+        self._begin(matrices)
+        for matrix in matrices:
+            _keep_to_mask(matrix)
+
+
+def _density(group: Group) -> float | None:
+    if group["density"] is not None:
+        return float(group["density"])
+    return None if group["sparsity"] is None else 1 - float(group["sparsity"])
+
+
+def _share(step: int, keys: Group) -> float:
+    """How much of the time from ``t_begin`` to ``t_end`` is over."""
+    if keys["t_end"] is None:
+        return 0.0
+    share = (step - keys["t_begin"]) / (keys["t_end"] - keys["t_begin"])
+    return float(min(1.0, max(0.0, share)))
+
+
+def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], math.prod(shape[1:])
+
+
+def _alike(matrices: Sequence[Masked]) -> list[list[Masked]]:
+    """Matrices in lots that are chosen from together, in one order on every process."""
+    lots: dict[tuple[str, torch.dtype], list[Masked]] = {}
+    for matrix in matrices:
+        lots.setdefault((matrix.group["structure"], matrix.key_dtype), []).append(matrix)
+    return list(lots.values())
+
+
+def _keep_to_mask(matrix: Masked) -> None:
+    W, at = matrix.weights, matrix.indices.long()
+    if len(at) < len(W):
+        held = W[at]
+        W.zero_().index_copy_(0, at, held)
+
+
+def _take(matrix: Masked, change: Change) -> None:
+    """Go over to a new mask. What was not in the old one has weight and moments zero; so has, with
+    ``reinit_when_same``, what was dropped and grown in one."""
+    state, W, new = matrix.state, matrix.weights, change.indices
+    old = matrix.indices
+    place, there = _places_in(old, new)
+    if matrix.group["reinit_when_same"]:
+        there &= _places_in(change.kept, new)[1]
+    held = W[new.long()].masked_fill_(~there, 0)
+    W.zero_().index_copy_(0, new.long(), held)
+    for key in MOMENTS:
+        moments = state[key]
+        state[key] = moments[place].masked_fill_(~there, 0) if len(moments) else moments.new_zeros(len(new))
+    state["indices"] = new
+
+
+def _places_in(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each of ``new`` is in ``old``, both ascending, and whether it is."""
+    if not len(old):
+        return torch.zeros_like(new, dtype=torch.int64), torch.zeros_like(new, dtype=torch.bool)
+    place = torch.searchsorted(old, new).clamp_(max=len(old) - 1)
+    return place, old[place] == new
+
+
+class SparseAdamW(SparseOptimizer):
+    """AdamW on a part of each matrix's weights, by any combination of the published choices.
+
+    Groups with a ``sparsity`` (or ``density``) hold matrices and are masked, others get plain AdamW;
+    ``gracile.optim.param_groups(model, sparsity=0.9)`` makes them. Masks are drawn, and weights outside of them set to
+    zero, when the optimizer is built (at its first step where the model is split already); a matrix that is as sparse
+    as it should be keeps its mask.
+
+    Args:
+        params: parameters, named parameters or groups, as for ``torch.optim.AdamW``.
+        lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
+        sparsity: the share of a group's weights that is zero; None for plain AdamW.
+        density: 1 - sparsity, in its place.
+        drop: which weights go: the smallest ``magnitude``; the smallest ``gradient_magnitude``, |w| + drop_lambda |g|
+            (MEST: Yuan et al. 2021, arXiv:2110.14032); or ``random``.
+        grow: which come: the largest ``gradient`` (RigL); the largest ``momentum`` of all gradients (SNFS: Dettmers &
+            Zettlemoyer 2019, arXiv:1907.04840), which costs a dense moment; or ``random`` (SET).
+        distribution: of the weights over a group's matrices: ``uniform``, ``er``, ``erk``, ``lamp``, ``global``.
+        schedule: how ``drop_fraction`` falls to ``t_end``: ``cosine``, ``cubic`` or ``constant``.
+        structure: ``unstructured``, ``constant_fan_in`` or ``block``.
+        update_every: steps between changes of the masks.
+        drop_fraction: the share of a mask that changes, at first; 0 keeps the first masks.
+        t_begin, t_end: steps between which masks change. RigL's t_end is three quarters of the run. None, without an
+            end, goes with ``schedule="constant"``.
+        initial_sparsity: where given, sparsity rises from it to ``sparsity`` at ``t_end`` by a cubic.
+        init: first masks are ``random``, or of the largest ``magnitude``; None: random but for lamp and global.
+        rescale_init: multiply weights that are masked for the first time by 1 / sqrt(density), as fan-in asks.
+        reinit_when_same: a weight that is dropped and grown in one update starts from zero, and does not stay.
+        drop_lambda: weight of gradients in ``gradient_magnitude``.
+        gamma_sal: of ``constant_fan_in``, the share of salient weights below which a row is ablated (0.3).
+        block_size: of ``block`` (64).
+        seed: of what is drawn.
+        state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+
+    State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        sparsity: float | None = None,
+        density: float | None = None,
+        drop: str = "magnitude",
+        grow: str = "gradient",
+        distribution: str = "uniform",
+        schedule: str = "cosine",
+        structure: str = "unstructured",
+        update_every: int = 100,
+        drop_fraction: float = 0.3,
+        t_begin: int = 0,
+        t_end: int | None = None,
+        initial_sparsity: float | None = None,
+        init: str | None = None,
+        rescale_init: bool = False,
+        reinit_when_same: bool = False,
+        drop_lambda: float = 1e-3,
+        gamma_sal: float | None = None,
+        block_size: int | None = None,
+        seed: int = 0,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
