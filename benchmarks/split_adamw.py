@@ -12,7 +12,7 @@ import os
 
 from gracile.optim import param_groups
 from gracile.owners import parts_among
-from gracile.train import pretrain, trainer
+from gracile.train import optimizers, pretrain, trainer
 from gracile.train.config import mapping
 from gracile.train.leaving import leave
 from gracile.train.optimizers import OPTIMIZERS
@@ -29,6 +29,11 @@ def targets_of(model, chosen):
 
 
 def build_optimizer(model, chosen, run):
+    if "sparsity" in OPTIMIZERS[chosen.optimizer].accepts():  # which has a group for its targets
+        optimizer = optimizers.build_optimizer(model, chosen, run)
+        for group in optimizer.param_groups:
+            group["lr"] *= FACTOR if group["sparsity"] is not None else 1
+        return optimizer
     targets = targets_of(model, chosen)
     groups = []
     for group in param_groups(model, weight_decay=run.weight_decay):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,6 +14,15 @@ from .shards import full_shape
 
 # What makes the group of target matrices, beside a rank: a share of weights, n of every m, a number of groups of them.
 MARKS = ("sparsity", "density", "n", "keep")
+MASKS = ("sparsity", "density")
+
+
+class Target(NamedTuple):
+    """A matrix by the name of its layer."""
+
+    name: str
+    parameter: Tensor
+    density: float | None = None  # of a layer that says itself how much of it stays
 
 
 def param_groups(
@@ -39,14 +48,19 @@ def param_groups(
             checks them. A mapping from patterns to values splits the group: ``num_heads={"q_proj": 32, "k_proj": 8}``
             holds for the targets whose names match, the first match counts, the others do without the key.
 
+    With a ``sparsity`` or ``density``, layers that say which of their parameters are sparse (``sparse_parts``:
+    ``ParallelLinear``, ``FactorisedLinear`` and ``DopedLinear``) have their own densities, one group for each, whether
+    their names match or not: more of them would be a larger dense model.
+
     Raises:
         ValueError: for a pattern that matches no trainable matrix, or matrix keys without one that makes their group.
     """
     marks = [key for key in MARKS if matrix_keys.get(key) is not None]
     if rank is None and matrix_keys and not marks:
         raise ValueError(f"{', '.join(sorted(matrix_keys))} need a rank (or one of {', '.join(MARKS)}), got rank=None")
-    matrices = {} if rank is None and not marks else dict(_targets(model, target_modules))
-    chosen = {id(p) for p in matrices.values()}
+    masked = any(key in MASKS for key in marks)
+    matrices = [] if rank is None and not marks else list(_targets(model, target_modules, masked))
+    chosen = {id(target.parameter) for target in matrices}
     trainable = [p for p in model.parameters() if p.requires_grad]  # lists a tied parameter once
     others = [p for p in trainable if id(p) not in chosen]
     factors = {number for number, part in parts_among(others).items() if part.name != "bias"}
@@ -65,38 +79,47 @@ def _dim(parameter: Tensor) -> int:
     return len(full_shape(parameter))
 
 
-def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    candidates = dict(_matrices(model))
+def _targets(model: nn.Module, target_modules: str | Iterable[str], masked: bool) -> Iterator[Target]:
+    candidates = list(_matrices(model, masked))
     find_output = getattr(model, "get_output_embeddings", None)  # transformers models know their output layer
     output = find_output() if callable(find_output) else None
     if target_modules in ("all-linear", ["all-linear"]):
-        yield from ((name, p) for name, p in candidates.items() if output is None or p is not output.weight)
+        yield from (target for target in candidates if output is None or target.parameter is not output.weight)
         return
-    yield from ((name, candidates[name]) for name in targets(target_modules, candidates))
+    names = dict.fromkeys(target.name for target in candidates)
+    matched = set(targets(target_modules, names))
+    yield from (target for target in candidates if target.name in matched or target.density is not None)
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Layers with a trainable matrix of their own: nn.Linear and its like (GPT-2's Conv1D), not embeddings."""
+def _matrices(model: nn.Module, masked: bool) -> Iterator[Target]:
+    """Layers with a trainable matrix of their own: nn.Linear and its like (GPT-2's Conv1D), not embeddings. Of an
+    optimizer of masks, also matrices that their layers call sparse."""
     modules = dict(model.named_modules())
     embeddings = {id(m.weight) for m in modules.values() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     for name, module in modules.items():
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.requires_grad and _dim(weight) == 2 and id(weight) not in embeddings:
-            yield name, weight
+        tell = getattr(module, "sparse_parts", None) if masked else None
+        densities: Mapping[str, float | None] = {"weight": None} if tell is None else tell()
+        for part, density in densities.items():
+            p = module._parameters.get(part)
+            if p is not None and p.requires_grad and _dim(p) == 2 and id(p) not in embeddings:
+                yield Target(name, p, density)
 
 
-def _split(matrices: dict[str, Tensor], keys: dict[str, Any]) -> list[tuple[list[Tensor], dict[str, Any]]]:
+def _split(matrices: list[Target], keys: dict[str, Any]) -> list[tuple[list[Tensor], dict[str, Any]]]:
     """The target matrices in parts that share all keys, in the model's order."""
     mapped = {key: value for key, value in keys.items() if isinstance(value, Mapping)}
-    found = {key: found_names(key, list(value), matrices, False) for key, value in mapped.items()}
+    plain = {key: value for key, value in keys.items() if key not in mapped}
+    names = dict.fromkeys(target.name for target in matrices)
+    found = {key: found_names(key, list(value), names, False) for key, value in mapped.items()}
     parts: dict[tuple[Any, ...], tuple[list[Tensor], dict[str, Any]]] = {}
     owned: set[int] = set()
-    for name, p in matrices.items():
+    for name, p, density in matrices:
         if id(p) in owned:  # tied to an earlier one
             continue
         owned.add(id(p))
-        matches = {key: next((q for q, names in found[key].items() if name in names), None) for key in mapped}
+        matches = {key: next((q for q, those in found[key].items() if name in those), None) for key in mapped}
         own = {key: mapped[key][pattern] for key, pattern in matches.items() if pattern is not None}
-        plain = {key: value for key, value in keys.items() if key not in mapped}
+        if density is not None:
+            own |= {"sparsity": None, "density": density}
         parts.setdefault(tuple(own.items()), ([], {**plain, **own}))[0].append(p)
     return list(parts.values())

@@ -16,7 +16,7 @@ from .shards import Cut, Member, by_rows, flat_length
 
 # What a tensor of state is for, by the beginning of its key.
 MOMENTS, PROJECTORS, ERRORS, INDICES = "moments", "projectors", "error buffers", "indices"
-KINDS = {"basis": PROJECTORS, "error": ERRORS, "indices": INDICES, "residual_places": INDICES}
+KINDS = {"basis": PROJECTORS, "error": ERRORS, "indices": INDICES, "mask": INDICES, "residual_places": INDICES}
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ..models.llama import SIZES, build_llama, llama_config
 from ..validation import nearest
-from . import layers, zero
+from . import distillation, layers, zero
 from .checks import DTYPES
+from .companions import companions
 from .config import Config, ModelArguments, RunArguments, mapping
 from .errors import BadInput
 from .optimizers import build_optimizer, jagged_schedule
@@ -89,7 +90,9 @@ def check_optimizer(config: Config, architecture: PreTrainedConfig) -> None:
     """Build the optimizer on a model without memory: bad values show before any data is read."""
     model = untrained(config, architecture)
     optimizer = build_optimizer(model, config.optimizer, config.run)
-    layers.ordered_dropout(model, config)
+    companions(model, config)
+    layers.check_saved(model, config)
+    distillation.check(config, architecture.get_text_config().vocab_size)
     if config.optimizer.lr_restart_every is not None and config.run.max_steps > 0:
         jagged_schedule(config, config.run.max_steps, optimizer)
 

@@ -10,7 +10,7 @@ from accelerate.state import DistributedType
 from transformers.training_args import ParallelMode
 
 from ..validation import nearest
-from . import checkpoints, layers
+from . import art, checkpoints, layers
 from .config import Config, RunArguments
 from .errors import BadInput
 
@@ -41,6 +41,7 @@ def check_values(config: Config) -> None:
     if run.fsdp:
         _check_fsdp(run)
     layers.check(config)
+    art.check(config)
 
 
 def _check_fsdp(run: RunArguments) -> None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "pretrain": "train a LLaMA from scratch",
     "memory": "plan the memory of a run, before anything is allocated",
     "profile": "measure the memory and the time of a run's first steps",
+    "export": "write a sparse model without its zeros, for inference",
 }
 
 

@@ -38,8 +38,9 @@ class ModelArguments:
     layer: str | None = field(
         default=None,
         metadata={
-            "help": "Layers that store less in place of the target linear layers: sltrain, sst, relora, low_rank or "
-            "maestro; rank and target_modules are theirs."
+            "help": "Layers that store less in place of the target linear layers: sltrain, sst, relora, low_rank, "
+            "maestro, autosparse, nm or cast; or as much, in more places: parallel, factorised or doped; rank, "
+            "sparsity and target_modules are theirs."
         },
     )
     layer_args: str | None = field(
@@ -86,7 +87,8 @@ class OptimizerArguments:
         metadata={
             "help": "adamw, lion, galore_adamw, galore_adamw_8bit, galore_adafactor, galore_lion, galore_plus_adamw, "
             "fira_adamw, gradnormlorp_adamw, dct_adamw, apollo_adamw, ldadamw, sltrain_adamw, sltrain_adamw_8bit, "
-            "sst_adamw, relora_adamw, sparse_adamw, set_adamw, rigl_adamw, srigl_adamw or block_sparse_adamw."
+            "sst_adamw, relora_adamw, sr_ste_adamw, cast_adams, sparse_adamw, set_adamw, rigl_adamw, srigl_adamw, "
+            "block_sparse_adamw, hyper_sparse_adamw or wgsef_adamw."
         },
     )
     rank: int = field(default=128, metadata={"help": "Rank of the subspace, or of the layer, of each target matrix."})
@@ -113,6 +115,13 @@ class OptimizerArguments:
     t_end: int | None = field(
         default=None, metadata={"help": "Last step of the masks' changes; by default three quarters of max_steps."}
     )
+    art_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps between looks at the model without its smallest weights, of hyper_sparse_adamw: they go "
+            "when it is as good without them, or at prune_at."
+        },
+    )
     target_modules: list[str] = field(
         default_factory=lambda: list(DEFAULT_TARGETS),
         metadata={"help": "Parts of, or regular expressions for, the names of the layers that get a rank or a mask."},
@@ -125,6 +134,11 @@ class OptimizerArguments:
         },
     )
     lr_restart_warmup: int = field(default=100, metadata={"help": "Steps of the rise after each restart."})
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "A saved model whose predictions are imitated: for cast, the dense one that it begins with."},
+    )
+    distill: float = field(default=1 / 3, metadata={"help": "The teacher's share of the loss; the rest is the data's."})
     optimizer_args: str | None = field(
         default=None,
         metadata={"help": 'Further keywords of the optimizer, as a mapping: {"error_feedback": "8bit"}.'},

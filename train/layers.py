@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from ..models import layers
 from ..models.convert import convert
-from ..models.layers import FactoredLinear
+from ..models.gradient_annealing import GradientAnnealing
+from ..models.layers import FactoredLinear, IsoFlopLinear
+from ..models.mask_decay import DECAYS, MaskDecay
 from ..models.ordered_dropout import OrderedDropout
 from ..validation import nearest
 from . import layouts
@@ -29,15 +31,29 @@ class Kind(NamedTuple):
     more: type[Any] | None = None  # what else takes keywords of ``layer_args``
 
 
+MASKED = ("sparse_adamw", "set_adamw", "rigl_adamw", "srigl_adamw", "block_sparse_adamw")
 LAYERS = {
     "low_rank": Kind(layers.LowRankLinear),
     "sltrain": Kind(layers.SparseLowRankLinear),
     "sst": Kind(layers.SpectralLinear, ("sst_adamw",)),
     "relora": Kind(layers.ReLoRALinear, ("relora_adamw",)),
     "maestro": Kind(layers.OrderedLowRankLinear, more=OrderedDropout),
+    "autosparse": Kind(layers.ThresholdLinear, more=GradientAnnealing),
+    "nm": Kind(layers.NMLinear, more=MaskDecay),
+    "cast": Kind(layers.ScaledLinear, ("cast_adams",)),
+    "parallel": Kind(layers.ParallelLinear, MASKED),
+    "factorised": Kind(layers.FactorisedLinear, MASKED),
+    "doped": Kind(layers.DopedLinear, MASKED),
 }
 # optimizers that are for one layer alone
-FOR_LAYERS = {"sltrain_adamw": "sltrain", "sltrain_adamw_8bit": "sltrain", "sst_adamw": "sst", "relora_adamw": "relora"}
+FOR_LAYERS = {
+    "sltrain_adamw": "sltrain",
+    "sltrain_adamw_8bit": "sltrain",
+    "sst_adamw": "sst",
+    "relora_adamw": "relora",
+    "sr_ste_adamw": "nm",
+    "cast_adams": "cast",
+}
 
 
 def check(config: Config) -> None:
@@ -60,12 +76,51 @@ def check(config: Config) -> None:
     if kind.optimizers and optimizer not in kind.optimizers:
         raise BadInput(f"layer {name} needs optimizer: {' or '.join(kind.optimizers)}, got {optimizer}")
     known = _accepted(kind.layer) | (_accepted(kind.more) if kind.more else set())
+    if issubclass(kind.layer, IsoFlopLinear):
+        known -= {"sparsity"}  # the optimizer's: one number for both
+        _check_first_masks(config)
     for key in _given(config):
         if key not in known:
             raise BadInput(f"layer_args: {name} takes no {key!r}; {nearest(key, known)}")
     layout = layouts.Layout.of(config.run)
     if name == "maestro" and (layout.engine == layouts.FSDP or layout.settings.get("stage") == 3):
         raise BadInput("layer maestro needs whole factors for its penalty, which ZeRO 3 and FSDP split; use ZeRO 2")
+    learned = name == "autosparse" and _given(config).get("sparsity") is None
+    if learned and config.model.dtype == "bfloat16" and layout.engine != layouts.DEEPSPEED:  # which keeps wider weights
+        raise BadInput(
+            "layer autosparse needs dtype: float32, for thresholds move by less than bfloat16 can hold; bf16: true "
+            "computes in it all the same"
+        )
+
+
+def _check_first_masks(config: Config) -> None:
+    chosen = config.optimizer
+    default = 0.0 if chosen.optimizer == "block_sparse_adamw" else None
+    start = mapping("optimizer_args", chosen.optimizer_args, "{}").get("initial_sparsity", default)
+    if start is not None:
+        raise BadInput(
+            f"layer {config.model.layer} with initial_sparsity {start} is a larger dense model at first; give "
+            'optimizer_args: {"initial_sparsity": null}'
+        )
+
+
+def check_saved(model: nn.Module, config: Config) -> None:
+    """Refuse a run that would leave nothing: what does not merge is in its checkpoints alone.
+
+    Raises:
+        BadInput: for such a model without checkpoints to the end.
+    """
+    kept = config.run.save_strategy
+    if not merges(model) and kept not in ("steps", "epoch"):
+        raise BadInput(
+            f"layer {config.model.layer} is not linear here and merges into no plain layer: its model is the last "
+            f"checkpoint; save_strategy must be steps or epoch, got {getattr(kept, 'value', kept)}"
+        )
+
+
+def merges(model: nn.Module) -> bool:
+    """Whether ``model`` can be saved as one that loads without gracile."""
+    return all(module.is_linear for module in model.modules() if isinstance(module, FactoredLinear))
 
 
 def beside(config: Config, optimizer: str) -> str | None:
@@ -73,7 +128,8 @@ def beside(config: Config, optimizer: str) -> str | None:
     own = config.model.layer
     if optimizer in FOR_LAYERS:
         return FOR_LAYERS[optimizer]
-    return None if own is not None and LAYERS[own].optimizers else own
+    fits = own is None or not LAYERS[own].optimizers or optimizer in LAYERS[own].optimizers
+    return own if fits else None
 
 
 def with_layer(config: Config, layer: str | None) -> Config:
@@ -93,8 +149,10 @@ def converted(model: PreTrainedModel, config: Config) -> PreTrainedModel:
         return model
     kind, keys = LAYERS[config.model.layer], _accepted(LAYERS[config.model.layer].layer)
     given = {key: value for key, value in _given(config).items() if key in keys}
-    if config.model.layer != "maestro":  # which has its own idea of a rank: all of it
+    if "rank" in keys and config.model.layer != "maestro":  # which has its own idea of a rank: all of it
         given.setdefault("rank", config.optimizer.rank)
+    if issubclass(kind.layer, IsoFlopLinear):
+        given["sparsity"] = config.optimizer.sparsity
     if "seed" in keys:
         given.setdefault("seed", config.run.seed)
     try:
@@ -115,6 +173,39 @@ def ordered_dropout(model: nn.Module, config: Config) -> OrderedDropout | None:
     given = {key: value for key, value in _given(config).items() if key in keys}
     try:
         return OrderedDropout(model, **{"seed": config.run.seed, **given})
+    except ValueError as error:
+        raise BadInput(f"layer_args: {error}") from None
+
+
+def mask_decay(model: nn.Module, config: Config) -> MaskDecay | None:
+    """The masks' way to n:m for a model whose layers have them: at once, where no ``decay`` is given.
+
+    Raises:
+        BadInput: for a value that is refused, or one of a decay that is not given.
+    """
+    if config.model.layer != "nm":
+        return None
+    keys = _accepted(MaskDecay)
+    given = {key: value for key, value in _given(config).items() if key in keys}
+    if given and "decay" not in given:
+        raise BadInput(f"layer_args: {next(iter(given))} needs a decay; choose one of {', '.join(DECAYS)}")
+    try:
+        return MaskDecay(model, **{"decay": "none", **given})
+    except ValueError as error:
+        raise BadInput(f"layer_args: {error}") from None
+
+
+def gradient_annealing(model: nn.Module, config: Config) -> GradientAnnealing | None:
+    """AutoSparse's annealing and counting for a model with its layers.
+
+    Raises:
+        BadInput: for a value that is refused.
+    """
+    if config.model.layer != "autosparse":
+        return None
+    keys = _accepted(GradientAnnealing)
+    try:
+        return GradientAnnealing(model, **{key: value for key, value in _given(config).items() if key in keys})
     except ValueError as error:
         raise BadInput(f"layer_args: {error}") from None
 

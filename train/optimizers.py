@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .. import optim
+from ..models.layers import NMLinear, ScaledLinear
 from ..validation import nearest
 from .config import Config, OptimizerArguments, RunArguments, mapping
 from .errors import BadInput
@@ -44,6 +45,12 @@ def _heads(model: nn.Module) -> dict[str, Any]:
     return {"num_heads": {name: getattr(model.config, field) for name, field in fields.items() if name in trained}}
 
 
+def _pattern(model: nn.Module) -> dict[str, Any]:
+    """n and m, which the layers have."""
+    layer = next(module for module in model.modules() if isinstance(module, (NMLinear, ScaledLinear)))
+    return {"n": layer.n, "m": layer.m}
+
+
 class Recipe(NamedTuple):
     """How a class is built from a configuration: the keys it takes from TrainingArguments, those that it takes from the
     model, and those that are by default a share of the run's steps."""
@@ -58,6 +65,7 @@ class Recipe(NamedTuple):
 
 
 MASK_CLOCK = {"t_end": 0.75}  # RigL's
+ENVELOPE_CLOCK = {"ramp_steps": 0.5, "finish_at": 0.8}
 OPTIMIZERS = {
     "adamw": Recipe(torch.optim.AdamW, _torch_keys),
     "lion": Recipe(optim.Lion, _lion_keys),
@@ -75,6 +83,10 @@ OPTIMIZERS = {
     "sltrain_adamw_8bit": Recipe(optim.SLTrainAdamW8bit),
     "sst_adamw": Recipe(optim.SSTAdamW),
     "relora_adamw": Recipe(optim.ReLoRAAdamW),
+    "sr_ste_adamw": Recipe(optim.SRSTEAdamW, matrix_keys=_pattern),
+    "cast_adams": Recipe(optim.CastAdamS, matrix_keys=_pattern, clocks={"total_steps": 1.0}),
+    "hyper_sparse_adamw": Recipe(optim.HyperSparseAdamW, clocks={"prune_at": 0.6}),
+    "wgsef_adamw": Recipe(optim.WGSEFAdamW, clocks=ENVELOPE_CLOCK),
     "sparse_adamw": Recipe(optim.SparseAdamW, clocks=MASK_CLOCK),
     "set_adamw": Recipe(optim.SETAdamW, clocks=MASK_CLOCK),
     "rigl_adamw": Recipe(optim.RigLAdamW, clocks=MASK_CLOCK),
@@ -91,7 +103,7 @@ def build_optimizer(model: nn.Module, chosen: OptimizerArguments, run: RunArgume
     """
     recipe = _recipe(chosen)
     keywords = _keywords(chosen)
-    known = recipe.accepts() - {"rank", *SUBSPACE_KEYS, *MASK_KEYS}
+    known = recipe.accepts() - {"rank", "n", "m", "keep", *SUBSPACE_KEYS, *MASK_KEYS}
     for key in keywords:
         if key not in known:
             raise BadInput(f"optimizer_args: {chosen.optimizer} takes no {key!r} there; {nearest(key, known)}")
@@ -99,9 +111,9 @@ def build_optimizer(model: nn.Module, chosen: OptimizerArguments, run: RunArgume
         keywords["state_dtype"] = _dtype(keywords["state_dtype"])
     try:
         rank = chosen.rank if "rank" in recipe.accepts() else None
-        matrix_keys = _matrix_keys(recipe, model, chosen, keywords) if rank is not None else _mark(recipe, chosen)
+        matrix_keys = _mark(recipe, model, chosen) if rank is None else _matrix_keys(recipe, model, chosen, keywords)
         groups = optim.param_groups(model, rank, chosen.target_modules, weight_decay=run.weight_decay, **matrix_keys)
-        keywords = {**_mask_keys(recipe, chosen), **keywords}
+        keywords = {**_mask_keys(recipe, chosen, run), **keywords}
         return recipe.optimizer(groups, **{**recipe.keys(run), **_clocks(recipe, run, keywords), **keywords})
     except (ValueError, ImportError) as error:
         raise BadInput(str(error)) from None
@@ -148,18 +160,21 @@ def _dtype(name: Any) -> torch.dtype | None:
     return known[name]
 
 
-def _mark(recipe: Recipe, chosen: OptimizerArguments) -> dict[str, Any]:
+def _mark(recipe: Recipe, model: nn.Module, chosen: OptimizerArguments) -> dict[str, Any]:
     """What makes the target matrices of an optimizer without ranks special, if anything does."""
-    if "sparsity" not in recipe.accepts():
+    if "n" in recipe.accepts():
+        return recipe.matrix_keys(model)
+    if not recipe.accepts() & {"sparsity", "keep"}:
         return {}
     if chosen.sparsity is None:
         raise BadInput(f"optimizer {chosen.optimizer} needs sparsity, the share of weights that are zero, such as 0.9")
-    return {"sparsity": chosen.sparsity}
+    return {"keep": 1 - chosen.sparsity} if "keep" in recipe.accepts() else {"sparsity": chosen.sparsity}
 
 
-def _mask_keys(recipe: Recipe, chosen: OptimizerArguments) -> dict[str, Any]:
-    given = {key: getattr(chosen, key) for key in MASK_KEYS if key != "sparsity"}
-    return {key: value for key, value in given.items() if value is not None and key in recipe.accepts()}
+def _mask_keys(recipe: Recipe, chosen: OptimizerArguments, run: RunArguments) -> dict[str, Any]:
+    given = {key: getattr(chosen, key) for key in MASK_KEYS if key != "sparsity"} | {"seed": run.seed}
+    known = recipe.accepts() if "sparsity" in recipe.accepts() else set()
+    return {key: value for key, value in given.items() if value is not None and key in known}
 
 
 def _clocks(recipe: Recipe, run: RunArguments, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +192,8 @@ def without_effect(config: Config) -> list[str]:
     told = ("rank", *SUBSPACE_KEYS, *MASK_KEYS, "target_modules")
     layered = config.model.layer is not None
     present = accepted | ({"rank"} if layered else set())
-    present |= {"target_modules"} if layered or accepted & {"rank", "sparsity"} else set()
+    present |= {"target_modules"} if layered or accepted & {"rank", "sparsity", "keep"} else set()
+    present |= {"sparsity"} if "keep" in accepted else set()
     return [key for key in told if key in config.given and key not in present]
 
 

@@ -142,6 +142,8 @@ class Planner:
         for key in ("label_smoothing_factor", "use_liger_kernel"):
             if getattr(config.run, key):
                 raise BadInput(f"{key} is {getattr(config.run, key)}, which is not planned; leave it out")
+        if config.optimizer.teacher is not None:
+            raise BadInput(f"teacher is {config.optimizer.teacher}, which is not planned; leave it out")
         self.config = config
         self.architecture = building.architecture(config.model)
         self.division = division(config.run, self.architecture.get_text_config().hidden_size)

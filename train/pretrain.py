@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .. import __version__
 from ..models.llama import SIZES
 from ..optim.shards import UnsupportedLayout
-from . import building, checkpoints, layouts, report, zero
+from . import building, checkpoints, layers, layouts, report, zero
 from .checks import RUN_FILE, check_same_run, check_values, resuming, starting_point
 from .config import Config, ModelArguments, load_config
 from .data import Blocks, Corpus, collate, make_blocks, open_corpus, tokenizer_identity
@@ -119,7 +119,8 @@ def _finish(config: Config, trainer: PretrainTrainer, output_dir: Path, speed: f
         title = f"{config.model.model} LLaMA, {config.data.dataset}, {config.optimizer.optimizer}"
         report.plot_losses(output_dir, metrics["history"], tokens_per_step, title)
         report.write_metrics(output_dir, metrics)
-        print(f"\n{report.closing_table(metrics)}\n\n  {output_dir}/ holds the model, its tokenizer, checkpoints,")
+        whole, parts = "the model, its tokenizer, checkpoints,", "a tokenizer, checkpoints, the last of them the model,"
+        print(f"\n{report.closing_table(metrics)}\n\n  {output_dir}/ holds {whole if layers.merges(model) else parts}")
         print(f"  {RUN_FILE}, metrics.json, loss.png and TensorBoard logs (tensorboard --logdir {output_dir})")
     return metrics
 

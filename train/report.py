@@ -115,7 +115,7 @@ def size(count: int) -> str:
 
 def history_of(state: TrainerState) -> list[dict[str, float]]:
     """Losses by step, as metrics.json keeps them; of two evaluations at one step, the later."""
-    kept = ("step", "loss", "eval_loss", "grad_norm", "learning_rate")
+    kept = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "density")
     entries = {
         (entry["step"], "loss" in entry): {key: entry[key] for key in kept if key in entry}
         for entry in state.log_history

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..models.convert import merge
-from ..models.ordered_dropout import OrderedDropout
-from . import building, checkpoints, layers, layouts
+from ..models.layers import ScaledLinear
+from . import art, building, checkpoints, distillation, layers, layouts
+from .companions import Annealing, Shrinking, companions
 from .config import Config, RunArguments
 from .errors import RunStopped
 from .optimizers import build_optimizer, jagged_schedule
@@ -31,15 +32,23 @@ class PretrainTrainer(Trainer):
         if config.model.layer is not None and config.run.ddp_broadcast_buffers is None:
             config.run.ddp_broadcast_buffers = False  # places of weights never change
         super().__init__(**kwargs)
-        self.dropout = layers.ordered_dropout(self.model, config)
-        if self.dropout is not None:
-            self.add_callback(Shrinking(self.dropout))
+        own = companions(self.model, config)
+        for companion in own:
+            self.add_callback(companion)
+        self.dropout = next((each.dropout for each in own if isinstance(each, Shrinking)), None)
+        self.annealing = next((each.annealing for each in own if isinstance(each, Annealing)), None)
+        self.teacher = distillation.teacher(config, self.args.device)
+        self.art = None if config.optimizer.art_every is None else art.ART(self, config.optimizer.art_every)
+        if self.art is not None:
+            self.add_callback(self.art)
         self._first_bad_step = torch.full((), -1, dtype=torch.long, device=self.args.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.model if model is None else model, self.config.optimizer, self.args)
             self.own_optimizer = self.optimizer
+            if self.art is not None:
+                self.art.watch(self.optimizer)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
@@ -54,13 +63,23 @@ class PretrainTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if self.dropout is None or not model.training:
+        if (self.dropout is None and self.teacher is None) or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # which of the two divides by the passes of a step is the Trainer's rule for its own loss
         divided = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        loss = loss + self.dropout.loss() / (self.current_gradient_accumulation_steps if divided else 1)
+        if self.teacher is not None:
+            tokens = num_items_in_batch / self._loss_factor() if divided else None
+            loss = self.teacher.blended(loss, outputs.logits, inputs, tokens)
+        if self.dropout is not None:
+            loss = loss + self.dropout.loss() / (self.current_gradient_accumulation_steps if divided else 1)
         return (loss, outputs) if return_outputs else loss
+
+    def _loss_factor(self) -> int:
+        """By what the Trainer multiplies a loss that is divided by the tokens of all processes, which averages them."""
+        if not self.args.average_tokens_across_devices:
+            return 1
+        return self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu
 
     # ---- non-finite losses --------------------------------------------------------------------------------------
 
@@ -78,6 +97,11 @@ class PretrainTrainer(Trainer):
         if (due or tr_loss.device.type == "cpu") and (step := int(self._first_bad_step)) >= 0:
             raise RunStopped(f"the loss at step {step} is not finite; {self._what_stays()}")
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.annealing is not None and "loss" in logs:
+            logs = {**logs, "density": self.annealing.densities()[""]}
+        super().log(logs, *args, **kwargs)
 
     def _refuse_broken_weights(self) -> None:
         """A finite loss can still be followed by an update that breaks the weights: never save those."""
@@ -139,9 +163,17 @@ class PretrainTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def export(self, folder: str) -> None:
-        """The trained model as one that loads without gracile: layers merged into plain ones. Collective."""
+        """The trained model as one that loads without gracile: layers merged into plain ones. Collective.
+
+        Of layers that are not linear there is none: a model.safetensors of theirs would load as a LLaMA with weights
+        drawn anew. The last checkpoint holds it.
+        """
         if self.config.model.layer is None:
             self.save_model(folder)
+            return
+        if not layers.merges(self.accelerator.unwrap_model(self.model)):
+            if self.args.should_save and self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
             return
         state = self.accelerator.get_state_dict(self.model_wrapped)
         if not self.args.should_save:
@@ -149,6 +181,9 @@ class PretrainTrainer(Trainer):
         architecture: Any = self.model.config
         plain = building.untrained(self.config, architecture, next(iter(state.values())).dtype)
         plain.load_state_dict(state, assign=True)
+        for module in plain.modules():
+            if isinstance(module, ScaledLinear):  # done already where the run was as long as CAST was told
+                module.sparsify()
         merge(plain)
         plain.generation_config = self.model.generation_config
         plain.save_pretrained(folder)
@@ -189,17 +224,4 @@ class Moments(TrainerCallback):
         if control.should_save:
             # A logged loss is a mean since the last log: starting anew at each save, a resumed run logs the same.
             control.should_log = True
-        return control
-
-
-class Shrinking(TrainerCallback):
-    """Ordered factors lose components after some steps."""
-
-    def __init__(self, dropout: OrderedDropout) -> None:
-        self.dropout = dropout
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        self.dropout.shrink(state.global_step)
         return control

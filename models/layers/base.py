@@ -26,6 +26,7 @@ class FactoredLinear(nn.Module, ABC):
     """
 
     replaced: type[nn.Module] = nn.Linear  # what it stands in place of, where that is another class
+    is_linear: bool = True  # else there is no W, and nothing to merge into
 
     def __new__(cls, *_: Any, **__: Any) -> FactoredLinear:
         layer = super().__new__(cls)  # here and not in __init__: copies and pickles do not pass there

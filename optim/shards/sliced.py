@@ -360,8 +360,10 @@ class SlicedRows(SlicedMatrix):
         super().__init__(parameter, gradient, piece, position, room, Frame((m, n), n, right=True))
 
     def rows_of(self, *own: Tensor) -> list[Tensor]:
-        """The rows that this process touches (rows x n), all of each, of tensors that are laid out as its slice is, flat.
-        Collective where a row is cut: one message for all of them."""
+        """The rows that this process touches (rows x n), all of each, of flat tensors laid out as its slice is.
+
+        Collective where a row is cut: one message for all of them.
+        """
         completed = complete([self] * len(own), own)
         return [self._rows(part, rows) for part, rows in zip(own, completed, strict=True)]
 

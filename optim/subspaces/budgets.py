@@ -50,7 +50,7 @@ def budgets(units: Sequence[int], shapes: Sequence[tuple[int, ...]], density: fl
 
 def _odds(shape: tuple[int, ...], distribution: str) -> float:
     counted = shape if distribution == "erk" else shape[:2]
-    return sum(counted) / math.prod(counted)
+    return sum(counted) / max(1, math.prod(counted))
 
 
 def whole_numbers(shares: Sequence[float], most: Sequence[int], total: int) -> list[int]:

@@ -71,6 +71,7 @@ class Masked:
         if self.group["drop"] == "random":
             return None
         worth = self.weights.index_select(0, at).abs_()
+        worth = worth.to(torch.promote_types(worth.dtype, torch.float32))  # in bf16 a small share of a gradient is lost
         if self.group["drop"] == "gradient_magnitude":
             worth.add_(self.gradient.index_select(0, at).abs_(), alpha=self.group["drop_lambda"])
         return worth
@@ -83,11 +84,15 @@ class Masked:
 
     def drop_keys(self, at: Tensor) -> Tensor:
         worth = self.drop_scores(at)
-        return self.random(at.long() + self.begin, "drop", self.clock) if worth is None else keys_of(worth)
+        return self.random(at.long() + self.begin, "drop", self.clock) if worth is None else self._keys_of(worth)
 
     def grow_keys(self, begin: int, end: int) -> Tensor:
         worth = self.grow_scores(begin, end)
-        return self._random_between(begin, end, "grow", self.clock) if worth is None else keys_of(worth)
+        return self._random_between(begin, end, "grow", self.clock) if worth is None else self._keys_of(worth)
+
+    def _keys_of(self, worth: Tensor) -> Tensor:
+        """Of the dtype that all keys of a matrix have; momentum may be wider or narrower than weights."""
+        return keys_of(worth.double() if self.key_dtype == torch.int64 else worth.float())
 
     def first_keys(self, begin: int, end: int, is_sparse: bool) -> Tensor:
         """For a first mask: a matrix that is sparse already keeps what it has."""
@@ -95,7 +100,8 @@ class Masked:
         if self.group["init"] == "magnitude":
             return keys_of(held)
         drawn = self._random_between(begin, end, "first")
-        return torch.where(held != 0, LARGEST[self.key_dtype], drawn) if is_sparse else drawn
+        most = LARGEST[self.key_dtype]
+        return torch.where(held != 0, most, drawn.clamp_(max=most - 1)) if is_sparse else drawn
 
     def _random_between(self, begin: int, end: int, *purpose: object) -> Tensor:
         units = torch.arange(self.begin + begin, self.begin + end, device=self.weights.device)

@@ -53,7 +53,8 @@ def random_keys(positions: Tensor, *purpose: object) -> Tensor:
     x = (positions * (step | 1) + salt) & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # murmur3's finalizer mixes every bit into every bit
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return ((x ^ (x >> 16)) >> 1).int()
+    mixed: Tensor = ((x ^ (x >> 16)) >> 1).int()
+    return mixed
 
 
 def largest_of_each(choices: Sequence[Choice], counts: Sequence[int]) -> list[Tensor]:

@@ -43,7 +43,7 @@ class ConstantFanIn(Structure):
         if units < shape[0]:
             raise ValueError(
                 f"sparsity leaves {units} weights to the {shape[0]} rows of a matrix of shape {shape}, less than one "
-                "each; choose a lower sparsity, or structure='unstructured'"
+                "each; choose a lower sparsity, or an unstructured mask"
             )
 
     def amounts(self, held: int, budget: int, fraction: float) -> tuple[int, int]:
@@ -98,7 +98,8 @@ class Blocks(Structure):
             if matrix.group["init"] == "random":
                 drawn = _random_blocks(matrix, "first")
                 is_sparse = int((keys > 0).sum()) <= count
-                keys = drawn.masked_fill(keys > 0, LARGEST[torch.int32]) if is_sparse else drawn
+                most = LARGEST[torch.int32]
+                keys = drawn.clamp_(max=most - 1).masked_fill_(keys > 0, most) if is_sparse else drawn
             found.append(_Blocked(matrix).places_of(_largest_here(keys, count)))
         return found
 
@@ -181,10 +182,12 @@ def _first_rows(matrix: Masked, count: int, held: int) -> Tensor:
     rows = _Rows(matrix)
     (keys,) = rows.of(rows.flat(first_keys_of(matrix, held <= count)))
     active = torch.ones(matrix.shape[0], dtype=torch.int64, device=keys.device)
-    if 0 < held <= count:  # it was trained so, and may have rows that are ablated
+    if 0 < held <= count and matrix.group["gamma_sal"] > 0:  # it was trained so, and may have rows that are ablated
         active = rows.counts(matrix.weights.nonzero().view(-1))
         sum_together_([(matrix.shard, active)])
         active.clamp_(max=1)
+        if int(active.sum()) * matrix.shape[1] < count:  # no: a row cannot have that many weights
+            active.fill_(1)
     fan_in = rows.own(active) * (count // int(active.sum()))
     return rows.places(lambda a, b: _largest_of_rows(keys[a:b], fan_in[a:b]))
 
@@ -263,7 +266,7 @@ class _Blocked(_Rows):
         number = torch.arange(self.first, self.last, device=flat.device) // self.side
         at_once = max(1, AT_ONCE // n)
         for begin in range(0, len(rows), at_once):
-            part = rows[begin : begin + at_once].double().square_().view(-1, self.across, self.side).sum(2)
+            part = rows[begin : begin + at_once].double().square().view(-1, self.across, self.side).sum(2)
             sums.index_add_(0, number[begin : begin + at_once], part)
         return sums.view(-1)
 

@@ -24,6 +24,7 @@ import logging
 import os
 import sys
 import warnings
+from inspect import signature
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 warnings.filterwarnings("ignore")
@@ -55,6 +56,10 @@ IN_8_BITS = 1e-3, 5e-3
 
 ADAFACTOR = {"relative_step": False, "scale_parameter": True, "beta1": 0.9, "lr": 0.1}
 EPS = {"eps": 1e-6}  # an eps far below the gradients would show their rounding, not the layout's
+PATTERN = {"n": 1, "m": 3}
+MASKED = {**EPS, "update_every": 4, "t_end": 18}
+SQUEEZED = {**EPS, "hs_lambda": 3e-3, "interval": 3, "warmup_steps": 2, "quantile_every": 4, "prune_at": 14}
+ENVELOPED = {**EPS, "wgsef_lambda": 0.05, "ramp_steps": 5, "finish_at": 14, "block_size": 4}
 # name -> class, constructor keys, keys of the matrices; None for an optimizer without ranks
 OPTIMIZERS = {
     "AdamW": (torch.optim.AdamW, EPS, None),
@@ -79,6 +84,23 @@ OPTIMIZERS = {
     "SLTrainAdamW8bit": (optim.SLTrainAdamW8bit, {**EPS, "lr": 3e-3}, None),
     "SSTAdamW": (optim.SSTAdamW, {**EPS, "lr": 3e-3, "swap_every": GAP, "iterations": 2, "warmup_steps": 3}, None),
     "ReLoRAAdamW": (optim.ReLoRAAdamW, {**EPS, "lr": 3e-3, "merge_every": GAP}, None),
+    "SETAdamW": (optim.SETAdamW, MASKED, {"sparsity": 0.8}),
+    "RigLAdamW": (optim.RigLAdamW, MASKED, {"sparsity": 0.8}),
+    "SRigLAdamW": (optim.SRigLAdamW, {**MASKED, "gamma_sal": 0.9}, {"sparsity": 0.8}),
+    "BlockSparseAdamW": (optim.BlockSparseAdamW, {**MASKED, "drop_fraction": 0.2}, {"sparsity": 0.8, "block_size": 1}),
+    "SparseAdamW": (
+        optim.SparseAdamW,
+        {**MASKED, "drop": "gradient_magnitude", "drop_lambda": 1.0, "grow": "momentum", "initial_sparsity": 0.5},
+        {"sparsity": 0.8, "distribution": "erk"},
+    ),
+    "HyperSparseAdamW": (optim.HyperSparseAdamW, SQUEEZED, {"sparsity": 0.7}),
+    "WGSEFAdamW": (optim.WGSEFAdamW, {**ENVELOPED, "groups": "rows"}, {"keep": 0.6}),
+    "WGSEFAdamW columns": (optim.WGSEFAdamW, {**ENVELOPED, "groups": "columns"}, {"keep": 0.6}),
+    "WGSEFAdamW blocks": (optim.WGSEFAdamW, {**ENVELOPED, "groups": "blocks"}, {"keep": 0.6}),
+    "AdamW on thresholds": (torch.optim.AdamW, {**EPS, "lr": 3e-3}, None),
+    "AdamW at a budget": (torch.optim.AdamW, {**EPS, "lr": 3e-3}, None),
+    "SRSTEAdamW": (optim.SRSTEAdamW, {**EPS, "lr": 3e-3, "n": None}, PATTERN | {"sr_lambda": 0.1}),
+    "CastAdamS": (optim.CastAdamS, {**EPS, "lr": 1e-3, "n": None, "total_steps": STEPS}, PATTERN | {"mask_every": GAP}),
 }
 # those that need layers of their own
 LAYERS = {
@@ -86,7 +108,12 @@ LAYERS = {
     "SLTrainAdamW8bit": (layers.SparseLowRankLinear, {"density": 0.1}),
     "SSTAdamW": (layers.SpectralLinear, {}),
     "ReLoRAAdamW": (layers.ReLoRALinear, {"alpha": 6.0}),
+    "AdamW on thresholds": (layers.ThresholdLinear, {"s_init": -2.5}),
+    "AdamW at a budget": (layers.ThresholdLinear, {"sparsity": 0.5}),
+    "SRSTEAdamW": (layers.NMLinear, PATTERN),
+    "CastAdamS": (layers.ScaledLinear, {**PATTERN, "pieces": 3}),
 }
+SIZES_OF = {"SRSTEAdamW": (24, 45, 27), "CastAdamS": (24, 45, 27)}  # rows that m divides
 TARGETS = ["tall", "wide", "near", "square", "small"]
 
 
@@ -118,10 +145,11 @@ class Net(nn.Module):
 
 def build(cell):
     torch.manual_seed(0)
-    net = Net(*cell.get("sizes", SIZES))
+    net = Net(*cell.get("sizes", SIZES_OF.get(cell["optimizer"], SIZES)))
     if cell["optimizer"] in LAYERS:
         kind, keys = LAYERS[cell["optimizer"]]
-        convert(net, kind, TARGETS, rank=cell.get("rank", RANK), **keys)
+        ranked = {"rank": cell.get("rank", RANK)} if "rank" in signature(kind).parameters else {}
+        convert(net, kind, TARGETS, **ranked, **keys)
     return net
 
 
@@ -137,6 +165,8 @@ def make_optimizer(net, cell, together=True):
     ``together``: on all processes, not in this one by itself.
     """
     kind, keys, matrix_keys = OPTIMIZERS[cell["optimizer"]]
+    if matrix_keys and "m" in matrix_keys:
+        return kind(optim.param_groups(net, None, TARGETS, weight_decay=0.1, **matrix_keys), **keys)
     if cell["optimizer"] in LAYERS:
         more = {"synchronize": together} if kind is optim.SSTAdamW else {}
         groups = [[*net.tall.parameters(), *net.wide.parameters()]]
@@ -145,6 +175,8 @@ def make_optimizer(net, cell, together=True):
     trained = [p for p in net.parameters() if p.requires_grad]
     if matrix_keys is None:
         return kind([{"params": trained[:5]}, {"params": trained[5:]}], **{"lr": 0.01, **keys})
+    if "sparsity" in matrix_keys or "keep" in matrix_keys:
+        return kind(masked_groups(net, trained, matrix_keys), **{"lr": 0.01, **keys})
     ranked = {"rank": cell.get("rank", RANK), "weight_decay": 0.1, **matrix_keys, **cell.get("keys", {})}
     if "update_proj_gap" not in ranked and kind is not optim.LDAdamW:
         ranked["update_proj_gap"] = GAP
@@ -156,6 +188,19 @@ def make_optimizer(net, cell, together=True):
     rest = [p for p in trained if id(p) not in chosen]
     groups = [{"params": first, **ranked}, {"params": second, **other}, {"params": rest}]
     return kind(groups, **{"lr": 0.01, **keys})
+
+
+def masked_groups(net, trained, keys):
+    """Two groups of different sparsity, in blocks as large as divide their matrices, and the rest."""
+    other = {"sparsity": 0.5} if "sparsity" in keys else {"keep": 0.4}
+    lots = [([net.tall.weight, net.wide.weight], {}), ([net.near.weight, net.square.weight], other)]
+    if "block_size" in keys:
+        lots = [([net.tall.weight], {"block_size": 3}), ([net.near.weight, net.square.weight], {"block_size": 2})]
+    else:
+        lots[1][0].append(net.small.weight)
+    chosen = {id(p) for lot, _ in lots for p in lot}
+    groups = [{"params": lot, "weight_decay": 0.1, **keys, **own} for lot, own in lots]
+    return [*groups, {"params": [p for p in trained if id(p) not in chosen]}]
 
 
 def weights_of(net):

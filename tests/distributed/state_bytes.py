@@ -29,7 +29,8 @@ def made(model, cell):
     kind, keys, matrix_keys = OPTIMIZERS[cell["optimizer"]]
     if matrix_keys is None:
         return kind(param_groups(model), **keys)
-    return kind(param_groups(model, **{"rank": 32, **matrix_keys, **cell["keys"]}), **keys)
+    ranked = {} if "sparsity" in matrix_keys else {"rank": 32}
+    return kind(param_groups(model, **ranked, **matrix_keys, **cell["keys"]), **keys)
 
 
 def stepped(model, optimizer):

@@ -37,7 +37,10 @@ OPTIMIZERS = [
     "SLTrainAdamW8bit",
     "SSTAdamW",
     "ReLoRAAdamW",
+    "RigLAdamW",
+    "SRigLAdamW",
 ]
+THOROUGH = ["SETAdamW", "BlockSparseAdamW", "SparseAdamW"]
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}}
 BF16 = {"precision": "bf16"}
 BF16_IN_FP32 = {"precision": "bf16, fp32 gradients"}
@@ -49,13 +52,17 @@ def cell(optimizer, stage, **options):
     return {"do": "go on", "optimizer": optimizer, "layout": f"zero{stage}", **sizes, **options}
 
 
-# Every optimizer in every stage: plain in one, offloaded and in bf16 in the others. Every second one is loaded into an
-# engine that has already trained on other data.
-ON_TWO = [
-    cell(optimizer, stage, proj_type="left" if i % 2 else "std", **option, **({"steps_before": 2} if i % 2 else {}))
-    for i, optimizer in enumerate(OPTIMIZERS)
-    for stage, option in zip((1, 2, 3), [({}, OFFLOAD, BF16)[(i + j) % 3] for j in range(3)], strict=True)
-]
+def in_every_stage(optimizers):
+    """Plain in one, offloaded and in bf16 in the others. Every second one is loaded into an engine that has already
+    trained on other data."""
+    return [
+        cell(optimizer, stage, proj_type="left" if i % 2 else "std", **option, **({"steps_before": 2} if i % 2 else {}))
+        for i, optimizer in enumerate(optimizers)
+        for stage, option in zip((1, 2, 3), [({}, OFFLOAD, BF16)[(i + j) % 3] for j in range(3)], strict=True)
+    ]
+
+
+ON_TWO = in_every_stage(OPTIMIZERS)
 ON_TWO += [
     cell("GaLoreAdamW", 0),
     cell("FiraAdamW", 1, **BF16_IN_FP32),
@@ -93,6 +100,12 @@ def saved(launched):
     return [{**c, **told} for c, told in zip(cells, launched(2, cells), strict=True)]
 
 
+@pytest.fixture(scope="module")
+def saved_thoroughly(launched):
+    cells = [{**c, "folder": str(launched.folder / f"thorough{i}")} for i, c in enumerate(in_every_stage(THOROUGH))]
+    return [{**c, **told} for c, told in zip(cells, launched(2, cells), strict=True)]
+
+
 def name(number):
     parts = (ON_TWO + REFUSED)[number]
     return " ".join([parts["optimizer"], parts["layout"], *parts.get("zero", {}), parts.get("precision", "")]).strip()
@@ -101,14 +114,23 @@ def name(number):
 def test_the_cells_have_every_class_of_the_package():
     every = {name: getattr(optim, name) for name in optim.__all__}
     classes = {n for n, kind in every.items() if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)}
-    assert {optimizer.split()[0] for optimizer in OPTIMIZERS} == classes
+    assert {optimizer.split()[0] for optimizer in OPTIMIZERS + THOROUGH} == classes
 
 
 @pytest.mark.parametrize("number", range(len(ON_TWO)), ids=name)
 def test_a_new_engine_goes_on_to_the_same_bits(saved, number):
     """All tensors of weights and state on all processes, over a refresh. The file needs no class of this package."""
-    told = saved[number]
-    assert {key: told[key] for key in ON_TWO[number]} == ON_TWO[number]
+    assert_goes_on(saved[number], ON_TWO[number])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", range(3 * len(THOROUGH)))
+def test_so_does_one_of_a_class_that_differs_little_from_another(saved_thoroughly, number):
+    assert_goes_on(saved_thoroughly[number], in_every_stage(THOROUGH)[number])
+
+
+def assert_goes_on(told, asked):
+    assert {key: told[key] for key in asked} == asked
     assert (told["note"], told["steps"]) == ([6, "steps"], 6)
     assert told["changed"]
     assert told["written"]

@@ -23,6 +23,9 @@ CELLS = [
     {"optimizer": "APOLLOAdamW", "proj_type": "left"},
     {"optimizer": "APOLLOAdamW svd"},
     {"optimizer": "LDAdamW", "proj_type": "reverse_std"},
+    {"optimizer": "RigLAdamW"},
+    {"optimizer": "SRigLAdamW"},
+    {"optimizer": "SparseAdamW"},
 ]
 LARGE = {"large": True}
 NAMES = [" ".join(map(str, cell.values())) for cell in CELLS]

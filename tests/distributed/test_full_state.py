@@ -26,14 +26,32 @@ MOVES = [
     ("SLTrainAdamW8bit", "zero1", "fsdp2"),
     ("SSTAdamW", "zero3", "zero1"),
     ("ReLoRAAdamW", "fsdp2", "zero3"),
+    ("RigLAdamW", "zero3", "fsdp2"),
+    ("SRigLAdamW", "fsdp2", "zero1"),
+]
+THOROUGH = [
+    ("SETAdamW", "zero1", "zero3"),
+    ("SRigLAdamW", "zero2", "zero3"),
+    ("BlockSparseAdamW", "zero3", "zero2"),
+    ("SparseAdamW", "ddp", "zero1"),
+    ("SparseAdamW", "zero2", "ddp"),
 ]
 
 
 @pytest.fixture(scope="module")
 def moved(torchrun, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("moved")
+    return moved_once(torchrun, tmp_path_factory.mktemp("moved"), MOVES)
+
+
+@pytest.fixture(scope="module")
+def moved_thoroughly(torchrun, tmp_path_factory):
+    return moved_once(torchrun, tmp_path_factory.mktemp("thorough"), THOROUGH)
+
+
+def moved_once(torchrun, folder, moves):
+    """What came of each move: all of them in two launches."""
     first, second = [], []
-    for number, (optimizer, before, after) in enumerate(MOVES):
+    for number, (optimizer, before, after) in enumerate(moves):
         side = "left" if number % 2 else "std"
         cell = {"optimizer": optimizer, "proj_type": side}
         state = str(folder / f"{number}.pt")
@@ -49,8 +67,17 @@ def moved(torchrun, tmp_path_factory):
 @pytest.mark.parametrize("number", range(len(MOVES)), ids=[" ".join(move) for move in MOVES])
 def test_a_run_moves_to_fewer_processes_and_another_layout(moved, number):
     """Moved between two refreshes, and compared after the next one."""
-    told = moved[number]
-    assert (told["optimizer"], told["layout"]) == MOVES[number][::2]
+    assert_moved(moved[number], MOVES[number])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", range(len(THOROUGH)), ids=[" ".join(move) for move in THOROUGH])
+def test_so_does_one_with_masks(moved_thoroughly, number):
+    assert_moved(moved_thoroughly[number], THOROUGH[number])
+
+
+def assert_moved(told, move):
+    assert (told["optimizer"], told["layout"]) == move[::2]
     assert told["difference"] <= 1e-5, told
     assert told["of_movement"] <= 1e-4, told
 

@@ -14,7 +14,7 @@ from tests.train.test_layers import RUNS, settings
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 SEVERAL = str(Path(__file__).with_name("pretrain_several.py"))
 # Maestro's penalty needs whole factors; dropout of ReLoRA would be drawn by each process for itself
-ON = {"zero2": list(RUNS), "zero3": ["sltrain", "sst", "relora"]}
+ON = {"zero2": list(RUNS), "zero3": ["sltrain", "sst", "relora", "nm", "cast"]}
 
 
 def written(tiny, tmp_path, layer, start):

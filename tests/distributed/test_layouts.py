@@ -16,7 +16,7 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 SHARD_BASIS = {"keys": {"shard_basis": True}}
 LARGE = {"sizes": [96, 401, 113], "rank": 12}  # moments of at least 4096 numbers, so that they are held in 8 bits
 
-# Every class, every layout and every option at least once, on 2 and on 4 processes; matrix.py has every pair.
+# Every layout and option, and every kind of class, at least once, on 2 and on 4 processes; matrix.py has every pair.
 ON = {
     2: [
         cell("Lion", "zero3", accumulation=4),
@@ -53,6 +53,12 @@ ON = {
         cell("ReLoRAAdamW", "fsdp2"),
         cell("ReLoRAAdamW", "zero3", clip=0.05, zero={"stage3_param_persistence_threshold": 100_000}),
         cell("ReLoRAAdamW", "zero2", precision="bf16"),
+        cell("RigLAdamW", "zero3", zero={"sub_group_size": 200}, clip=0.05),
+        cell("SRigLAdamW", "zero2", zero={"round_robin_gradients": True}, accumulation=4),
+        cell("SRSTEAdamW", "zero2", zero={"round_robin_gradients": True}, accumulation=4),
+        cell("SRSTEAdamW", "zero3", zero={"sub_group_size": 200}, clip=0.05),
+        cell("CastAdamS", "zero1"),
+        cell("CastAdamS", "zero3", zero=OFFLOAD, nccl=True),
     ],
     4: [
         cell("Lion", "fsdp2"),
@@ -68,9 +74,44 @@ ON = {
         cell("GaLoreAdamW8bit", "zero3", proj_type="left", **LARGE),
         cell("GaLorePlusAdamW", "zero2", precision="bf16", **SHARD_BASIS),
         cell("SSTAdamW", "fsdp2"),
+        cell("RigLAdamW", "fsdp2"),
+        cell("SRigLAdamW", "zero3"),
+        cell("SRSTEAdamW", "fsdp2"),
+        cell("CastAdamS", "zero3", precision="bf16, fp32 gradients"),
         cell("ReLoRAAdamW", "zero3"),
     ],
 }
+# Masks are chosen in one place for all classes and layouts: what is left of them.
+THOROUGH = {
+    2: [
+        cell("SETAdamW", "ddp"),
+        cell("SETAdamW", "zero1", zero={"round_robin_gradients": True}),
+        cell("SETAdamW", "zero3", zero=OFFLOAD, nccl=True),
+        cell("SETAdamW", "fsdp2"),
+        cell("RigLAdamW", "zero0"),
+        cell("RigLAdamW", "zero1", zero=OFFLOAD),
+        cell("RigLAdamW", "zero3", zero_init=True),
+        cell("RigLAdamW", "zero2", precision="bf16"),
+        cell("SRigLAdamW", "zero1", zero={"overlap_comm": True}),
+        cell("SRigLAdamW", "zero3", zero_init=True, clip=0.05, accumulation=4),
+        cell("SRigLAdamW", "fsdp2"),
+        cell("BlockSparseAdamW", "zero1"),
+        cell("BlockSparseAdamW", "zero3", zero={"sub_group_size": 200}),
+        cell("BlockSparseAdamW", "fsdp2", precision="bf16"),
+        cell("SparseAdamW", "zero2", zero={"reduce_scatter": False}),
+        cell("SparseAdamW", "zero3", clip=0.05),
+        cell("SparseAdamW", "fsdp2"),
+    ],
+    4: [
+        cell("SETAdamW", "zero3", zero_init=True),
+        cell("RigLAdamW", "zero1"),
+        cell("SRigLAdamW", "fsdp2"),
+        cell("BlockSparseAdamW", "zero3"),
+        cell("SparseAdamW", "zero2"),
+    ],
+}
+LAUNCHES = {str(ranks): cells for ranks, cells in ON.items()}
+LAUNCHES |= {f"{ranks} thorough": cells for ranks, cells in THOROUGH.items()}
 
 
 @pytest.fixture(scope="module")
@@ -78,29 +119,33 @@ def results(torchrun, tmp_path_factory):
     """Run all cells of one number of processes at once: starting them costs more than a cell."""
     told = {}
 
-    def of(ranks):
-        if ranks not in told:
-            folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+    def of(launch):
+        if launch not in told:
+            folder = tmp_path_factory.mktemp("cells")
             todo, done = folder / "cells.json", folder / "results.json"
-            todo.write_text(json.dumps(ON[ranks]))
-            process = torchrun(ranks, str(CELLS), str(todo), str(done), timeout=600)
+            todo.write_text(json.dumps(LAUNCHES[launch]))
+            process = torchrun(int(launch.split()[0]), str(CELLS), str(todo), str(done), timeout=600)
             assert process.returncode == 0, process.stdout[-3000:]
-            told[ranks] = json.loads(done.read_text())
-        return told[ranks]
+            told[launch] = json.loads(done.read_text())
+        return told[launch]
 
     return of
 
 
 @pytest.mark.parametrize(
-    ("ranks", "number"),
-    [(ranks, number) for ranks, cells in ON.items() for number in range(len(cells))],
+    ("launch", "number"),
+    [
+        pytest.param(launch, number, marks=pytest.mark.thorough if "thorough" in launch else ())
+        for launch, cells in LAUNCHES.items()
+        for number in range(len(cells))
+    ],
     ids=lambda value: str(value),
 )
-def test_split_over_processes_it_is_what_it_is_in_one(results, ranks, number):
+def test_split_over_processes_it_is_what_it_is_in_one(results, launch, number):
     """20 steps with two or three refreshes; ``cells.holds`` has the limits. Replicas are equal to the bit, and no
     process holds all of the state."""
-    told = results(ranks)[number]
-    assert {key: told[key] for key in ON[ranks][number]} == ON[ranks][number]
+    told = results(launch)[number]
+    assert {key: told[key] for key in LAUNCHES[launch][number]} == LAUNCHES[launch][number]
     assert told["holds"], told
     if told["layout"] in ("ddp", "zero0"):
         assert told["state_bytes"] == told["state_bytes_alone"]

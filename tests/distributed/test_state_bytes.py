@@ -10,7 +10,7 @@ WORKER = Path(__file__).with_name("state_bytes.py")
 OPTIMIZERS = [
     "Lion", "GaLoreAdamW8bit", "GaLoreAdamW8bit Q-GaLore", "GaLoreAdafactor", "GaLoreLion", "GaLorePlusAdamW",
     "FiraAdamW", "GradNormLoRPAdamW", "DCTAdamW", "DCTAdamW fed back in 8 bits", "APOLLOAdamW", "APOLLOAdamW svd",
-    "LDAdamW", "SLTrainAdamW", "SSTAdamW", "ReLoRAAdamW",
+    "LDAdamW", "SLTrainAdamW", "SSTAdamW", "ReLoRAAdamW", "RigLAdamW", "SRigLAdamW", "BlockSparseAdamW",
 ]  # fmt: skip
 CELLS = [{"optimizer": name, "stage": 1 + i % 3, "keys": {}} for i, name in enumerate(OPTIMIZERS)]
 CELLS += [{"optimizer": name, "stage": stage, "keys": {}} for name in ("AdamW", "GaLoreAdamW") for stage in (1, 2, 3)]
@@ -49,4 +49,5 @@ def test_a_process_holds_its_part_of_the_state(measured, ranks, number):
         200 if CELLS[number]["optimizer"] == "AdamW" else 0
     )  # torch's has one for a flat tensor, not one a parameter
     assert ranks * told["most"] >= moments - clocks, "nothing is lost"
-    assert told["off plan"] == 0, "planned before there were processes"
+    masked = CELLS[number]["optimizer"] in ("RigLAdamW", "SRigLAdamW")  # how much of a mask is here, only masks know
+    assert told["off plan"] <= 0.01 * told["alone"] / ranks * masked, "planned before there were processes"

@@ -2,6 +2,7 @@
 
 import re
 import weakref
+from inspect import signature
 from typing import NamedTuple
 
 import pytest
@@ -31,6 +32,10 @@ PLUS = {"residual_warmup": 3, "residual_fraction": 0.1}
 FIXED_LR = {"lr": 0.05, "relative_step": False, "scale_parameter": False}
 RELATIVE_LR = {"lr": 0.15, "relative_step": False, "beta1": 0.9}  # in units of the weights' size: a tensor
 
+MASKED = {"lr": 0.05, "update_every": 4, "drop_fraction": 0.2, "t_end": 30}
+HALF = {"sparsity": 0.4, "distribution": "uniform"}
+CAST = {"lr": 0.01, "n": None, "total_steps": 400, "lam": 1e-4}
+
 METHODS = {
     "GaLoreAdamW": Method(optim.GaLoreAdamW, {"lr": 0.2}, RANKED),
     "GaLoreAdamW-iterate": Method(optim.GaLoreAdamW, {"lr": 0.2}, RANKED | {"subspace_method": "iterate"}),
@@ -53,6 +58,18 @@ METHODS = {
     "LDAdamW": Method(optim.LDAdamW, {"lr": 0.05}, {"rank": 4}),
     "LDAdamW-no-feedback": Method(optim.LDAdamW, {"lr": 0.05}, {"rank": 4, "error_feedback": False}),
     "Lion": Method(optim.Lion, {"lr": 0.02}, {}),
+    "SETAdamW": Method(optim.SETAdamW, MASKED, HALF),
+    "RigLAdamW": Method(optim.RigLAdamW, MASKED, HALF),
+    "SRigLAdamW": Method(optim.SRigLAdamW, MASKED, HALF | {"gamma_sal": 0.6}),
+    "BlockSparseAdamW": Method(optim.BlockSparseAdamW, MASKED | {"t_end": 9}, HALF | {"block_size": 1}),
+    "SparseAdamW-momentum": Method(optim.SparseAdamW, MASKED, HALF | {"grow": "momentum", "initial_sparsity": 0.35}),
+    "SRSTEAdamW": Method(optim.SRSTEAdamW, {"lr": 0.05, "n": None}, {"n": 2, "m": 4, "sr_lambda": 0.1}),
+    "SRSTEAdamW-decoupled": Method(optim.SRSTEAdamW, {"lr": 0.05, "n": None, "decoupled": True}, {"n": 2, "m": 4}),
+    "CastAdamS": Method(optim.CastAdamS, CAST, {"n": 2, "m": 4, "mask_every": 4}),
+    "HyperSparseAdamW": Method(optim.HyperSparseAdamW, {"lr": 0.05, "quantile_every": 4}, {"sparsity": 0.2}),
+    "HyperSparseAdamW-pruned": Method(optim.HyperSparseAdamW, {"lr": 0.05, "prune_at": 5}, {"sparsity": 0.2}),
+    "WGSEFAdamW": Method(optim.WGSEFAdamW, {"lr": 0.05, "ramp_steps": 4}, {"keep": 0.9, "groups": "columns"}),
+    "WGSEFAdamW-pruned": Method(optim.WGSEFAdamW, {"lr": 0.05, "ramp_steps": 4, "finish_at": 5}, {"keep": 0.9}),
 }
 CLASSES = {method.cls: method for method in reversed(METHODS.values())}  # the first of each class
 
@@ -75,10 +92,19 @@ def parameters(*shapes, dtype=torch.float32, seed=0):
 
 def optimizer_for(method, matrices, others=(), ranked=None, **keys):
     """A group for each matrix, with a rank where the class knows one, and a group for the others."""
-    own = method.ranked | (ranked or {} if method.ranked else {})
+    own = method.ranked | (ranked or {} if "rank" in method.ranked else {})
     one_head = own | ({"num_heads": 1} if "num_heads" in own else {})
-    groups = [{"params": [p], **(one_head if p.shape[0] == 1 else own)} for p in matrices]
+    groups = [{"params": [p], **(one_head if p.shape[0] == 1 else keys_for(own, p.shape))} for p in matrices]
     return method.cls(groups + ([{"params": others}] if others else []), **method.keys | keys)
+
+
+def keys_for(ranked, shape):
+    """Rows that m does not divide have no pattern, a row of one weight keeps it, and vectors have no mask."""
+    if "distribution" in ranked and len(shape) < 2:
+        return {}
+    if "gamma_sal" in ranked and shape[1] == 1:
+        return ranked | {"sparsity": 0.0}
+    return {"n": None} if "m" in ranked and len(shape) == 2 and shape[1] % ranked["m"] else ranked
 
 
 def mixed(method, dtype=torch.float32):
@@ -123,7 +149,7 @@ def test_the_table_has_every_class_of_the_package():
     public = {value for name in optim.__all__ if isinstance(value := getattr(optim, name), type)}
     own = {kind for kind in public if issubclass(kind, LayeredOptimizer) or not issubclass(kind, torch.optim.Optimizer)}
     assert public - own == set(CLASSES)
-    assert all(("rank" in method.ranked) == (method.cls is not optim.Lion) for method in METHODS.values())
+    assert all(("rank" in method.ranked) == ("rank" in signature(method.cls).parameters) for method in METHODS.values())
 
 
 # ---- descent --------------------------------------------------------------------------------------------------------
@@ -182,7 +208,7 @@ def test_bytes_told_in_advance_are_those_of_a_step(method, dtype):
         optimizer = optimizer_for(method, held) if len(shape) == 2 else method.cls(held, **method.keys)
         advance(optimizer, 0, 1)
         heads = {"num_heads": 1} if shape == SHAPES["row"] and "num_heads" in method.ranked else {}
-        told = method.cls.state_bytes_for(shape, dtype, **method.keys | method.ranked | heads)
+        told = method.cls.state_bytes_for(shape, dtype, **method.keys | keys_for(method.ranked, shape) | heads)
         assert told == state_bytes(optimizer) > 0, shape
 
 

@@ -54,7 +54,11 @@ def test_every_embedded_configuration_is_valid(name, monkeypatch):
 
 def test_the_papers_sizes_have_both_recipes():
     sizes = ("60m", "130m", "350m", "1b", "7b")
-    others = ["quickstart", "quickstart_maestro", "llama_130m_sst", "llama_60m_relora", "llama_60m_low_rank"]
+    others = ["quickstart_2_4_cast", "quickstart_2_4_sr_ste"]
+    others += ["quickstart_autosparse", "quickstart_hyper_sparse", "quickstart_wgsef"]
+    others += [f"quickstart_{name}" for name in ("doped", "factorised", "parallel", "wide")]
+    others += ["quickstart_spdf_dense", "quickstart_spdf_sparse"]
+    others += ["quickstart", "quickstart_maestro", "llama_130m_sst", "llama_60m_relora", "llama_60m_low_rank"]
     methods = ("adamw", "galore", "sltrain")
     assert sorted([*others, *(f"llama_{s}_{o}" for s in sizes for o in methods)]) == EMBEDDED
 

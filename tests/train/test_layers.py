@@ -25,7 +25,12 @@ RUNS = {
         "lr_restart_every": 4,
         "lr_restart_warmup": 2,
     },
+    "autosparse": {"optimizer": "adamw", "layer_args": {"s_init": -3.0, "check_every": 2}, "weight_decay": 0.1},
     "maestro": {"optimizer": "adamw", "layer_args": {"shrink_every": 4, "threshold": 0.05, "penalty": 0.001}},
+    "nm": {"optimizer": "sr_ste_adamw", "layer_args": {"n": 1, "m": 8, "decay": "linear", "fine_tune": 0.0}},
+    "factorised": {"optimizer": "rigl_adamw", "sparsity": 0.75, "update_every": 3},
+    "doped": {"optimizer": "set_adamw", "sparsity": 0.75, "update_every": 3},
+    "cast": {"optimizer": "cast_adams", "layer_args": {"n": 1, "m": 8}, "optimizer_args": {"mask_every": 3}},
 }
 
 
@@ -44,7 +49,7 @@ def test_a_run_goes_on_to_the_bit_and_its_model_loads_without_gracile(layer, tin
     assert metrics(run)["history"] == metrics(copy)["history"]
     last = load_file(run / "checkpoint-12" / "model.safetensors")
     assert same(last, load_file(copy / "checkpoint-12" / "model.safetensors"))
-    assert last.keys() != weights(run).keys()
+    assert not same(last, weights(run)), "what is saved to go on with is not what is merged"
 
     script = """
 import sys
@@ -99,6 +104,17 @@ def test_memory_counts_places_and_what_is_frozen(tiny, tmp_path, metrics):
     assert told["weight_bytes"] - told["gradient_bytes"] == 4 * frozen
 
 
+def test_trained_with_a_pattern_a_model_has_it(tiny, tmp_path):
+    for layer, optimizer in (("nm", "adamw"), ("nm", "sr_ste_adamw"), ("cast", "cast_adams")):
+        run = tmp_path / optimizer
+        changed = {"optimizer": optimizer, "optimizer_args": None, "max_steps": 3, "output_dir": str(run)}
+        assert main([tiny(**settings(layer, **changed))]) == 0
+        held = {name: p for name, p in weights(run).items() if "_proj" in name}
+        assert len(held) == 14
+        for p in held.values():
+            assert ((p != 0).unflatten(1, (-1, 8)).sum(2) == 1).all()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -116,6 +132,17 @@ def test_memory_counts_places_and_what_is_frozen(tiny, tmp_path, metrics):
         ({**settings("sst"), "optimizer_args": {"swap_every": 0}}, "swap_every must be a whole number >= 1, got 0"),
         ({**settings("relora"), "lr_restart_warmup": 4}, "lr_restart_warmup must be below lr_restart_every=4, got 4"),
         ({**settings("relora"), "lr_restart_every": 0}, "lr_restart_every must be a whole number >= 1, got 0"),
+        ({**settings("autosparse"), "layer_args": {"annealing": 2}}, "layer_args: annealing must be a number in [0, 1"),
+        ({**settings("autosparse"), "layer_args": {"sparsity": 1}}, "layer autosparse: sparsity must be a number in ["),
+        ({**settings("autosparse"), "dtype": "bfloat16"}, "layer autosparse needs dtype: float32, for thresholds move"),
+        ({**settings("cast"), "optimizer": "adamw"}, "layer cast needs optimizer: cast_adams, got adamw"),
+        ({**settings("nm"), "layer": None, "layer_args": None}, "optimizer sr_ste_adamw needs layer: nm, got none"),
+        ({**settings("nm"), "layer_args": {"m": 5}}, "layer nm: in_features must be a multiple of m=5, got 32"),
+        ({**settings("nm"), "layer_args": {"dense": 0.1}}, "layer_args: dense needs a decay; choose one of linear, "),
+        ({**settings("nm"), "layer_args": {"decay": "slow"}}, "layer_args: decay must be one of linear, exponential"),
+        ({**settings("nm"), "optimizer_args": {"n": 2}}, "optimizer_args: sr_ste_adamw takes no 'n' there; known: "),
+        ({**settings("cast"), "layer_args": {"pieces": 5}}, "layer cast: pieces must be a whole number that divides i"),
+        ({**settings("cast"), "max_steps": -1}, "total_steps is 1 of max_steps by default; give one of the two"),
         ({**settings("maestro"), "layer_args": {"sampler": "two"}}, "layer_args: sampler must be one of one, each, n"),
     ],
 )
@@ -128,7 +155,7 @@ def test_bad_input_gets_one_line(changes, message, tiny, tmp_path, capsys):
 
 
 def test_every_layer_is_tried_and_named_in_the_help():
-    assert RUNS.keys() == LAYERS.keys()
+    assert RUNS.keys() | {"parallel"} == LAYERS.keys(), "which saves no other model: tests/train/test_phases.py"
     fields = {f.name: f for f in type(load_config(["quickstart"]).model).__dataclass_fields__.values()}
     assert all(name in fields["layer"].metadata["help"] for name in LAYERS)
 

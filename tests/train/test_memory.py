@@ -50,11 +50,12 @@ def trained():
 
 
 @pytest.mark.parametrize("size", ["2m", pytest.param("9m", marks=pytest.mark.thorough), "60m"])
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "adamw on low_rank", "adamw on maestro"])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "adamw on low_rank", "adamw on maestro", "adamw on autosparse"])
 def test_weights_gradients_and_state_to_the_byte(trained, size, name):
     name, _, layer = name.partition(" on ")
     layer = layer or layers.FOR_LAYERS.get(name)
     chosen = [] if layer is None else ["--layer", layer]
+    chosen += ["--sparsity", "0.5"] if OPTIMIZERS[name].accepts() & {"sparsity", "keep"} else []
     config = config_of("--model", size, "--optimizer", name, "--rank", "32", *chosen)
     model = trained(config)
     optimizer = build_optimizer(model, config.optimizer, config.run)

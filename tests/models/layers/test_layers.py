@@ -1,6 +1,7 @@
 """Every layer that stores less: merged it computes the same, and its gradients are those of the dense expression."""
 
 import copy
+import math
 from typing import NamedTuple
 
 import pytest
@@ -9,12 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from gracile.models.layers import (
+    DopedLinear,
     FactoredLinear,
+    FactorisedLinear,
     LowRankLinear,
     OrderedLowRankLinear,
     ReLoRALinear,
     SparseLowRankLinear,
     SpectralLinear,
+    ThresholdLinear,
 )
 
 
@@ -29,12 +33,20 @@ def sltrain_numbers(m, n):
     return 3 * (m + n) + int(0.2 * m * n)
 
 
+def rank_of_factors(m, n):
+    return 8 * math.ceil(m * n / (0.5 * (m + n)) / 8)
+
+
 LAYERS = {
     "low rank": Kind(LowRankLinear, {"rank": 3}, lambda m, n: 3 * (m + n)),
     "sltrain": Kind(SparseLowRankLinear, {"rank": 3, "alpha": 2.0, "density": 0.2}, sltrain_numbers),
     "sst": Kind(SpectralLinear, {"rank": 3}, lambda m, n: 3 * (m + n) + min(m, n), True),
     "relora": Kind(ReLoRALinear, {"rank": 3, "alpha": 2.0}, lambda m, n: 3 * (m + n), True),
     "maestro": Kind(OrderedLowRankLinear, {"rank": 5}, lambda m, n: 5 * (m + n), True),
+    "factorised": Kind(FactorisedLinear, {"sparsity": 0.5}, lambda m, n: rank_of_factors(m, n) * (m + n)),
+    "doped": Kind(DopedLinear, {"sparsity": 0.75}, lambda m, n: m * n + int(0.75 * m * n / (m + n)) * (m + n)),
+    "autosparse": Kind(ThresholdLinear, {}, lambda m, n: m * n + 1, True),
+    "autosparse at a budget": Kind(ThresholdLinear, {"sparsity": 0.25}, lambda m, n: m * n),
 }
 by_layer = pytest.mark.parametrize("kind", LAYERS.values(), ids=LAYERS)
 by_shape = pytest.mark.parametrize(("m", "n"), [(11, 7), (6, 17), (8, 8)])
@@ -146,7 +158,8 @@ def test_it_takes_the_place_of_a_linear_layer(kind):
 @by_layer
 def test_it_says_what_it_is(kind):
     told = repr(made(kind, 6, 5))
-    assert f"{kind.cls.__name__}(in_features=5, out_features=6, bias=True, rank={kind.keys['rank']}" in told
+    own = "".join(f", {key}={value:g}" for key, value in list(kind.keys.items())[:1])
+    assert f"{kind.cls.__name__}(in_features=5, out_features=6, bias=True{own}" in told
 
 
 @by_layer

@@ -1,0 +1,126 @@
+"""N:M sparsity: of every M consecutive inputs of a row, N weights count.  Zhou et al. 2021, arXiv:2102.04010 (SR-STE);
+Bambhaniya et al. 2024, arXiv:2402.04744 (decaying masks).
+
+    W: m x n dense, trained;  P: 1 where |W| is among the N largest of its M consecutive entries of a row, else 0
+    F    =  P + (1 - P) b                     b from 1 (dense) to 0 (the pattern): ``gracile.models.mask_decay``
+    y    =  x (W * F)^T + bias                the mask is found anew in each pass
+    dx   =  dy (W * F)
+    dW   =  dy^T x                            straight through: what is pruned has a gradient, and may come back
+            (dy^T x) * F                      flow "scaled": the derivative as it is; the authors never use it
+
+Exactly N of each M stay, of equals the first. The mask is a function of the weight that the pass sees, whole, so that
+every layout has the same; nothing of the size of W is kept between the passes. Departures from the published codes: one
+drops the bias and the other always makes one; the second one's N:M is 2:2, dense, where it is not given.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ...n_of_m import check_pattern, largest
+from ...validation import require
+from .base import FactoredLinear
+
+FLOWS = ("ste", "scaled")
+
+
+class NMLinear(FactoredLinear):
+    """y = x (W * F)^T + bias: n of every m weights count, and between 0 and 1 of the others while a mask decays.
+
+    ``from_linear`` keeps the weight. ``merge`` and ``dense`` give W * P, whatever the mask is at the time: with
+    ``residue`` at 0 and ``pattern`` at (n, m), where a layer begins and where a decay ends, that is what it computes.
+
+    Args:
+        n: how many of each group stay.
+        m: the size of a group of consecutive inputs.
+        flow: of the gradient to the weight: ``ste``, all of it, or ``scaled``, the literal derivative.
+
+    Raises:
+        ValueError: for values out of range, or where m does not divide in_features.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        n: int = 2,
+        m: int = 4,
+        flow: str = "ste",
+        **placed: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, **placed)
+        check_pattern(n, m)
+        require(flow in FLOWS, f"flow must be one of {', '.join(FLOWS)}", flow)
+        require(in_features % m == 0, f"in_features must be a multiple of m={m}", in_features)
+        self.n, self.m, self.flow = n, m, flow
+        # Of the mask at this time; set before a pass, so that a pass that is done again sees the same.
+        self.pattern, self.residue = (n, m), 0.0
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **placed))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.weight, -(self.in_features**-0.5), self.in_features**-0.5)
+        self._reset_bias()
+
+    @torch.no_grad()
+    def take(self, linear: nn.Linear) -> None:
+        super().take(linear)
+        self.weight.copy_(linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        y: Tensor = _Masked.apply(x, self.weight, *self.pattern, self.residue, self.flow == "scaled")
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        return self.weight * largest(self.weight, self.n, self.m)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.n}:{self.m}, flow={self.flow}"
+
+
+def _scaled(values: Tensor, W: Tensor, n: int, m: int, residue: float) -> Tensor:
+    """``values`` * F, as W's mask has it."""
+    if residue == 1:
+        return values
+    keep = largest(W, n, m)
+    return torch.where(keep, values, values * residue) if residue else values * keep
+
+
+class _Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, n: int, m: int, residue: float, scaled: bool) -> Tensor:
+        ctx.save_for_backward(x, W)
+        ctx.mask, ctx.scaled = (n, m, residue), scaled
+        with torch.autocast(x.device.type, enabled=False):
+            # masked before it is rounded: in fewer bits more of the weights would be equals
+            return F.linear(x, _scaled(W, W, *ctx.mask).to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W = ctx.saved_tensors
+        need_x, need_W, *_ = ctx.needs_input_grad
+        dx = dW = None
+        with torch.autocast(x.device.type, enabled=False):
+            if need_x:
+                dx = dy @ _scaled(W, W, *ctx.mask).to(dy.dtype)
+            if need_W:
+                dW = (_rows(dy).mT @ _rows(x)).to(W.dtype)
+                dW = _scaled(dW, W, *ctx.mask) if ctx.scaled else dW
+        return dx, dW, None, None, None, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
