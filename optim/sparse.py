@@ -29,37 +29,33 @@ Methods of this family are this class with some of the choices made: sets of key
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..validation import is_real, is_whole, require
 from .base import Group, NewState, State, SubspaceOptimizer, Work
+from .mask_keys import (
+    STRUCTURES,
+    as_matrix,
+    check_masks,
+    counts_after,
+    density_at,
+    density_of,
+    drop_fraction_at,
+    is_due,
+    with_defaults,
+)
 from .rules import MOMENTS, TORCH_ADAM
 from .shards import UnsupportedLayout, Whole, World, full_shape, held_shard
-from .subspaces.budgets import BY_SHAPE, BY_WEIGHT, DISTRIBUTIONS, budgets, budgets_by_weight
-from .subspaces.masks import DROPS, GROWS, Change, Masked, Structure, Unstructured, nonzeros, weights_held
-from .subspaces.structured import Blocks, ConstantFanIn
+from .subspaces.budgets import BY_SHAPE, BY_WEIGHT, budgets_by_weight
+from .subspaces.masks import Change, Masked, Structure, nonzeros, weights_held
+from .subspaces.places import Places
 
-STRUCTURES: dict[str, Structure] = {
-    "unstructured": Unstructured(),
-    "constant_fan_in": ConstantFanIn(),
-    "block": Blocks(),
-}
-OF_STRUCTURE = {"gamma_sal": ("constant_fan_in", 0.3), "block_size": ("block", 64)}  # keys, whose, and their defaults
-SCHEDULES: dict[
-    str, Callable[[float], float]
-] = {  # what is left of the drop fraction when a share of the time to t_end is over
-    "constant": lambda share: 1.0,
-    "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
-    "cubic": lambda share: (1 - share) ** 3,
-}
-INITS = ("random", "magnitude")
-WORTH_A_RUN = 16  # places side by side
 PACKED = ("indices", *MOMENTS)  # state that is as long as the mask
+INT32 = 2**31 - 1
 
 
 class SparseOptimizer(SubspaceOptimizer):
@@ -85,72 +81,19 @@ class SparseOptimizer(SubspaceOptimizer):
     # ---- groups -------------------------------------------------------------------------------------------------
 
     def settings(self, group: Group) -> Group:
-        """A group's keys and what the method has chosen; those of its structure have their defaults."""
-        chosen = {**self.fixed, **group}
-        for key, (_, default) in OF_STRUCTURE.items():
-            chosen[key] = default if chosen.get(key) is None else chosen[key]
-        by_weight = chosen["distribution"] in BY_WEIGHT
-        chosen["init"] = chosen["init"] or ("magnitude" if by_weight else "random")
-        return chosen
+        """A group's keys and what the method has chosen."""
+        return with_defaults({**self.fixed, **group})
 
     def structure(self, group: Group) -> Structure:
         return STRUCTURES[{**self.fixed, **group}["structure"]]
 
     def validate(self, group: Group) -> None:
         if any(keys[key] is not None for keys in (group, self.defaults) for key in ("sparsity", "density")):
-            self._check_masks({**self.fixed, **group})
-
-    def _check_masks(self, keys: Group) -> None:
-        sparsity, density = keys["sparsity"], keys["density"]
-        require(sparsity is None or density is None, "sparsity and density say the same; give one", (sparsity, density))
-        for key in ("sparsity", "density", "initial_sparsity"):
-            value = keys[key]
-            require(value is None or (is_real(value) and 0 <= value <= 1), f"{key} must be a number in [0, 1]", value)
-        for key, known in {
-            "drop": DROPS,
-            "grow": GROWS,
-            "structure": tuple(STRUCTURES),
-            "distribution": DISTRIBUTIONS,
-            "schedule": tuple(SCHEDULES),
-            "init": (*INITS, None),
-        }.items():
-            require(keys[key] in known, f"{key} must be one of {', '.join(map(str, known))}", keys[key])
-        self._check_clock(keys)
-        for key, (structure, _) in OF_STRUCTURE.items():
-            if keys.get(key) is not None and keys["structure"] != structure:
-                raise ValueError(f"{key}={keys[key]!r} is for structure={structure!r}, got {keys['structure']!r}")
-        if keys["distribution"] in BY_WEIGHT:
-            unfit = keys["structure"] != "unstructured" or keys["initial_sparsity"] is not None
-            require(
-                not unfit and keys["init"] != "random",
-                "lamp and global rank weights; they go with "
-                "structure='unstructured', init='magnitude' and no initial_sparsity",
-                keys["distribution"],
-            )
-        weight = keys["drop_lambda"]
-        require(is_real(weight) and weight >= 0, "drop_lambda must be a number >= 0", weight)
-        require(is_whole(keys["seed"]) and keys["seed"] >= 0, "seed must be a whole number >= 0", keys["seed"])
-        for key in ("reinit_when_same", "rescale_init"):
-            require(isinstance(keys[key], bool), f"{key} must be True or False", keys[key])
-        STRUCTURES[keys["structure"]].check(self.settings(keys))
-
-    def _check_clock(self, keys: Group) -> None:
-        fraction, every, begin, end = (keys[key] for key in ("drop_fraction", "update_every", "t_begin", "t_end"))
-        require(is_real(fraction) and 0 <= fraction <= 1, "drop_fraction must be a number in [0, 1]", fraction)
-        require(is_whole(every) and every >= 1, "update_every must be a whole number >= 1", every)
-        require(is_whole(begin) and begin >= 0, "t_begin must be a whole number >= 0", begin)
-        require(end is None or (is_whole(end) and end > begin), "t_end must be a whole number > t_begin or None", end)
-        falls = (keys["schedule"] != "constant" and fraction > 0) or keys["initial_sparsity"] is not None
-        require(
-            end is not None or not falls,
-            f"t_end must be the step of the last change of masks (three quarters of the run, as RigL has it) with "
-            f"schedule={keys['schedule']!r} and initial_sparsity={keys['initial_sparsity']!r}",
-            end,
-        )
+            check_masks({**self.fixed, **group})
 
     def _check_parameters(self, group: Group) -> None:
         super()._check_parameters(group)
-        density = _density(group)
+        density = density_of(group)
         if density is None:
             return
         entries = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
@@ -164,59 +107,34 @@ class SparseOptimizer(SubspaceOptimizer):
                 )
             if not p.is_contiguous():
                 raise ValueError(f"a parameter of shape {shape} is not contiguous; a mask counts its places in memory")
-            self.structure(group).check_shape(_as_matrix(shape), self.settings(group))
+            if math.prod(shape) > INT32:
+                raise ValueError(
+                    f"places are 32-bit numbers; a parameter of shape {shape} has more than 2^31 - 1 of them"
+                )
+            self.structure(group).check_shape(as_matrix(shape), self.settings(group))
         if self.settings(group)["distribution"] in BY_SHAPE:
-            for shape, units in zip(shapes, self._counts(shapes, group, self.settings(group)["t_end"]), strict=True):
-                self.structure(group).check_budget(units, _as_matrix(shape))
+            for shape, units in zip(shapes, counts_after(None, shapes, self.settings(group)), strict=True):
+                self.structure(group).check_budget(units, as_matrix(shape))
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
         if self._is_built:
             self._mask_weights(self.param_groups[-1])
 
-    # ---- how many, and when -------------------------------------------------------------------------------------
-
-    def density_at(self, step: int | None, group: Group) -> float:
-        """The share of a group's weights that is in the masks after ``step`` steps: with ``initial_sparsity`` it falls
-        by a cubic to its last value (Zhu & Gupta 2017, arXiv:1710.01878)."""
-        keys, last = self.settings(group), _density(group)
-        assert last is not None
-        if keys["initial_sparsity"] is None or step is None:
-            return last
-        first = 1 - float(keys["initial_sparsity"])
-        return last + (first - last) * (1 - _share(step, keys)) ** 3
-
-    def _counts(self, shapes: Sequence[tuple[int, ...]], group: Group, step: int | None) -> list[int]:
-        """How many units of each of a group's matrices stay. Of ``BY_SHAPE``."""
-        structure, keys = self.structure(group), self.settings(group)
-        units = [structure.units(_as_matrix(shape), keys) for shape in shapes]
-        return budgets(units, shapes, self.density_at(step, group), keys["distribution"])
+    # ---- how many -----------------------------------------------------------------------------------------------
 
     def counts_at(self, group: Group, step: int | None) -> dict[int, int]:
-        """``_counts`` by position among all parameters, also of those that are frozen now: to freeze one leaves the
-        others what they have."""
+        """How many units of each of a group's matrices stay, by position among all parameters, also of those that are
+        frozen now: to freeze one leaves the others what they have. Of ``BY_SHAPE``."""
         members = list(self._members[group["group_number"]].values())
-        counts = self._counts([member.shape for member in members], group, step)
+        counts = counts_after(step, [member.shape for member in members], self.settings(group))
         return {member.position: count for member, count in zip(members, counts, strict=True)}
-
-    def is_due(self, group: Group, state: State) -> bool:
-        """Whether a matrix's mask changes after the step that its counter has counted."""
-        keys = {**self.fixed, **group}
-        step, begin, end = int(state["step"].item()), keys["t_begin"], keys["t_end"]
-        if keys["initial_sparsity"] is not None and step == end:
-            return True  # the last of the ramp
-        moves = keys["drop_fraction"] > 0 or keys["initial_sparsity"] is not None
-        return moves and begin < step and (end is None or step < end) and step % keys["update_every"] == 0
-
-    def drop_fraction_at(self, step: int, group: Group) -> float:
-        keys = self.settings(group)
-        return float(keys["drop_fraction"]) * SCHEDULES[keys["schedule"]](_share(step, keys))
 
     # ---- state --------------------------------------------------------------------------------------------------
 
     def init_state(self, shard: Whole, group: Group) -> NewState:
         """Empty masks: all matrices of a step are given theirs together. On the meta device, as many as will be."""
-        if _density(group) is None:
+        if density_of(group) is None:
             return super().init_state(shard, group)
         count = self._planned_count(shard, group) if shard.host == "meta" else 0
         device, dtype = shard.parameter.device, shard.state_dtype(group)
@@ -229,7 +147,7 @@ class SparseOptimizer(SubspaceOptimizer):
     def _planned_count(self, shard: Whole, group: Group) -> int:
         """How many weights of a mask this process will hold: of a part of a matrix, its share of them."""
         keys, elements = self.settings(group), math.prod(shard.shape)
-        units = round(self.density_at(0, group) * self.structure(group).units(_as_matrix(shard.shape), keys))
+        units = round(density_at(0, keys) * self.structure(group).units(as_matrix(shard.shape), keys))
         if keys["distribution"] in BY_SHAPE:
             units = self.counts_at(group, 0).get(shard.position, units)
         if keys["structure"] == "constant_fan_in":
@@ -256,7 +174,7 @@ class SparseOptimizer(SubspaceOptimizer):
             self._by_weight = {}
 
     def spread_state(self, shard: Whole, group: Group) -> NewState:
-        if _density(group) is None:
+        if density_of(group) is None:
             return super().spread_state(shard, group)
         shape, device = tuple(shard.parameter.shape), shard.parameter.device
         by_place = (*MOMENTS, "momentum") if self.settings(group)["grow"] == "momentum" else MOMENTS
@@ -290,10 +208,10 @@ class SparseOptimizer(SubspaceOptimizer):
     # ---- a step -------------------------------------------------------------------------------------------------
 
     def update(self, shard: Whole, group: Group, state: State) -> None:
-        if _density(group) is None:
+        if density_of(group) is None:
             super().update(shard, group, state)
             return
-        W, G, M = shard.parameter.view(-1), shard.grad.reshape(-1), _Places(shard, group, state["indices"])
+        W, G, M = shard.parameter.view(-1), shard.grad.reshape(-1), Places(shard, group, state["indices"])
         if "momentum" in state:
             state["momentum"].lerp_(G.to(state["momentum"].dtype), 1 - group["betas"][0])
         N, correction = self.rule.direction(M.of(G), state, group)
@@ -312,12 +230,16 @@ class SparseOptimizer(SubspaceOptimizer):
 
     def _masked(self, work: Sequence[Work]) -> Iterator[Masked]:
         for shard, group, state in work:
-            if _density(group) is not None:
+            if density_of(group) is not None:
                 yield Masked(shard, self.settings(group), state)
 
     def settle(self, work: list[Work]) -> None:
         """Masks change, of all matrices together that are due."""
-        due = [item for item in work if _density(item.group) is not None and self.is_due(item.group, item.state)]
+        due = [
+            item
+            for item in work
+            if density_of(item.group) is not None and is_due(item.state, {**self.fixed, **item.group})
+        ]
         for lot in _alike(list(self._masked(due))):
             structure = STRUCTURES[lot[0].group["structure"]]
             held = weights_held(lot)
@@ -325,7 +247,7 @@ class SparseOptimizer(SubspaceOptimizer):
             keep, grow = [], []
             for matrix, weights, budget in zip(lot, held, budgeted, strict=True):
                 units = weights // structure.weights(1, matrix.group)
-                fraction = self.drop_fraction_at(matrix.clock, matrix.group)
+                fraction = drop_fraction_at(matrix.clock, matrix.group)
                 kept, grown = structure.amounts(units, budget, fraction)
                 keep.append(kept)
                 grow.append(grown)
@@ -368,7 +290,7 @@ class SparseOptimizer(SubspaceOptimizer):
         """Weights outside of first masks are zero before the first forward pass. Collective where weights are split, or
         decide how many of each matrix stay."""
         members = [m for m in self._members[group["group_number"]].values() if m.parameter.requires_grad]
-        if _density(group) is None or not members or members[0].parameter.is_meta:
+        if density_of(group) is None or not members or members[0].parameter.is_meta:
             return
         shards = [held_shard(member.parameter, member.position) for member in members]
         keys = self.settings(group)
@@ -378,7 +300,7 @@ class SparseOptimizer(SubspaceOptimizer):
                     f"distribution={keys['distribution']!r} ranks whole weights; build the optimizer before the model "
                     "is split, or choose uniform, er or erk"
                 )
-            density = self.density_at(0, group)
+            density = density_at(0, keys)
             counts = budgets_by_weight([shard.parameter for shard in shards], density, keys["distribution"])
             # replicas may have weights of their own until an engine gives all of them those of process 0
             device = shards[0].parameter.device
@@ -390,57 +312,12 @@ class SparseOptimizer(SubspaceOptimizer):
             _keep_to_mask(matrix)
 
 
-class _Places:
-    """A mask's weights among those of a flat tensor. Blocks are read in runs of as many as lie side by side wherever
-    this process's part begins: several times as fast as one by one."""
-
-    def __init__(self, shard: Whole, group: Group, indices: Tensor) -> None:
-        self.indices, self.count = indices, shard.parameter.numel()
-        side = group.get("block_size") or 1
-        self.run = math.gcd(side, shard.runs.begin, self.count) if side >= WORTH_A_RUN else 1
-        self.runs = indices[:: self.run] // self.run if self.run >= WORTH_A_RUN else None
-
-    def of(self, flat: Tensor) -> Tensor:
-        if len(self.indices) == self.count:
-            return flat
-        if self.runs is None:
-            return flat.index_select(0, self.indices)
-        return flat.view(-1, self.run).index_select(0, self.runs).view(-1)
-
-    def add_(self, flat: Tensor, values: Tensor, alpha: float) -> None:
-        if len(self.indices) == self.count:
-            flat.add_(values, alpha=alpha)
-        elif self.runs is None:
-            flat.index_add_(0, self.indices, values.to(flat.dtype), alpha=alpha)
-        else:
-            rows = flat.view(-1, self.run)
-            held = rows.index_select(0, self.runs).add_(values.view(-1, self.run), alpha=alpha)
-            rows.index_copy_(0, self.runs.long(), held)
-
-
-def _density(group: Group) -> float | None:
-    if group["density"] is not None:
-        return float(group["density"])
-    return None if group["sparsity"] is None else 1 - float(group["sparsity"])
-
-
-def _share(step: int, keys: Group) -> float:
-    """How much of the time from ``t_begin`` to ``t_end`` is over."""
-    if keys["t_end"] is None:
-        return 0.0
-    share = (step - keys["t_begin"]) / (keys["t_end"] - keys["t_begin"])
-    return float(min(1.0, max(0.0, share)))
-
-
-def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    return shape[0], math.prod(shape[1:])
-
-
 def _alike(matrices: Sequence[Masked]) -> list[list[Masked]]:
     """Matrices in lots that are chosen from together, in one order on every process."""
-    lots: dict[tuple[str, torch.dtype], list[Masked]] = {}
+    lots: dict[tuple[str, torch.dtype, torch.device], list[Masked]] = {}
     for matrix in matrices:
-        lots.setdefault((matrix.group["structure"], matrix.key_dtype), []).append(matrix)
+        kind = matrix.group["structure"], matrix.key_dtype, matrix.weights.device
+        lots.setdefault(kind, []).append(matrix)
     return list(lots.values())
 
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from gracile.optim import BlockSparseAdamW, SparseAdamW, sparse
+from gracile.optim import BlockSparseAdamW, SparseAdamW
+from gracile.optim.mask_keys import density_at
 from gracile.optim.shards import Slice, Sliced
 from gracile.optim.shards.world import PaperWorld
+from gracile.optim.subspaces import places as places_module
+from gracile.optim.subspaces.places import Places
 from tests.oracle import sparse as oracle
 
 SHAPES = {"tall": (24, 12), "wide": (12, 24), "square": (16, 16)}
@@ -119,7 +122,7 @@ def test_at_the_ends_of_the_ramp_sparsity_is_what_was_asked_for():
     held = weights((16, 16))
     optimizer = BlockSparseAdamW(held, sparsity=0.8, initial_sparsity=0.2, block_size=4, t_end=40, t_begin=10)
     (group,) = optimizer.param_groups
-    densities = [optimizer.density_at(t, group) for t in (0, 10, 25, 40, 99)]
+    densities = [density_at(t, optimizer.settings(group)) for t in (0, 10, 25, 40, 99)]
     assert densities == pytest.approx([0.8, 0.8, 0.2 + 0.6 * 0.5**3, 0.2, 0.2])
 
 
@@ -205,7 +208,7 @@ def test_large_blocks_are_read_in_runs_as_one_by_one(monkeypatch, dtype, side):
     """To the last bit of a sum; in bf16 one by one rounds the direction once more."""
     runs = []
     for least in (16, 1000):
-        monkeypatch.setattr(sparse, "WORTH_A_RUN", least)
+        monkeypatch.setattr(places_module, "WORTH_A_RUN", least)
         held = weights((48, 96), (96, 48), dtype=dtype)
         optimizer = BlockSparseAdamW(held, **ADAM, **CLOCK, weight_decay=0.1, sparsity=0.6, block_size=side)
         counts = []
@@ -229,7 +232,7 @@ def test_a_part_that_begins_or_ends_within_a_block_has_shorter_runs(begin, end):
     (at,) = (places[begin:end] % 64 < 32).nonzero(as_tuple=True)
     flat, values = torch.randn(end - begin), torch.randn(len(at))
     piece = Slice((3, 64), (0, begin, end, 192), 0, PaperWorld(1, 3))
-    held = sparse._Places(Sliced(flat, flat, piece, 0, None), {"block_size": 32}, at.int())
+    held = Places(Sliced(flat, flat, piece, 0, None), {"block_size": 32}, at.int())
     assert torch.equal(held.of(flat), flat[at])
     expected = flat.index_add(0, at, values, alpha=-0.5)
     held.add_(flat, values, -0.5)
