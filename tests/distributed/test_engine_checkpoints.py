@@ -40,7 +40,7 @@ OPTIMIZERS = [
     "RigLAdamW",
     "SRigLAdamW",
 ]
-THOROUGH = ["SETAdamW", "BlockSparseAdamW", "SparseAdamW"]
+THOROUGH = ["SETAdamW", "BlockSparseAdamW", "SparseAdamW", "SRSTEAdamW", "CastAdamS", "HyperSparseAdamW", "WGSEFAdamW"]
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}}
 BF16 = {"precision": "bf16"}
 BF16_IN_FP32 = {"precision": "bf16, fp32 gradients"}

@@ -7,6 +7,8 @@ Nothing is downloaded. The loss of each step is printed as a line of JSON.
 
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 
 import deepspeed
@@ -134,6 +136,8 @@ def main():
     engine.save_16bit_model(args.output_dir, "model.bin")
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # with ZeRO 3 a gloo thread may abort the interpreter's end, whatever the optimizer
 
 
 if __name__ == "__main__":
