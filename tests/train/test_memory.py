@@ -56,6 +56,7 @@ def test_weights_gradients_and_state_to_the_byte(trained, size, name):
     layer = layer or layers.FOR_LAYERS.get(name)
     chosen = [] if layer is None else ["--layer", layer]
     chosen += ["--sparsity", "0.5"] if OPTIMIZERS[name].accepts() & {"sparsity", "keep"} else []
+    chosen += ["--optimizer_args", '{"block_size": 16}'] if "block" in name else []
     config = config_of("--model", size, "--optimizer", name, "--rank", "32", *chosen)
     model = trained(config)
     optimizer = build_optimizer(model, config.optimizer, config.run)

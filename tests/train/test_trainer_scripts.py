@@ -16,6 +16,7 @@ from gracile import optim
 SCRIPTS = Path(__file__).parent / "scripts"
 MARK = "# the line to change"
 RANKED = {"rank": 4, "update_proj_gap": 3}
+MASKED = {"lr": 0.01, "update_every": 3, "t_end": 7}
 FIXED_LR = {"lr": 0.01, "relative_step": False, "scale_parameter": False}
 
 # Keys of the constructor, keys of the matrices.
@@ -31,14 +32,24 @@ CLASSES = {
     "GradNormLoRPAdamW": ({"lr": 0.01}, RANKED),
     "LDAdamW": ({"lr": 0.01}, {"rank": 4}),
     "Lion": ({"lr": 0.005}, {}),
+    "BlockSparseAdamW": (MASKED, {"sparsity": 0.5, "block_size": 1}),
+    "HyperSparseAdamW": ({"lr": 0.01, "prune_at": 6}, {"sparsity": 0.5}),
+    "RigLAdamW": (MASKED, {"sparsity": 0.5}),
+    "SETAdamW": (MASKED, {"sparsity": 0.5}),
+    "SRigLAdamW": (MASKED, {"sparsity": 0.5}),
+    "SparseAdamW": (MASKED, {"density": 0.5, "grow": "momentum"}),
+    "WGSEFAdamW": ({"lr": 0.01, "finish_at": 6}, {"keep": 0.5}),
 }
 
-# Those that need layers of their own: the layer's class and keys beside the optimizer's.
+# Those that need layers of their own: the layer's class and keys beside the optimizer's, and, where the groups of the
+# Trainer will not do, those of the matrices.
 LAYERED = {
     "ReLoRAAdamW": ("ReLoRALinear", {"rank": 8}, {"lr": 0.02, "merge_every": 3}),
     "SLTrainAdamW": ("SparseLowRankLinear", {"rank": 8, "density": 0.1}, {"lr": 0.01}),
     "SLTrainAdamW8bit": ("SparseLowRankLinear", {"rank": 8, "density": 0.1}, {"lr": 0.01}),
     "SSTAdamW": ("SpectralLinear", {"rank": 8}, {"lr": 0.01, "swap_every": 3, "iterations": 2}),
+    "SRSTEAdamW": ("NMLinear", {"n": 2, "m": 4}, {"lr": 0.01, "n": None}),
+    "CastAdamS": ("ScaledLinear", {"n": 2, "m": 4}, {"lr": 0.01, "n": None, "total_steps": 8}, {"n": 2, "m": 4}),
 }
 
 by_class = pytest.mark.parametrize("name", CLASSES)
@@ -166,9 +177,11 @@ def test_a_language_model_with_ranks_resumes_from_the_checkpoint_of_the_trainer(
 @pytest.mark.parametrize("name", LAYERED)
 def test_a_language_model_with_layers_trains_on_the_groups_of_the_trainer_and_resumes(name, tmp_path):
     """Which has factors of all shapes among its weights."""
-    layer, layer_keys, keys = LAYERED[name]
+    layer, layer_keys, keys, *ranked = LAYERED[name]
+    groups = [f"'params': gracile.optim.param_groups(model, **{own}), " for own in ranked]
     line = "import gracile.optim; from gracile.models import layers; from gracile.models.convert import convert; "
-    line += f"convert(model, layers.{layer}, **{layer_keys}); OPTIMIZER = gracile.optim.{name}, {keys}"
+    line += f"convert(model, layers.{layer}, **{layer_keys}); "
+    line += f"OPTIMIZER = gracile.optim.{name}, {{{''.join(groups)}**{keys}}}"
     path = rewritten("trainer_causal_lm.py", line, tmp_path)
     trainer, losses = run(path, tmp_path / "out")
     assert_trained(trainer, losses, name, steps=8)
