@@ -14,7 +14,12 @@ from tests.train.test_layers import RUNS, settings
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 SEVERAL = str(Path(__file__).with_name("pretrain_several.py"))
 # Maestro's penalty needs whole factors; dropout of ReLoRA would be drawn by each process for itself
-ON = {"zero2": list(RUNS), "zero3": ["sltrain", "sst", "relora", "nm", "cast"]}
+FIRST = ("sltrain", "sst", "relora", "maestro", "cast")
+ON = {
+    "zero2": list(FIRST),
+    "zero2, others": [layer for layer in RUNS if layer not in FIRST],
+    "zero3": ["sltrain", "sst", "relora", "nm", "cast"],
+}
 
 
 def written(tiny, tmp_path, layer, start):
@@ -28,16 +33,17 @@ def written(tiny, tmp_path, layer, start):
     return str(path)
 
 
-@pytest.fixture(params=["zero2", pytest.param("zero3", marks=pytest.mark.thorough)])
+@pytest.fixture(params=["zero2", *(pytest.param(name, marks=pytest.mark.thorough) for name in list(ON)[1:])])
 def launched(request, tiny, tmp_path, torchrun):
     """Each layer's run in one process, in two, and in two again from the fifth step on."""
     start = str(tmp_path / "start")
     assert main([tiny(max_steps=1, output_dir=start, optimizer="adamw")]) == 0
     arguments = []
+    stage = request.param.split(",")[0]
     for layer in ON[request.param]:
         config = written(tiny, tmp_path, layer, start)
         assert main([config, "--output_dir", str(tmp_path / f"{layer} alone")]) == 0
-        command = [config, "--gradient_accumulation_steps", "1", "--deepspeed", str(CONFIGS / f"{request.param}.json")]
+        command = [config, "--gradient_accumulation_steps", "1", "--deepspeed", str(CONFIGS / f"{stage}.json")]
         again = ["--resume_from_checkpoint", str(tmp_path / f"{layer} split" / "checkpoint-5")]
         arguments += [[*command, "--output_dir", str(tmp_path / f"{layer} split")]]
         arguments += [[*command, *again, "--output_dir", str(tmp_path / f"{layer} again")]]
