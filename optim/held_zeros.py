@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import Group, State
-from .rules import TORCH_ADAM
+from .rules import MOMENTS, TORCH_ADAM
 from .shards import Whole
 
 PARTS = 2  # what a gradient in fp32, its penalty and a direction need beside each other stays below one matrix
@@ -27,12 +27,11 @@ def keep_only_(weights: Tensor, kept: Tensor) -> None:
 
 def adamw_(shard: Whole, group: Group, state: State, gradient: Gradient | None = None, hold: bool = False) -> None:
     """One step of AdamW on ``gradient(W, G)``, G by default; with ``hold``, what is zero stays it."""
-    names = ("exp_avg", "exp_avg_sq")
-    moments = [state[name].view(-1).chunk(PARTS) for name in names]
+    moments = [state[name].view(-1).chunk(PARTS) for name in MOMENTS]
     for W, G, *own in zip(shard.parameter.view(-1).chunk(PARTS), shard.grad.reshape(-1).chunk(PARTS), *moments,
                           strict=True):  # fmt: skip
         kept = W != 0 if hold else None
-        part = {"step": state["step"], **dict(zip(names, own, strict=True))}
+        part = {"step": state["step"], **dict(zip(MOMENTS, own, strict=True))}
         N, correction = TORCH_ADAM.direction(G if gradient is None else gradient(W, G), part, group)
         if group["weight_decay"]:
             W.mul_(1 - group["lr"] * group["weight_decay"])

@@ -24,9 +24,8 @@ STRUCTURES: dict[str, Structure] = {
     "block": Blocks(),
 }
 OF_STRUCTURE = {"gamma_sal": ("constant_fan_in", 0.3), "block_size": ("block", 64)}  # keys, whose, and their defaults
-SCHEDULES: dict[
-    str, Callable[[float], float]
-] = {  # what is left of the drop fraction when a share of the time to t_end is over
+# what is left of the drop fraction when a share of the time to t_end is over
+SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda share: 1.0,
     "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
     "cubic": lambda share: (1 - share) ** 3,

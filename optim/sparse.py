@@ -357,8 +357,8 @@ class SparseAdamW(SparseOptimizer):
 
     Groups with a ``sparsity`` (or ``density``) hold matrices and are masked, others get plain AdamW;
     ``gracile.optim.param_groups(model, sparsity=0.9)`` makes them. Masks are drawn, and weights outside of them set to
-    zero, when the optimizer is built (at its first step where the model is split already); a matrix that is as sparse
-    as it should be keeps its mask.
+    zero, when the optimizer is built, also of a model that is split already; a matrix that is as sparse as it should be
+    keeps its mask.
 
     Args:
         params: parameters, named parameters or groups, as for ``torch.optim.AdamW``.

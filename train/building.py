@@ -13,7 +13,7 @@ from ..models.llama import SIZES, build_llama, llama_config
 from ..validation import nearest
 from . import distillation, layers, zero
 from .checks import DTYPES
-from .companions import companions
+from .companions import companion
 from .config import Config, ModelArguments, RunArguments, mapping
 from .errors import BadInput
 from .optimizers import build_optimizer, jagged_schedule
@@ -90,7 +90,7 @@ def check_optimizer(config: Config, architecture: PreTrainedConfig) -> None:
     """Build the optimizer on a model without memory: bad values show before any data is read."""
     model = untrained(config, architecture)
     optimizer = build_optimizer(model, config.optimizer, config.run)
-    companions(model, config)
+    companion(model, config)
     layers.check_saved(model, config)
     distillation.check(config, architecture.get_text_config().vocab_size)
     if config.optimizer.lr_restart_every is not None and config.run.max_steps > 0:

@@ -55,14 +55,15 @@ class Masking(TrainerCallback):
     on_step_end = on_step_begin
 
 
-def companions(model: nn.Module, config: Config) -> list[TrainerCallback]:
-    """Those of the model's layers.
+def companion(model: nn.Module, config: Config) -> Shrinking | Annealing | Masking | None:
+    """That of the model's layers, if they have one.
 
     Raises:
-        BadInput: for a value that one of them refuses.
+        BadInput: for a value that it refuses.
     """
-    dropout, masks = layers.ordered_dropout(model, config), layers.mask_decay(model, config)
-    annealing = layers.gradient_annealing(model, config)
-    found: list[TrainerCallback] = [] if dropout is None else [Shrinking(dropout)]
-    found += [] if annealing is None else [Annealing(annealing)]
-    return found + ([] if masks is None else [Masking(masks)])
+    own = layers.companion(model, config)
+    if isinstance(own, OrderedDropout):
+        return Shrinking(own)
+    if isinstance(own, GradientAnnealing):
+        return Annealing(own)
+    return None if own is None else Masking(own)

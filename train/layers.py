@@ -161,53 +161,28 @@ def converted(model: PreTrainedModel, config: Config) -> PreTrainedModel:
         raise BadInput(f"layer {config.model.layer}: {error}") from None
 
 
-def ordered_dropout(model: nn.Module, config: Config) -> OrderedDropout | None:
-    """Maestro's sampling, penalty and shrinking for a model with its layers.
-
-    Raises:
-        BadInput: for a value that is refused.
-    """
-    if config.model.layer != "maestro":
-        return None
-    keys = _accepted(OrderedDropout)
-    given = {key: value for key, value in _given(config).items() if key in keys}
-    try:
-        return OrderedDropout(model, **{"seed": config.run.seed, **given})
-    except ValueError as error:
-        raise BadInput(f"layer_args: {error}") from None
-
-
-def mask_decay(model: nn.Module, config: Config) -> MaskDecay | None:
-    """The masks' way to n:m for a model whose layers have them: at once, where no ``decay`` is given.
+def companion(model: nn.Module, config: Config) -> OrderedDropout | GradientAnnealing | MaskDecay | None:
+    """What goes along with the model's layers from step to step, if anything does. Masks are n:m at once, where no
+    ``decay`` is given.
 
     Raises:
         BadInput: for a value that is refused, or one of a decay that is not given.
     """
-    if config.model.layer != "nm":
+    kind = None if config.model.layer is None else LAYERS[config.model.layer].more
+    if kind is None:
         return None
-    keys = _accepted(MaskDecay)
+    keys = _accepted(kind)
     given = {key: value for key, value in _given(config).items() if key in keys}
-    if given and "decay" not in given:
+    if kind is MaskDecay and given and "decay" not in given:
         raise BadInput(f"layer_args: {next(iter(given))} needs a decay; choose one of {', '.join(DECAYS)}")
+    left = {"seed": config.run.seed, "decay": "none"}
     try:
-        return MaskDecay(model, **{"decay": "none", **given})
+        made: OrderedDropout | GradientAnnealing | MaskDecay = kind(
+            model, **{**{key: value for key, value in left.items() if key in keys}, **given}
+        )
     except ValueError as error:
         raise BadInput(f"layer_args: {error}") from None
-
-
-def gradient_annealing(model: nn.Module, config: Config) -> GradientAnnealing | None:
-    """AutoSparse's annealing and counting for a model with its layers.
-
-    Raises:
-        BadInput: for a value that is refused.
-    """
-    if config.model.layer != "autosparse":
-        return None
-    keys = _accepted(GradientAnnealing)
-    try:
-        return GradientAnnealing(model, **{key: value for key, value in _given(config).items() if key in keys})
-    except ValueError as error:
-        raise BadInput(f"layer_args: {error}") from None
+    return made
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:

@@ -14,7 +14,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..models.convert import merge
 from ..models.layers import ScaledLinear
 from . import art, building, checkpoints, distillation, layers, layouts
-from .companions import Annealing, Shrinking, companions
+from .companions import Annealing, Shrinking, companion
 from .config import Config, RunArguments
 from .errors import RunStopped
 from .optimizers import build_optimizer, jagged_schedule
@@ -32,11 +32,11 @@ class PretrainTrainer(Trainer):
         if config.model.layer is not None and config.run.ddp_broadcast_buffers is None:
             config.run.ddp_broadcast_buffers = False  # places of weights never change
         super().__init__(**kwargs)
-        own = companions(self.model, config)
-        for companion in own:
-            self.add_callback(companion)
-        self.dropout = next((each.dropout for each in own if isinstance(each, Shrinking)), None)
-        self.annealing = next((each.annealing for each in own if isinstance(each, Annealing)), None)
+        own = companion(self.model, config)
+        if own is not None:
+            self.add_callback(own)
+        self.dropout = own.dropout if isinstance(own, Shrinking) else None
+        self.annealing = own.annealing if isinstance(own, Annealing) else None
         self.teacher = distillation.teacher(config, self.args.device)
         self.art = None if config.optimizer.art_every is None else art.ART(self, config.optimizer.art_every)
         if self.art is not None:

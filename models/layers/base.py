@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import chain
@@ -111,3 +112,27 @@ class FactoredWeight(FactoredLinear):
     def take(self, linear: nn.Linear) -> None:
         super().take(linear)
         self.factor(linear.weight)
+
+
+class DenseWeight(FactoredLinear):
+    """A layer that trains a whole weight, drawn as ``nn.Linear``'s or a given one, and computes with what it makes of
+    it."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, **placed: Any) -> None:
+        super().__init__(in_features, out_features, bias, **placed)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **placed))
+
+    def reset_parameters(self) -> None:
+        bound = self.in_features**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        self._reset_bias()
+
+    @torch.no_grad()
+    def take(self, linear: nn.Linear) -> None:
+        super().take(linear)
+        self.weight.copy_(linear.weight)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """... x n as N x n, also where N is zero."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

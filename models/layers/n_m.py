@@ -15,22 +15,21 @@ drops the bias and the other always makes one; the second one's N:M is 2:2, dens
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...n_of_m import check_pattern, largest
 from ...validation import require
-from .base import FactoredLinear
+from .base import DenseWeight, as_rows
 
 FLOWS = ("ste", "scaled")
 
 
-class NMLinear(FactoredLinear):
+class NMLinear(DenseWeight):
     """y = x (W * F)^T + bias: n of every m weights count, and between 0 and 1 of the others while a mask decays.
 
     ``from_linear`` keeps the weight. ``merge`` and ``dense`` give W * P, whatever the mask is at the time: with
@@ -63,17 +62,7 @@ class NMLinear(FactoredLinear):
         self.n, self.m, self.flow = n, m, flow
         # Of the mask at this time; set before a pass, so that a pass that is done again sees the same.
         self.pattern, self.residue = (n, m), 0.0
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, **placed))
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.uniform_(self.weight, -(self.in_features**-0.5), self.in_features**-0.5)
-        self._reset_bias()
-
-    @torch.no_grad()
-    def take(self, linear: nn.Linear) -> None:
-        super().take(linear)
-        self.weight.copy_(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
@@ -117,10 +106,6 @@ class _Masked(torch.autograd.Function):
             if need_x:
                 dx = dy @ _scaled(W, W, *ctx.mask).to(dy.dtype)
             if need_W:
-                dW = (_rows(dy).mT @ _rows(x)).to(W.dtype)
+                dW = (as_rows(dy).mT @ as_rows(x)).to(W.dtype)
                 dW = _scaled(dW, W, *ctx.mask) if ctx.scaled else dW
         return dx, dW, None, None, None, None
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

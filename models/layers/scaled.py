@@ -12,7 +12,6 @@ Nothing of the size of W is kept between the passes.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ from torch.nn import functional as F
 
 from ...n_of_m import check_pattern, largest
 from ...validation import is_whole, require
-from .base import FactoredLinear
+from .base import DenseWeight, as_rows
 
 
-class ScaledLinear(FactoredLinear):
+class ScaledLinear(DenseWeight):
     """y = x (W * A)^T + bias, where each column of A scales its piece of the columns of W.
 
     ``from_linear`` keeps the weight, and what the layer computes. ``merge`` folds A into W, and computes what the
@@ -56,19 +55,12 @@ class ScaledLinear(FactoredLinear):
         divides = is_whole(pieces) and pieces >= 1 and in_features % pieces == 0
         require(divides, f"pieces must be a whole number that divides in_features={in_features}", pieces)
         self.pieces, self.n, self.m = pieces, n, m
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, **placed))
         self.A = nn.Parameter(torch.empty(out_features, pieces, **placed))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.uniform_(self.weight, -(self.in_features**-0.5), self.in_features**-0.5)
+        super().reset_parameters()
         nn.init.ones_(self.A)
-        self._reset_bias()
-
-    @torch.no_grad()
-    def take(self, linear: nn.Linear) -> None:
-        super().take(linear)
-        self.weight.copy_(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
@@ -111,13 +103,9 @@ class _Scaled(torch.autograd.Function):
             if need_x:
                 dx = dy @ _scaled(W, A).to(dy.dtype)
             if need_W or need_A:
-                G = (_rows(dy).mT @ _rows(x)).to(W.dtype)
+                G = (as_rows(dy).mT @ as_rows(x)).to(W.dtype)
                 if need_A:
                     wide = torch.promote_types(A.dtype, torch.float32)
                     dA = (G * W).unflatten(1, (A.shape[1], -1)).sum(2, dtype=wide).to(A.dtype)
                 dW = _scaled(G, A) if need_W else None
         return dx, dW, dA
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

@@ -18,7 +18,6 @@ business (``gracile.optim.SSTAdamW``).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...validation import is_whole, require
-from .base import FactoredWeight, Parts
+from .base import FactoredWeight, Parts, as_rows
 
 
 class SpectralLinear(FactoredWeight):
@@ -167,13 +166,9 @@ class _Spectral(torch.autograd.Function):
             if need_x:
                 dx = F.linear(C, _columns(V, V_frozen, x.dtype) * sigma.to(x.dtype))
             if need_U:
-                dU = (_rows(dy).mT @ _rows(H)[:, :r]).to(U.dtype)
+                dU = (as_rows(dy).mT @ as_rows(H)[:, :r]).to(U.dtype)
             if need_V:
-                dV = (_rows(x).mT @ _rows(C)[:, :r]).to(V.dtype)
+                dV = (as_rows(x).mT @ as_rows(C)[:, :r]).to(V.dtype)
             if need_sigma:
-                dsigma = _rows(C.mul_(H)).sum(0).to(sigma.dtype)  # C is not needed any more
+                dsigma = as_rows(C.mul_(H)).sum(0).to(sigma.dtype)  # C is not needed any more
         return dx, dU, None, dV, None, dsigma
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

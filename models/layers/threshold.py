@@ -27,12 +27,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...validation import is_real, require
-from .base import FactoredLinear
+from .base import DenseWeight
 
 MARGIN = 1 / 64  # below the weight that must stay: what bf16 rounds, and weights that tie
 
 
-class ThresholdLinear(FactoredLinear):
+class ThresholdLinear(DenseWeight):
     """y = x W~^T + bias, where W~ is W shrunk towards zero by a learned threshold, or W's largest weights.
 
     ``from_linear`` keeps the weight. theta is absolute: ``s_init=-5`` starts it at 0.0067, where a weight drawn with
@@ -69,7 +69,6 @@ class ThresholdLinear(FactoredLinear):
         self.sparsity, self.s_init = sparsity, s_init
         elements = in_features * out_features
         self.budget = None if sparsity is None else elements - math.floor(sparsity * elements + 1e-9)
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, **placed))
         # of one dimension, for FSDP2 splits no scalars
         self.s = nn.Parameter(torch.empty(1, **placed)) if sparsity is None else None
         self.register_buffer("annealed", torch.empty(1, **placed), persistent=False)
@@ -81,19 +80,12 @@ class ThresholdLinear(FactoredLinear):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        bound = self.in_features**-0.5
-        nn.init.uniform_(self.weight, -bound, bound)
+        super().reset_parameters()
         if self.s is not None:
             self.s.fill_(self.s_init)
         self.annealed.zero_()
         self.ceiling.fill_(1.0)
         self.kept.fill_(self.weight.numel() if self.budget is None else self.budget)
-        self._reset_bias()
-
-    @torch.no_grad()
-    def take(self, linear: nn.Linear) -> None:
-        super().take(linear)
-        self.weight.copy_(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.counts and self.s is not None:

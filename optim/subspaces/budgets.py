@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..shards import Whole
+from ..shards import held_shard
 from .selection import Choice, keys_of, largest_of_all
 
 BY_SHAPE = ("uniform", "er", "erk")
@@ -76,7 +76,7 @@ def budgets_by_weight(weights: Sequence[Tensor], density: float, distribution: s
     for weight in weights:
         own = weight.detach().reshape(-1)
         score = _LampScores(own) if distribution == "lamp" else _Magnitudes(own)
-        choices.append(Choice(Whole(own, 0, None), own.numel(), score))  # type: ignore[arg-type]
+        choices.append(Choice(held_shard(own), own.numel(), score))
     total = round(density * sum(weight.numel() for weight in weights))
     return [len(chosen) for chosen in largest_of_all(choices, total)]
 
