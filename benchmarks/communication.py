@@ -24,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gracile import optim
 from gracile.models import SIZES
-from gracile.train.traffic import Traffic
+from gracile.train.measurement.comm_bytes import Traffic
 
 MIB = 2**20
 GAP = 4

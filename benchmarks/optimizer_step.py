@@ -32,11 +32,11 @@ from torch import nn
 
 from gracile import optim
 from gracile.models import SIZES, build_llama
-from gracile.optim.subspaces.basis import Frame
-from gracile.optim.subspaces.singular import leading_singular_vectors, orthogonal_iteration
-from gracile.train.config import DataArguments
-from gracile.train.data import collate, make_blocks, open_corpus
-from gracile.train.tokenizer import get_tokenizer
+from gracile.optim.distributed.projection import ProjectionSide
+from gracile.optim.low_rank.singular import leading_singular_vectors, orthogonal_iteration
+from gracile.train.config.arguments import DataArguments
+from gracile.train.data.blocks import collate, make_blocks, open_corpus
+from gracile.train.data.tokenizer import get_tokenizer
 
 RANKS = {"60m": 128, "350m": 256}  # of the GaLore paper's recipes
 NEVER = 10**9
@@ -60,7 +60,7 @@ def layer_shapes(size: str) -> list[tuple[int, int]]:
 
 
 def floor_step(shapes: list[tuple[int, int]], rank: int, gradients: list[torch.Tensor]) -> Callable[[], None]:
-    frames = [Frame.of(shape, rank, "std") for shape in shapes]
+    frames = [ProjectionSide.of(shape, rank, "std") for shape in shapes]
     bases = [torch.linalg.qr(torch.randn(*frame.basis_shape)).Q for frame in frames]
     weights = [0.02 * torch.randn(shape) for shape in shapes]
     moments = [[torch.zeros(frame.projected_shape) for _ in range(2)] for frame in frames]
@@ -123,7 +123,7 @@ def between_refreshes(size: str, repeats: int) -> tuple[dict[str, float], dict[s
 
 def batched(shape: tuple[int, int], rank: int, count: int, repeats: int) -> dict[str, float]:
     """The same update of ``count`` matrices of one shape, one after the other and as one stack."""
-    frame = Frame.of(shape, rank, "right")
+    frame = ProjectionSide.of(shape, rank, "right")
     G, P = torch.randn(count, *shape), torch.randn(count, *frame.basis_shape)
     W, M, V = 0.02 * torch.randn(count, *shape), *(torch.zeros(2, count, *frame.projected_shape))
 
@@ -168,7 +168,7 @@ def real_gradients(size: str, steps: tuple[int, int]) -> list[tuple[str, torch.T
 def refreshes(size: str, repeats: int, steps: tuple[int, int]) -> list[dict[str, object]]:
     rows = []
     for name, earlier, later in real_gradients(size, steps):
-        frame = Frame.of((later.shape[0], later.shape[1]), RANKS[size], "std")
+        frame = ProjectionSide.of((later.shape[0], later.shape[1]), RANKS[size], "std")
         old = orthogonal_iteration(earlier, frame, None)
         found = {
             "galore-torch": lambda G=later, f=frame: GaLoreProjector(f.rank).get_orthogonal_matrix(
@@ -184,7 +184,7 @@ def refreshes(size: str, repeats: int, steps: tuple[int, int]) -> list[dict[str,
     return rows
 
 
-def energy(G: torch.Tensor, P: torch.Tensor, frame: Frame) -> float:
+def energy(G: torch.Tensor, P: torch.Tensor, frame: ProjectionSide) -> float:
     return float(torch.linalg.vector_norm((G @ P if frame.right else P.t() @ G).double()) ** 2)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from gracile.train.config import load_config
-from gracile.train.plan import Planner
+from gracile.train.config.arguments import load_config
+from gracile.train.measurement.planner import Planner
 
 BF16 = '{"state_dtype": "bfloat16"}'
 PUBLISHED = {

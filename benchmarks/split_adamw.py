@@ -10,12 +10,14 @@ the targets, or what the variable says.
 
 import os
 
+from gracile.layer_registry import parts_among
 from gracile.optim import param_groups
-from gracile.owners import parts_among
-from gracile.train import optimizers, pretrain, trainer
-from gracile.train.config import mapping
-from gracile.train.leaving import leave
-from gracile.train.optimizers import OPTIMIZERS
+from gracile.train import pretrain
+from gracile.train.build import optimizer as optimizers
+from gracile.train.build.optimizer import OPTIMIZERS
+from gracile.train.config.arguments import mapping
+from gracile.train.engines.process_exit import leave
+from gracile.train.run import trainer
 
 FACTOR = float(os.environ.get("TARGETS", "0.1"))
 

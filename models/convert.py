@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..patterns import DEFAULT_TARGETS, targets
+from ..target_modules import DEFAULT_TARGETS, targets
 from .layers import FactoredLinear
 
 Model = TypeVar("Model", bound=nn.Module)

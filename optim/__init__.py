@@ -1,29 +1,29 @@
 """Drop-in ``torch.optim`` classes whose state is low-rank. Imports torch and nothing heavier."""
 
-from .apollo import APOLLOAdamW
-from .blast import BlockSparseAdamW
-from .cast import CastAdamS
-from .dct import DCTAdamW
-from .fira import FiraAdamW
+from .factored.relora import ReLoRAAdamW
+from .factored.sltrain import SLTrainAdamW, SLTrainAdamW8bit
+from .factored.sst import SSTAdamW
 from .full_state import full_state, load_full_state
-from .galore import GaLoreAdafactor, GaLoreAdamW, GaLoreLion
-from .galore_plus import GaLorePlusAdamW
-from .gradnormlorp import GradNormLoRPAdamW
 from .groups import param_groups
-from .hyper_sparse import HyperSparseAdamW
-from .ldadam import LDAdamW
 from .lion import Lion
+from .low_rank.apollo import APOLLOAdamW
+from .low_rank.dct import DCTAdamW
+from .low_rank.fira import FiraAdamW
+from .low_rank.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreLion
+from .low_rank.galore_plus import GaLorePlusAdamW
+from .low_rank.gradnormlorp import GradNormLoRPAdamW
+from .low_rank.ldadam import LDAdamW
+from .low_rank.q_galore import GaLoreAdamW8bit
 from .memory import state_bytes
-from .q_galore import GaLoreAdamW8bit
-from .relora import ReLoRAAdamW
-from .rigl import RigLAdamW, SETAdamW
 from .schedules import JaggedCosineLR
-from .sltrain import SLTrainAdamW, SLTrainAdamW8bit
-from .sparse import SparseAdamW
-from .sr_ste import SRSTEAdamW
-from .srigl import SRigLAdamW
-from .sst import SSTAdamW
-from .wgsef import WGSEFAdamW
+from .sparse.blast import BlockSparseAdamW
+from .sparse.cast import CastAdamS
+from .sparse.hyper_sparse import HyperSparseAdamW
+from .sparse.optimizer import SparseAdamW
+from .sparse.rigl import RigLAdamW, SETAdamW
+from .sparse.sr_ste import SRSTEAdamW
+from .sparse.srigl import SRigLAdamW
+from .sparse.wgsef import WGSEFAdamW
 
 __all__ = [
     "APOLLOAdamW",

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Group, State, SubspaceOptimizer
-from .quantized import close, opened
-from .shards import Member, Sliced, SlicedMatrix, Whole, WholeMatrix, has_subspace, put_together
-from .subspaces.basis import Room
+from .core.optimizer import Group, ShardedOptimizer, State
+from .distributed import FlatShard, FullMatrix, FullShard, MatrixShard, ParamRef, has_subspace, put_together
+from .distributed.projection import Workspace
+from .state.blockwise_8bit import close, opened
 
 FORMAT = 1
 
 
 @torch.no_grad()
-def full_state(optimizer: SubspaceOptimizer) -> dict[str, Any]:
+def full_state(optimizer: ShardedOptimizer) -> dict[str, Any]:
     """Everything that ``optimizer`` remembers, and the weights where it holds them in parts.
 
     Collective: every process calls it, after the first step. Process 0 of each parameter's group gets the tensors, on
@@ -38,7 +38,7 @@ def full_state(optimizer: SubspaceOptimizer) -> dict[str, Any]:
             if key.startswith("basis") and has_subspace(shard):
                 value = shard.collected(value, shape[0])
             whole[key] = _gathered(value, axis, shard)
-        if isinstance(shard, (Sliced, SlicedMatrix)):
+        if isinstance(shard, (FlatShard, MatrixShard)):
             whole["weight"] = put_together(shard.parameter, shard.piece, 0)
         if all(value is not None for value in whole.values()):
             parameters[member.position] = {key: value.cpu() for key, value in whole.items() if value is not None}
@@ -59,7 +59,7 @@ def full_state_of(class_name: str, saved: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_full_state(optimizer: SubspaceOptimizer, saved: dict[str, Any]) -> None:
+def load_full_state(optimizer: ShardedOptimizer, saved: dict[str, Any]) -> None:
     """Take over what ``full_state`` gave, in whatever layout this process is. Every process passes all of it.
 
     Raises:
@@ -76,7 +76,7 @@ def load_full_state(optimizer: SubspaceOptimizer, saved: dict[str, Any]) -> None
         own = saved["parameters"].get(member.position)
         if own is None:
             raise ValueError(f"the full state has nothing of parameter {member.position}, of shape {member.shape}")
-        whole = Whole(torch.empty(member.shape, device="meta"), member.position, Room())
+        whole = FullShard(torch.empty(member.shape, device="meta"), member.position, Workspace())
         own = {**optimizer.spread(whole, group, dict(own))}  # what one process saved is as it held it
         fresh.append(_part(optimizer, own, member, shard, group))
     for (member, shard, group, state), part in zip(held, fresh, strict=True):
@@ -87,16 +87,16 @@ def load_full_state(optimizer: SubspaceOptimizer, saved: dict[str, Any]) -> None
             shard.parameter.copy_(_own_weights(own["weight"], shard))
 
 
-def _held(optimizer: SubspaceOptimizer) -> Iterator[tuple[Member, Whole, Group, State]]:
+def _held(optimizer: ShardedOptimizer) -> Iterator[tuple[ParamRef, FullShard, Group, State]]:
     for group, parameters in optimizer.stepped_parameters():
         for p in parameters:
             if p.requires_grad:
-                for member, shard, state in optimizer.shards_of(p, group, Room()):
+                for member, shard, state in optimizer.shards_of(p, group, Workspace()):
                     yield member, shard, group, state
 
 
 def _whole_state(
-    optimizer: SubspaceOptimizer, shard: Whole, group: Group
+    optimizer: ShardedOptimizer, shard: FullShard, group: Group
 ) -> dict[str, tuple[tuple[int, ...], int | None]]:
     """For each key of the state its shape for the whole parameter, and the dimension that counts lines, if any does."""
     states = []
@@ -105,10 +105,10 @@ def _whole_state(
             m, n = shard.frame.shape
             shape = (m + more, n) if shard.frame.right else (m, n + more)
             frame = replace(shard.frame, shape=shape)
-            meta: Whole = WholeMatrix(torch.empty(shape, device="meta"), 0, Room(), frame)
+            meta: FullShard = FullMatrix(torch.empty(shape, device="meta"), 0, Workspace(), frame)
         else:
             size = (shard.shape[0] + more, *shard.shape[1:]) if shard.shape else (1 + more,)
-            meta = Whole(torch.empty(size, device="meta"), 0, Room())
+            meta = FullShard(torch.empty(size, device="meta"), 0, Workspace())
         states.append(optimizer.spread_state(meta, group))
     axes = {}
     for key, value in states[0].items():
@@ -118,13 +118,13 @@ def _whole_state(
     return axes
 
 
-def _gathered(value: Tensor, axis: int | None, shard: Whole) -> Tensor | None:
+def _gathered(value: Tensor, axis: int | None, shard: FullShard) -> Tensor | None:
     """The whole of which ``value`` is this process's part, at process 0; None at the others."""
-    if not isinstance(shard, (Sliced, SlicedMatrix)):
+    if not isinstance(shard, (FlatShard, MatrixShard)):
         return value.clone()
     if axis is None:
         return value.clone() if shard.piece.world.rank == 0 else None
-    if isinstance(shard, Sliced):
+    if isinstance(shard, FlatShard):
         return put_together(value, shard.piece, 0)
     own = shard.own_lines(value.movedim(axis, 0))
     lines = [last - first for first, last in shard.line_ranges]
@@ -133,14 +133,14 @@ def _gathered(value: Tensor, axis: int | None, shard: Whole) -> Tensor | None:
     return None if flat is None else flat.view(sum(lines), *own.shape[1:]).movedim(0, axis).contiguous()
 
 
-def _own_weights(weight: Tensor, shard: Whole) -> Tensor:
-    if not isinstance(shard, (Sliced, SlicedMatrix)):
+def _own_weights(weight: Tensor, shard: FullShard) -> Tensor:
+    if not isinstance(shard, (FlatShard, MatrixShard)):
         return weight.view(shard.parameter.shape)
     return weight.reshape(-1).narrow(0, shard.piece.start, shard.piece.numel)
 
 
 def _part(
-    optimizer: SubspaceOptimizer, whole: dict[str, Tensor], member: Member, shard: Whole, group: Group
+    optimizer: ShardedOptimizer, whole: dict[str, Tensor], member: ParamRef, shard: FullShard, group: Group
 ) -> dict[str, Tensor]:
     """This process's part of the state of one parameter."""
     part = dict(optimizer.spread_state(shard, group))
@@ -148,9 +148,9 @@ def _part(
         if key not in whole:
             raise ValueError(f"the full state of parameter {member.position} has no {key!r}; it has {sorted(whole)}")
         value = whole[key]
-        if axis is not None and isinstance(shard, Sliced):
+        if axis is not None and isinstance(shard, FlatShard):
             value = value.reshape(-1)[shard.piece.start : shard.piece.start + shard.piece.numel]
-        elif axis is not None and isinstance(shard, SlicedMatrix):
+        elif axis is not None and isinstance(shard, MatrixShard):
             first, last = shard.lines
             value = value.narrow(axis, first, last - first)
         elif key.startswith("basis") and has_subspace(shard):

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..owners import parts_among
-from ..patterns import DEFAULT_TARGETS, targets
-from ..patterns import found as found_names
-from .shards import full_shape
+from ..layer_registry import parts_among
+from ..target_modules import DEFAULT_TARGETS, targets
+from ..target_modules import found as found_names
+from .distributed import full_shape
 
 # What makes the group of target matrices, beside a rank: a share of weights, n of every m, a number of groups of them.
 MARKS = ("sparsity", "density", "n", "keep")

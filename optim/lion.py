@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 from torch.optim.optimizer import ParamsT
 
-from .base import SubspaceOptimizer
-from .rules import LION
+from .core.optimizer import ShardedOptimizer
+from .core.rules import LION
 
 
-class Lion(SubspaceOptimizer):
+class Lion(ShardedOptimizer):
     """Lion on whole tensors: one moment, updates of equal size (arXiv:2302.06675).
 
     Against AdamW, use a learning rate 3 to 10 times smaller and a decay as much larger.

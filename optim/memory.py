@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import SubspaceOptimizer
-from .shards import Cut, Member, by_rows, flat_length
+from .core.optimizer import ShardedOptimizer
+from .distributed import Cut, ParamRef, by_rows, flat_length
 
 # What a tensor of state is for, by the beginning of its key.
 MOMENTS, PROJECTORS, ERRORS, INDICES = "moments", "projectors", "error buffers", "indices"
@@ -58,9 +58,9 @@ def planned_state_by_kind(
 ) -> Counter[str]:
     """Bytes of state that ``optimizer``, built on parameters of the meta device, will hold once it has stepped.
 
-    The arguments are those of ``SubspaceOptimizer.planned_state``. Torch's own optimizers take a step on meta tensors.
+    The arguments are those of ``ShardedOptimizer.planned_state``. Torch's own optimizers take a step on meta tensors.
     """
-    if isinstance(optimizer, SubspaceOptimizer):
+    if isinstance(optimizer, ShardedOptimizer):
         return _by_kind(state for _, state in optimizer.planned_state(cut, rank, size, dtype))
     return _by_kind(_stepped(optimizer, cut, rank, size, dtype))
 
@@ -73,7 +73,7 @@ def _stepped(
     for group in twin.param_groups:
         trained = [p for p in group["params"] if p.requires_grad]
         if cut is not None:
-            members = [Member(trained, i, i, tuple(p.shape)) for i, p in enumerate(trained)]
+            members = [ParamRef(trained, i, i, tuple(p.shape)) for i, p in enumerate(trained)]
             if cut is by_rows:
                 flats = [piece.numel for _, piece in cut(members, rank, size)]
             else:  # ZeRO steps one tensor for a group

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..validation import nearest
-from .leaving import leave
+from .engines.process_exit import leave
 
 COMMANDS = {
     "pretrain": "train a LLaMA from scratch",

@@ -24,13 +24,13 @@ from transformers.utils import logging
 
 from ..models import sparse_export
 from ..models.sparse_export import AUTO, CHOICES, DENSE, FORMS, Exported
-from .checkpoints import write_atomically
-from .checks import RUN_FILE
-from .config import DataArguments, OneLineParser
-from .data import Blocks, collate, make_blocks, open_corpus
+from .config.arguments import DataArguments, OneLineParser
+from .config.checks import RUN_FILE
+from .data.blocks import Blocks, collate, make_blocks, open_corpus
+from .engines.process_exit import leave
 from .errors import BadInput
-from .leaving import leave
-from .report import perplexity, size
+from .run.checkpoints import write_atomically
+from .run.report import perplexity, size
 
 REPORT = "report.json"
 BATCH = 8  # validation blocks a pass

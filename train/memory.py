@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import matplotlib
 
 from ..validation import nearest
-from . import building
-from .config import Config, OneLineParser, RunArguments, load_config
+from .build import model as building
+from .build.optimizer import OPTIMIZERS
+from .config.arguments import Config, OneLineParser, RunArguments, load_config
+from .config.output_files import check_output
+from .engines.process_exit import leave
 from .errors import BadInput
-from .leaving import leave
-from .optimizers import OPTIMIZERS
-from .outputs import check_output
-from .plan import ACTIVATIONS, KINDS, TEMPORARY, Division, Plan, Planner
-from .report import size
+from .measurement.planner import ACTIVATIONS, KINDS, TEMPORARY, Division, Plan, Planner
+from .run.report import size
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

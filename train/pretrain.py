@@ -19,17 +19,21 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .. import __version__
 from ..models.llama import SIZES
-from ..optim.shards import UnsupportedLayout
-from . import building, checkpoints, layers, layouts, report, zero
-from .checks import RUN_FILE, check_same_run, check_values, resuming, starting_point
-from .config import Config, ModelArguments, load_config
-from .data import Blocks, Corpus, collate, make_blocks, open_corpus, tokenizer_identity
+from ..optim.distributed import UnsupportedLayout
+from .build import layers
+from .build import model as building
+from .build.optimizer import without_effect
+from .config.arguments import Config, ModelArguments, load_config
+from .config.checks import RUN_FILE, check_same_run, check_values, resuming, starting_point
+from .config.help_text import usage
+from .data.blocks import Blocks, Corpus, collate, make_blocks, open_corpus, tokenizer_identity
+from .data.tokenizer import get_tokenizer
+from .engines import deepspeed as zero
+from .engines import layout as layouts
+from .engines.process_exit import leave
 from .errors import BadInput, RunStopped
-from .leaving import leave
-from .optimizers import without_effect
-from .tokenizer import get_tokenizer
-from .trainer import Moments, PretrainTrainer
-from .usage import usage
+from .run import checkpoints, report
+from .run.trainer import Moments, PretrainTrainer
 
 
 def pretrain(config: Config) -> dict[str, Any]:

@@ -16,19 +16,22 @@ from torch import nn
 from torch.profiler import ProfilerActivity
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from ..optim.base import SubspaceOptimizer
-from ..optim.shards import UnsupportedLayout
-from . import building, layouts, measure, zero
-from .activations import Pass
-from .clock import BACKWARD, DATA, FORWARD, OPTIMIZER, PHASES, REFRESH, Clock
-from .config import Config, OneLineParser, load_config
+from ..optim.core.optimizer import ShardedOptimizer
+from ..optim.distributed import UnsupportedLayout
+from .build import model as building
+from .config.arguments import Config, OneLineParser, load_config
+from .config.output_files import check_output
+from .engines import deepspeed as zero
+from .engines import layout as layouts
+from .engines.process_exit import leave
 from .errors import BadInput, RunStopped
-from .leaving import leave
-from .outputs import check_output
-from .plan import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, TEMPORARY, Division, Planner
+from .measurement import measure
+from .measurement.fake_pass import Pass
+from .measurement.phase_timer import BACKWARD, DATA, FORWARD, OPTIMIZER, PHASES, REFRESH, Clock
+from .measurement.planner import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, TEMPORARY, Division, Planner
 from .pretrain import read, trainer_of
-from .report import size
-from .trainer import PretrainTrainer
+from .run.report import size
+from .run.trainer import PretrainTrainer
 
 HEAD = """\
 Train some steps of a run and measure what each process holds and where the time goes, beside what gracile memory plans.
@@ -64,7 +67,7 @@ class ProfiledTrainer(PretrainTrainer):
         new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if new:
-            if isinstance(optimizer, SubspaceOptimizer):
+            if isinstance(optimizer, ShardedOptimizer):
                 optimizer._refresh = self.clock.timed(REFRESH, optimizer._refresh)  # type: ignore[method-assign]
                 optimizer.refreshed = self.clock.refreshing(optimizer.refreshed)  # type: ignore[method-assign]
             optimizer.step = self.clock.timed(OPTIMIZER, optimizer.step)  # type: ignore[method-assign]

@@ -23,8 +23,8 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..validation import is_whole, require
-from . import measure
-from .plan import GRADIENTS
+from .measurement import measure
+from .measurement.planner import GRADIENTS
 
 PEAK = "peak"
 

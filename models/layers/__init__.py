@@ -1,15 +1,15 @@
 """Linear layers whose weight is made of other parameters: one a file."""
 
-from .base import FactoredLinear
-from .block_sparse import BlockSparseLinear
+from ..factored_linear import FactoredLinear
+from ..inference.block_sparse import BlockSparseLinear
+from ..inference.condensed import CondensedLinear, CSRLinear, InferenceLinear
+from ..inference.semi_structured import SemiStructuredLinear
 from .iso_flop import DopedLinear, FactorisedLinear, IsoFlopLinear, ParallelLinear
 from .low_rank import LowRankLinear
 from .n_m import NMLinear
 from .ordered_low_rank import OrderedLowRankLinear
 from .relora import ReLoRALinear
 from .scaled import ScaledLinear
-from .semi_structured import SemiStructuredLinear
-from .sparse import CondensedLinear, CSRLinear, InferenceLinear
 from .sparse_low_rank import SparseLowRankLinear
 from .spectral import SpectralLinear
 from .threshold import ThresholdLinear

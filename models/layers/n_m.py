@@ -2,7 +2,7 @@
 Bambhaniya et al. 2024, arXiv:2402.04744 (decaying masks).
 
     W: m x n dense, trained;  P: 1 where |W| is among the N largest of its M consecutive entries of a row, else 0
-    F    =  P + (1 - P) b                     b from 1 (dense) to 0 (the pattern): ``gracile.models.mask_decay``
+    F    =  P + (1 - P) b                     b from 1 (dense) to 0 (the pattern): ``models.layer_schedules``
     y    =  x (W * F)^T + bias                the mask is found anew in each pass
     dx   =  dy (W * F)
     dW   =  dy^T x                            straight through: what is pruned has a gradient, and may come back
@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ...n_of_m import check_pattern, largest
+from ...nm_pattern import check_pattern, largest
 from ...validation import require
-from .base import DenseWeight, as_rows
+from ..factored_linear import DenseWeight, as_rows
 
 FLOWS = ("ste", "scaled")
 

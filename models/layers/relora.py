@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...seeded import generator_of
+from ...rng import generator_of
 from ...validation import is_real, is_whole, require
-from .base import FactoredLinear, Parts
+from ..factored_linear import FactoredLinear, Parts
 
 ROWS = 1024  # of W that are folded at a time
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ...n_of_m import check_pattern, largest
+from ...nm_pattern import check_pattern, largest
 from ...validation import is_whole, require
-from .base import DenseWeight, as_rows
+from ..factored_linear import DenseWeight, as_rows
 
 
 class ScaledLinear(DenseWeight):

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ...seeded import generator_of
+from ...rng import generator_of
 from ...validation import is_real, is_whole, require
-from .base import FactoredLinear
+from ..factored_linear import FactoredLinear
 
 INT32 = 2**31 - 1
 

@@ -42,12 +42,12 @@ from torch.nn.parallel import DistributedDataParallel
 from gracile import optim
 from gracile.models import layers
 from gracile.models.convert import convert
-from gracile.optim.base import SubspaceOptimizer
-from gracile.optim.shards.world import _host_group
-from gracile.optim.subspaces.basis import Room
-from gracile.train.compiled_ops import skip_inference_reduce
-from gracile.train.leaving import leave
-from gracile.train.traffic import Traffic
+from gracile.optim.core.optimizer import ShardedOptimizer
+from gracile.optim.distributed.process_group import _host_group
+from gracile.optim.distributed.projection import Workspace
+from gracile.train.engines.deepspeed_ops import skip_inference_reduce
+from gracile.train.engines.process_exit import leave
+from gracile.train.measurement.comm_bytes import Traffic
 
 STEPS, GAP, RANK, BATCH = 20, 7, 6, 8
 SIZES = (24, 45, 28)
@@ -379,7 +379,7 @@ class Replay:
         for group, tensors in now if stepped_now else split.stepped_parameters():
             for p in tensors:
                 if p.grad is not None or (p.requires_grad and not stepped_now):
-                    for member, shard, _ in split.shards_of(p, group, Room()):
+                    for member, shard, _ in split.shards_of(p, group, Workspace()):
                         yield member, shard, getattr(shard, "gradient", p.grad)
 
     def told(self, split):
@@ -410,7 +410,7 @@ class Watch:
         self.steps, inner = [], optimizer.step
         self.asked = len(range(*cell.get("steps", (0, STEPS))))
         self.replay = None
-        if not isinstance(optimizer, SubspaceOptimizer):
+        if not isinstance(optimizer, ShardedOptimizer):
             return  # torch's own sends nothing
         self.replay = Replay(optimizer, cell)
 

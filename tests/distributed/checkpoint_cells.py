@@ -15,7 +15,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from gracile.train.leaving import leave
+from gracile.train.engines.process_exit import leave
 
 SAVED, END = 6, 12
 TAG = "saved"

@@ -18,8 +18,8 @@ from fsdp_on_cpu import split_on_cpus
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from gracile.optim.shards import UnsupportedLayout
-from gracile.train.leaving import leave
+from gracile.optim.distributed import UnsupportedLayout
+from gracile.train.engines.process_exit import leave
 
 CELL = {"optimizer": "GaLoreAdamW", "proj_type": "left"}
 PLACED = {"optimizer": "APOLLOAdamW"}  # draws its projections by a parameter's place

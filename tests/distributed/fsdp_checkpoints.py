@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from gracile import optim
-from gracile.train.leaving import leave
+from gracile.train.engines.process_exit import leave
 
 HALF, STEPS = 8, 16  # refreshes at 0, 5, 7 and 10, 14, 15
 

@@ -21,7 +21,7 @@ def split_on_cpus() -> None:
 
 
 if __name__ == "__main__":
-    from gracile.train.leaving import leave
+    from gracile.train.engines.process_exit import leave
     from gracile.train.pretrain import main
 
     split_on_cpus()

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gracile.optim import RigLAdamW, SparseAdamW
-from gracile.train.leaving import leave
+from gracile.train.engines.process_exit import leave
 
 STEPS = 5
 MADE = {

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from gracile.train.leaving import leave
+from gracile.train.engines.process_exit import leave
 from gracile.train.pretrain import main
 
 if __name__ == "__main__":

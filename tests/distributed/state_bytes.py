@@ -10,9 +10,9 @@ from cells import LAYERS, OPTIMIZERS, convert, deepspeed, dist, skip_inference_r
 
 from gracile.models import build_llama
 from gracile.optim import param_groups, state_bytes
+from gracile.optim.distributed import as_one, each
 from gracile.optim.memory import planned_state_by_kind
-from gracile.optim.shards import as_one, each
-from gracile.train.leaving import leave
+from gracile.train.engines.process_exit import leave
 
 
 def llama(cell):

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gracile.train.checkpoints import newest_whole
+from gracile.train.engines.layout import Layout, must_be_split_anew
 from gracile.train.errors import BadInput
-from gracile.train.layouts import Layout, must_be_split_anew
 from gracile.train.pretrain import main
+from gracile.train.run.checkpoints import newest_whole
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 

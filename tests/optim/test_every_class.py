@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from gracile import optim
 from gracile.models import build_llama
 from gracile.optim import param_groups, state_bytes
-from gracile.optim.layered import LayeredOptimizer
+from gracile.optim.factored.optimizer import FactoredOptimizer
 
 
 class Method(NamedTuple):
@@ -147,7 +147,9 @@ def assert_identical(one, other):
 def test_the_table_has_every_class_of_the_package():
     """But for those that need layers of their own, which have files of their own."""
     public = {value for name in optim.__all__ if isinstance(value := getattr(optim, name), type)}
-    own = {kind for kind in public if issubclass(kind, LayeredOptimizer) or not issubclass(kind, torch.optim.Optimizer)}
+    own = {
+        kind for kind in public if issubclass(kind, FactoredOptimizer) or not issubclass(kind, torch.optim.Optimizer)
+    }
     assert public - own == set(CLASSES)
     assert all(("rank" in method.ranked) == ("rank" in signature(method.cls).parameters) for method in METHODS.values())
 

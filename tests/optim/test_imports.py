@@ -40,7 +40,7 @@ def offences(path, source):
     if Path(path).parts[0] == "models":
         return [name for name in names if lies_in(name, "gracile.optim", "gracile.train")]
     own = ["gracile.optim", *(f"gracile.{path.stem}" for path in ROOT.glob("[a-z]*.py")), "torch"]
-    if path == "optim/quantized.py":
+    if path == "optim/state/blockwise_8bit.py":
         own.append("bitsandbytes")  # behind this one file
     return [name for name in names if not lies_in(name, *own) and name.split(".")[0] not in sys.stdlib_module_names]
 
@@ -68,13 +68,13 @@ def test_what_both_use_imports_torch_and_validation_alone(path):
     ("path", "line", "name"),
     [
         ("optim/new.py", "from ..models import build_llama", "gracile.models.build_llama"),
-        ("optim/shards/new.py", "from ...train.config import load", "gracile.train.config.load"),
+        ("optim/distributed/new.py", "from ...train.config import load", "gracile.train.config.load"),
         ("optim/new.py", "from .. import train", "gracile.train"),
         ("optim/new.py", "def f():\n    import transformers.optimization", "transformers.optimization"),
         ("optim/__init__.py", "from gracile.models.llama import SIZES", "gracile.models.llama.SIZES"),
         ("models/layers/new.py", "from ...optim.rules import adam", "gracile.optim.rules.adam"),
         ("models/new.py", "import gracile.train", "gracile.train"),
-        ("optim/q_galore.py", "import bitsandbytes.functional", "bitsandbytes.functional"),
+        ("optim/low_rank/q_galore.py", "import bitsandbytes.functional", "bitsandbytes.functional"),
     ],
 )
 def test_this_test_sees_an_import_that_points_upward(path, line, name):
@@ -84,8 +84,8 @@ def test_this_test_sees_an_import_that_points_upward(path, line, name):
 @pytest.mark.parametrize(
     ("path", "line"),
     [
-        ("optim/shards/new.py", "from ...validation import require"),
-        ("optim/shards/new.py", "from ..subspaces import basis"),
+        ("optim/distributed/new.py", "from ...validation import require"),
+        ("optim/distributed/new.py", "from ..low_rank import basis"),
         ("optim/new.py", "import torch.distributed, math"),
         ("models/new.py", "from transformers import LlamaConfig"),
     ],

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from gracile.optim import DCTAdamW, GaLoreAdamW, GaLorePlusAdamW, LDAdamW, Lion
+from gracile.optim.distributed import as_one, by_rows, each
 from gracile.optim.memory import kind_of, planned_state_by_kind, state_by_kind, state_bytes
-from gracile.optim.shards import as_one, by_rows, each
 
 CUTS = {"ZeRO 1 and 2": as_one, "ZeRO 3": each, "FSDP2": by_rows}
 

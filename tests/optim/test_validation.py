@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gracile.optim import GaLoreAdamW
-from gracile.optim.shards import UnsupportedLayout
+from gracile.optim.distributed import UnsupportedLayout
 
 NAN, INF = float("nan"), float("inf")
 KEYS = (

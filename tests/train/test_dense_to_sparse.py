@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gracile.optim import HyperSparseAdamW
-from gracile.train.art import is_time, without_smallest
 from gracile.train.pretrain import main
+from gracile.train.run.art import is_time, without_smallest
 from tests.train.test_pretrain import interrupt, same, weights
 
 HYPER = {"optimizer": "hyper_sparse_adamw", "sparsity": 0.7, "rank": None, "update_proj_gap": None}

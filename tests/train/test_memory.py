@@ -7,13 +7,15 @@ import torch
 from torch import nn
 
 from gracile.models import build_llama
-from gracile.train import building, layers, measure
-from gracile.train.activations import Ledger, Rehearsal
-from gracile.train.config import load_config
+from gracile.train.build import layers
+from gracile.train.build import model as building
+from gracile.train.build.optimizer import OPTIMIZERS, build_optimizer
+from gracile.train.config.arguments import load_config
 from gracile.train.errors import BadInput
+from gracile.train.measurement import measure
+from gracile.train.measurement.fake_pass import FakePass, Ledger
+from gracile.train.measurement.planner import GRADIENTS, STATE, WEIGHTS, Division, Planner
 from gracile.train.memory import bytes_of, main
-from gracile.train.optimizers import OPTIMIZERS, build_optimizer
-from gracile.train.plan import GRADIENTS, STATE, WEIGHTS, Division, Planner
 
 GIB = 2**30
 
@@ -124,11 +126,11 @@ def test_a_linear_layer_keeps_its_input_alone():
             self.loss = self.two(self.one(hidden)).sum()
             return self
 
-    one = Rehearsal(Loss).of((2, 5))
+    one = FakePass(Loss).of((2, 5))
     hidden, between, loss = 10 * 64 * 4, 10 * 128 * 4, 4
     assert one.activations == hidden + between + loss
     assert one.at_peak.gradients <= 4 * (64 * 128 + 128 * 256)
-    later = Rehearsal(Loss, accumulated=True).of((2, 5))
+    later = FakePass(Loss, accumulated=True).of((2, 5))
     assert (later.activations, later.at_peak.gradients) == (one.activations, 0)
 
 

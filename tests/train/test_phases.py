@@ -11,9 +11,9 @@ from gracile.models import build_llama
 from gracile.models.convert import convert
 from gracile.models.layers import IsoFlopLinear, ParallelLinear
 from gracile.optim import SparseAdamW, param_groups
-from gracile.train import building
-from gracile.train.config import load_config
-from gracile.train.layers import beside, load_weights
+from gracile.train.build import model as building
+from gracile.train.build.layers import beside, load_weights
+from gracile.train.config.arguments import load_config
 from gracile.train.pretrain import main
 from tests.train.test_pretrain import interrupt, same, weights
 

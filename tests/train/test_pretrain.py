@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from gracile.models import build_llama
 from gracile.optim import state_bytes
-from gracile.train import checkpoints, trainer
-from gracile.train.config import load_config
-from gracile.train.layers import FOR_LAYERS
-from gracile.train.optimizers import OPTIMIZERS, build_optimizer
+from gracile.train.build.layers import FOR_LAYERS
+from gracile.train.build.optimizer import OPTIMIZERS, build_optimizer
+from gracile.train.config.arguments import load_config
 from gracile.train.pretrain import main
+from gracile.train.run import checkpoints, trainer
 
 
 def weights(output_dir) -> dict[str, torch.Tensor]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from gracile.train import measure
-from gracile.train.clock import Clock
+from gracile.train.measurement import measure
+from gracile.train.measurement.phase_timer import Clock
 from gracile.train.profile import main
 
 

@@ -1,0 +1,138 @@
+"""What linear layers have in common whose weight is made of other parameters."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..layer_registry import register
+
+Layer = TypeVar("Layer", bound="FactoredLinear")
+Parts = Mapping[str, Tensor]  # the parameters and buffers of a layer by their own names, each whole
+
+
+class FactoredLinear(nn.Module, ABC):
+    """y = x W^T + bias, where W (out x in) is not a parameter itself.
+
+    Args:
+        in_features: n, the columns of W.
+        out_features: m, the rows of W.
+        bias: whether there is one, as ``nn.Linear`` draws it.
+    """
+
+    replaced: type[nn.Module] = nn.Linear  # what it stands in place of, where that is another class
+    is_linear: bool = True  # else there is no W, and nothing to merge into
+
+    def __new__(cls, *_: Any, **__: Any) -> FactoredLinear:
+        layer = super().__new__(cls)  # here and not in __init__: copies and pickles do not pass there
+        register(layer)
+        return layer
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """W (out x in), made anew: a tensor without a graph."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw everything anew."""
+
+    def parts(self) -> dict[str, Tensor]:
+        """The layer's own parameters and buffers. What changes a layer at times takes others in their place: where an
+        engine splits parameters, or keeps wider ones, an optimizer puts them together."""
+        own = chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False))
+        return {name: tensor.detach() for name, tensor in own}
+
+    def _reset_bias(self) -> None:
+        if self.bias is not None:
+            bound = self.in_features**-0.5
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def merge(self) -> nn.Linear:
+        """A plain layer that computes the same, on the same device and in the same dtype."""
+        weight = self.dense()
+        keys = {"device": weight.device, "dtype": weight.dtype}
+        plain = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **keys)
+        with torch.no_grad():
+            plain.weight.copy_(weight)
+            if self.bias is not None:
+                plain.bias.copy_(self.bias)
+        return plain.train(self.training)
+
+    @classmethod
+    def from_linear(cls: type[Layer], linear: nn.Linear, **keywords: Any) -> Layer:
+        """A layer in place of ``linear``: its shape, dtype, device and bias. See the class for what becomes of W."""
+        keys: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, **keys, **keywords)
+        layer.take(linear)
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def take(self, linear: nn.Linear) -> None:
+        """What of a plain layer is kept: the bias."""
+        if self.bias is not None:
+            self.bias.copy_(linear.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class FactoredWeight(FactoredLinear):
+    """A layer that begins as a weight taken apart: a given one, or one drawn as ``nn.Linear``'s."""
+
+    @abstractmethod
+    def factor(self, weight: Tensor) -> None:
+        """Take ``weight`` (out x in) apart; nothing on the meta device."""
+
+    def reset_parameters(self) -> None:
+        bound, like = self.in_features**-0.5, next(self.parameters())
+        drawn = torch.empty(self.out_features, self.in_features, device=like.device, dtype=like.dtype)
+        self.factor(nn.init.uniform_(drawn, -bound, bound))
+        self._reset_bias()
+
+    @torch.no_grad()
+    def take(self, linear: nn.Linear) -> None:
+        super().take(linear)
+        self.factor(linear.weight)
+
+
+class DenseWeight(FactoredLinear):
+    """A layer that trains a whole weight, drawn as ``nn.Linear``'s or a given one, and computes with what it makes of
+    it."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, **placed: Any) -> None:
+        super().__init__(in_features, out_features, bias, **placed)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **placed))
+
+    def reset_parameters(self) -> None:
+        bound = self.in_features**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        self._reset_bias()
+
+    @torch.no_grad()
+    def take(self, linear: nn.Linear) -> None:
+        super().take(linear)
+        self.weight.copy_(linear.weight)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """... x n as N x n, also where N is zero."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

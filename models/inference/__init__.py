@@ -1,0 +1,1 @@
+"""Layers that a trained sparse model is exported to."""

@@ -1,0 +1,1 @@
+"""What changes layers from step to step."""

@@ -1,0 +1,170 @@
+"""Update rules: pure arithmetic from a gradient and its state to a direction.
+
+A rule sees coordinates only. Whether they are a whole tensor or a projected matrix is the caller's business.
+``Rule`` names what an optimizer needs to know of one: ``ADAM`` as GaLore's code has it, ``TORCH_ADAM`` as torch has it,
+``LION``, ``ADAFACTOR``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...validation import is_real, require
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, in one order on every process
+Shape = torch.Size | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``check`` refuses bad group values, ``state`` makes zero moments, ``direction`` updates them in place and gives
+    the direction with the factor on the learning rate. ``decay_first``: weights decay before the step, not after."""
+
+    check: Callable[[dict[str, Any]], None]
+    state: Callable[[Shape, torch.dtype, torch.device, dict[str, Any]], dict[str, Tensor]]
+    direction: Callable[..., tuple[Tensor, float]]  # of (gradient, state, group); Adafactor's asks for the shard too
+    decay_first: bool = False
+    needs_rows: bool = False  # a part of a matrix must come in whole rows
+
+
+def _check_lr(group: dict[str, Any]) -> None:
+    require(is_real(group["lr"]) and group["lr"] >= 0, "lr must be a number >= 0", group["lr"])
+
+
+def check_lion(group: dict[str, Any]) -> None:
+    _check_lr(group)
+    betas = group["betas"]
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(is_real(b) and 0 <= b < 1 for b in betas)
+    require(pair, "betas must be two numbers in [0, 1)", betas)
+
+
+def check_adam(group: dict[str, Any]) -> None:
+    check_lion(group)
+    require(is_real(group["eps"]) and group["eps"] >= 0, "eps must be a number >= 0", group["eps"])
+
+
+def adam_state(shape: Shape, dtype: torch.dtype, device: torch.device, group: dict[str, Any]) -> dict[str, Tensor]:
+    return {
+        "exp_avg": torch.zeros(shape, dtype=dtype, device=device),
+        "exp_avg_sq": torch.zeros(shape, dtype=dtype, device=device),
+    }
+
+
+def adam(
+    gradient: Tensor, state: MutableMapping[str, Tensor], group: dict[str, Any], *, torch_eps: bool = False
+) -> tuple[Tensor, float]:
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980) as GaLore's code and the former Hugging Face ``AdamW`` write it.
+
+        M <- b1 M + (1 - b1) R          V <- b2 V + (1 - b2) R * R
+        N  = M / (sqrt(V) + eps)        correction = sqrt(1 - b2^t) / (1 - b1^t)
+
+    Returns ``(N, correction)``: the step is ``lr * correction * N``. ``eps`` is added before the second bias
+    correction; ``torch_eps`` adds it after, as ``torch.optim.AdamW`` does. The two differ where sqrt(V) is near it.
+    """
+    beta1, beta2 = group["betas"]
+    M, V = state["exp_avg"], state["exp_avg_sq"]
+    R = gradient.to(M.dtype)
+    M.mul_(beta1).add_(R, alpha=1 - beta1)
+    V.mul_(beta2).addcmul_(R, R, value=1 - beta2)
+    t = state["step"].item()  # lives on the CPU: reading it does not stop a GPU
+    root = math.sqrt(1 - beta2**t)
+    N = V.sqrt().add_(group["eps"] * root if torch_eps else group["eps"])
+    torch.div(M, N, out=N)
+    return N, root / (1 - beta1**t)
+
+
+def lion_state(shape: Shape, dtype: torch.dtype, device: torch.device, group: dict[str, Any]) -> dict[str, Tensor]:
+    return {"exp_avg": torch.zeros(shape, dtype=dtype, device=device)}
+
+
+def lion(gradient: Tensor, state: MutableMapping[str, Tensor], group: dict[str, Any]) -> tuple[Tensor, float]:
+    """Lion (Chen et al. 2023, arXiv:2302.06675).
+
+        N  = sign(b1 M + (1 - b1) R)                 the sign of the OLD moment, interpolated
+        M <- b2 M + (1 - b2) R                       after it; no bias correction, no eps
+
+    The order of the operations matters to the bit: a sign flips at the last rounding.
+    """
+    beta1, beta2 = group["betas"]
+    M = state["exp_avg"]
+    N = M.mul(beta1).add_(gradient, alpha=1 - beta1).sign_()
+    M.mul_(beta2).add_(gradient, alpha=1 - beta2)
+    return N, 1.0
+
+
+def check_adafactor(group: dict[str, Any]) -> None:
+    lr, relative = group["lr"], group["relative_step"]
+    for key in ("relative_step", "scale_parameter", "warmup_init"):
+        require(isinstance(group[key], bool), f"{key} must be True or False", group[key])
+    if relative:
+        require(lr is None, "lr must be None where relative_step=True finds it from the step number", lr)
+    else:
+        require(is_real(lr) and lr >= 0, "lr must be a number >= 0 where relative_step=False", lr)
+        require(not group["warmup_init"], "warmup_init must be False where relative_step=False", group["warmup_init"])
+    eps = group["eps"]
+    pair = isinstance(eps, (tuple, list)) and len(eps) == 2 and all(is_real(e) and e >= 0 for e in eps)
+    require(pair, "eps must be two numbers >= 0", eps)
+    threshold = group["clip_threshold"]
+    require(is_real(threshold) and threshold > 0, "clip_threshold must be a number > 0", threshold)
+    rate = group["decay_rate"]
+    require(is_real(rate) and rate < 0, "decay_rate must be a number < 0", rate)
+    beta1 = group["beta1"]
+    require(beta1 is None or (is_real(beta1) and 0 <= beta1 < 1), "beta1 must be a number in [0, 1) or None", beta1)
+
+
+def adafactor_state(shape: Shape, dtype: torch.dtype, device: torch.device, group: dict[str, Any]) -> dict[str, Tensor]:
+    shapes = {"exp_avg_sq": shape}
+    if len(shape) >= 2:
+        shapes = {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": (*shape[:-2], shape[-1])}
+    if group["beta1"] is not None:
+        shapes["exp_avg"] = shape
+    return {key: torch.zeros(size, dtype=dtype, device=device) for key, size in shapes.items()}
+
+
+class Statistics(Protocol):
+    """What a shard knows about all lines of a matrix."""
+
+    def mean(self, like: Tensor, dim: int) -> Tensor: ...
+    def rms(self, like: Tensor) -> Tensor: ...
+
+
+def adafactor(
+    gradient: Tensor, state: MutableMapping[str, Tensor], group: dict[str, Any], over: Statistics
+) -> tuple[Tensor, float]:
+    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) as fairseq's and Hugging Face's code write it.
+
+        b2_t = 1 - t^decay_rate
+        C_i  <- b2_t C_i + (1 - b2_t) mean_j(R_ij^2 + eps1)      D_j likewise over i     (m,) and (n,)
+        U    =  R / sqrt(C_i D_j / mean(C))                      without a matrix: R / sqrt(V)
+        N    =  U / max(1, rms(U) / clip_threshold)
+
+    The first moment, where ``beta1`` asks for one, averages steps that contain the learning rate: the caller's part.
+    ``over`` takes the means over the whole matrix, also where ``gradient`` is a part of its lines.
+    """
+    dtype = state["exp_avg_sq_row" if "exp_avg_sq_row" in state else "exp_avg_sq"].dtype
+    R = gradient.to(dtype)
+    beta2 = 1.0 - state["step"].item() ** group["decay_rate"]
+    squares = R.square().add_(group["eps"][0])
+    if "exp_avg_sq_row" in state:
+        C, D = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+        C.mul_(beta2).add_(over.mean(squares, -1), alpha=1 - beta2)
+        D.mul_(beta2).add_(over.mean(squares, -2), alpha=1 - beta2)
+        size = over.mean(C.unsqueeze(-1), -2)
+        N = torch.mul((C / size).rsqrt_().unsqueeze(-1), D.unsqueeze(-2).rsqrt(), out=squares)
+    else:
+        N = state["exp_avg_sq"].mul_(beta2).add_(squares, alpha=1 - beta2).rsqrt()
+    N.mul_(R)
+    return N.div_((over.rms(N) / group["clip_threshold"]).clamp_(min=1.0)), 1.0
+
+
+ADAM = Rule(check_adam, adam_state, adam)
+TORCH_ADAM = Rule(check_adam, adam_state, partial(adam, torch_eps=True), decay_first=True)
+LION = Rule(check_lion, lion_state, lion, decay_first=True)
+ADAFACTOR = Rule(check_adafactor, adafactor_state, adafactor, decay_first=True, needs_rows=True)

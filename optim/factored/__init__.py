@@ -1,0 +1,1 @@
+"""Optimizers for models with factored layers: one paper a file."""

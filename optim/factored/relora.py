@@ -1,0 +1,130 @@
+"""ReLoRA: AdamW on low-rank factors that are folded into their weight again and again.  Lialin et al. 2023,
+arXiv:2307.05695.
+
+For a layer y = x W^T + s x A^T B^T with W (m x n) frozen:
+
+    each step                A, B  <- Adam
+    every merge_every steps  W     <- W + s B A,   A <- drawn anew,   B <- 0       the function stays
+    every reset_every steps  moments of A and B <- 0, or all but a part of them
+
+and a learning rate that falls to zero and rises again at each merge (``JaggedCosineLR``). Departures from the
+authors' code: a reset to zero leaves nothing, theirs leaves a random thousandth, to please another optimizer; with
+``reset_step`` the bias correction starts again too, without it the first updates after a reset are three times as
+large as Adam's; merges and resets come when a step ends and not one later; moments are pruned to the exact count, and
+both in the same places, for a first moment whose second is zero moves its weight by ten learning rates. A warm start,
+some thousand steps of all weights, is a run of its own whose model the next one begins with.
+"""
+
+from __future__ import annotations
+
+from math import floor
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ...rng import generator_of
+from ...validation import is_real, is_whole, require
+from ..core.optimizer import Group, State
+from ..core.rules import MOMENTS
+from ..distributed import FullShard
+from ..distributed.projection import LowRankUpdate
+from .optimizer import FactoredOptimizer, LayerWork, at_step, since
+
+RESETS = ("zero", "random", "magnitude")
+
+
+class ReLoRAAdamW(FactoredOptimizer):
+    """AdamW for models with ``ReLoRALinear`` layers, which it folds (arXiv:2307.05695).
+
+    Other parameters, which stay of full rank, get plain AdamW.
+
+    Args:
+        params: parameters, named parameters or groups; A and B of a layer in one group. Frozen ones need not be there.
+        lr: learning rate; the authors take twice that of training all weights.
+        betas, eps, weight_decay: as for ``torch.optim.AdamW``.
+        merge_every: steps between merges.
+        reset_every: steps between resets of moments; None for ``merge_every``.
+        reset: ``zero`` all of them; ``random`` or ``magnitude``: a part, at random or where the first moment is least.
+        reset_ratio: that part.
+        reset_step: count Adam's steps from the last reset.
+        seed: of random resets.
+        state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+
+    State of an m x n layer: ``2 * r * (m + n)`` elements and two counters.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range, or where no
+            parameter belongs to such a layer.
+        UnsupportedLayout: at ``step``, where A and B of a layer are not stepped together.
+    """
+
+    needs = "ReLoRALinear"
+    stepped = ("A", "B")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        merge_every: int = 5000,
+        reset_every: int | None = None,
+        reset: str = "zero",
+        reset_ratio: float = 0.9,
+        reset_step: bool = True,
+        seed: int = 0,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def validate(self, group: Group) -> None:
+        merge, reset_every, reset = group["merge_every"], group["reset_every"], group["reset"]
+        require(is_whole(merge) and merge >= 1, "merge_every must be a whole number >= 1", merge)
+        counted = reset_every is None or (is_whole(reset_every) and reset_every >= 1)
+        require(counted, "reset_every must be a whole number >= 1 or None", reset_every)
+        require(reset in RESETS, f"reset must be one of {', '.join(RESETS)}", reset)
+        ratio = group["reset_ratio"]
+        require(is_real(ratio) and 0 <= ratio <= 1, "reset_ratio must be a number in [0, 1]", ratio)
+        require(isinstance(group["reset_step"], bool), "reset_step must be True or False", group["reset_step"])
+        require(is_whole(group["seed"]) and group["seed"] >= 0, "seed must be a whole number >= 0", group["seed"])
+
+    def plain_direction(self, shard: FullShard, group: Group, state: State) -> tuple[Tensor | LowRankUpdate, float]:
+        if self.part_of(shard) is not None and group["reset_step"]:
+            state = at_step(state, since(state["step"].item(), _reset_every(group)))
+        return super().plain_direction(shard, group, state)
+
+    def settle_layers(self, layers: list[LayerWork]) -> None:
+        for layer in layers:
+            if layer.steps % layer.group["merge_every"] == 0:
+                with layer.whole() as parts:
+                    layer.layer.fold(parts)
+            if layer.steps % _reset_every(layer.group) == 0:
+                self._reset(layer)
+
+    def _reset(self, layer: LayerWork) -> None:
+        for name, (shard, group, state) in layer.stepped.items():
+            if group["reset"] == "zero":
+                for key in MOMENTS:
+                    state[key].zero_()
+                continue
+            whole = shard.whole_of(state["exp_avg"])
+            order = whole.abs().flatten()
+            if group["reset"] == "random":
+                generator = generator_of(group["seed"], "ReLoRA", layer.position, name, layer.steps)
+                order = torch.rand(order.shape, generator=generator, device="cpu").to(whole.device)
+            gone = torch.zeros_like(order, dtype=torch.bool)
+            gone[_smallest(order, group["reset_ratio"])] = True
+            for key in MOMENTS:
+                state[key].masked_fill_(shard.part_of(gone.view(whole.shape)), 0)
+
+
+def _reset_every(group: Group) -> int:
+    return int(group["reset_every"] or group["merge_every"])
+
+
+def _smallest(values: Tensor, ratio: float) -> Tensor:
+    """Where the smallest of ``values`` (flat) are, ``ratio`` of them exactly; of equals the first."""
+    return values.sort(stable=True).indices[: floor(ratio * len(values))]

@@ -1,0 +1,150 @@
+"""APOLLO: the raw gradient, scaled by what Adam would do in a tiny random subspace.  Zhu et al. 2024, arXiv:2412.05270.
+
+For a matrix W (m x n) with gradient G, the picture for m >= n (``right``; transpose it for ``left``):
+
+    every T steps    P  <-  normal numbers of variance 1/r from a seed        n x r    subspace
+                     R   =  G P                                               m x r    project
+                     N   =  Adam(R), without its bias correction              m x r    rule, moments kept
+    channel          s_j =  |N_j| / (|R_j| + 1e-8)                  for each of the m rows j
+    tensor           s   =  |N| / (|R| + 1e-8)                                1 number  (APOLLO-Mini, with r = 1)
+                     Z   =  s * G                                             m x n    residual: all of it, scaled
+                     Z  <-  Z / max(|Z| / |Z_previous|, 1.01) * 1.01                   residual: growth limiter
+                     W  <-  W - lr * sqrt(1 - b2^t) / (1 - b1^t) * sqrt(scale) * Z
+                     W  <-  W - lr * decay * W
+
+This is the arithmetic of the authors' ``apollo-torch``: the SQUARE ROOT of ``scale`` multiplies, before the limiter
+where ``scale_front`` asks for it, and the limiter compares norms without bias correction.
+
+Departures: P is not kept but drawn again from its seed at each step, in fp32 also for bf16 gradients (the paper counts
+its memory so; the authors' code keeps P in the gradient's dtype); the norms run along the projected axis by the side,
+not by comparing lengths; a rank above the short side is capped there; a vanishing norm is not stored as the one to
+grow from; the host reads no norm. A GPU and a CPU draw different numbers from one seed: a run that moves between them
+changes its subspace, as a refresh does.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ...validation import is_whole, require
+from ..core.optimizer import Group, NewState, ShardedOptimizer, State
+from ..core.rules import adam
+from ..distributed import FullMatrix, Solving
+from ..distributed.projection import LowRankUpdate
+from .gaussian import following, gaussian_columns
+from .growth_limiter import limit_growth_
+from .singular import leading_singular_vectors
+
+PROJECTIONS = ("random", "svd")
+SCALE_TYPES = ("channel", "tensor")
+GROWTH = 1.01
+
+
+class APOLLOAdamW(ShardedOptimizer):
+    """SGD-like memory with AdamW-like scaling (arXiv:2412.05270).
+
+    APOLLO-Mini is ``rank=1, scale_type="tensor", scale=128``.
+
+    A drop-in for ``apollo_torch.APOLLOAdamW``: groups with a ``rank`` are scaled, the others get plain AdamW.
+
+    Args:
+        params, lr, betas, eps, weight_decay, rank, update_proj_gap, proj_type, state_dtype: as for ``GaLoreAdamW``.
+        scale: its square root multiplies the update of a matrix.
+        proj: ``random``, or ``svd`` for GaLore's subspace, which is kept as state.
+        shard_basis: as for ``GaLoreAdamW``; a random projection is drawn anew and never kept.
+        scale_type: one factor a ``channel`` (each line along the long side) or one for the whole ``tensor``.
+        scale_front: multiply by the root of ``scale`` before the growth limiter instead of after.
+        disable_nl: leave out the limiter on the growth of the update's norm.
+        seed: the parameter at position i of all starts from seed + i.
+
+    State of an m x n matrix: ``2 * r * long`` numbers, a seed, a norm and a counter; with ``proj="svd"`` also P.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+    """
+
+    host_state = ShardedOptimizer.host_state | {"seed"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        scale_front: bool = False,
+        disable_nl: bool = False,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        proj_type: str = "std",
+        proj: str = "random",
+        scale_type: str = "channel",
+        seed: int = 1,
+        shard_basis: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def validate(self, group: Group) -> None:
+        require(group["scale"] >= 0, "scale must be a number >= 0", group["scale"])
+        for key, known in (("proj", PROJECTIONS), ("scale_type", SCALE_TYPES)):
+            require(group[key] in known, f"{key} must be one of {', '.join(known)}", group[key])
+        for key in ("scale_front", "disable_nl"):
+            require(isinstance(group[key], bool), f"{key} must be True or False", group[key])
+        seed = group["seed"]
+        require(is_whole(seed) and 0 <= seed < 2**62, "seed must be a whole number from 0 to 2**62", seed)
+
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["rank"] == 1 and group["scale_type"] == "channel":
+            told = "rank=1 with scale_type='channel' is known to train badly; APOLLO-Mini is scale_type='tensor'"
+            warnings.warn(told, stacklevel=4)
+
+    def basis_state(self, shard: FullMatrix, group: Group) -> NewState:
+        W = shard.parameter
+        state = {"update_norm": torch.zeros((), dtype=torch.promote_types(W.dtype, torch.float32), device=W.device)}
+        if group["proj"] == "svd":
+            return state | super().basis_state(shard, group)
+        return state | {"seed": torch.tensor(group["seed"] + shard.position, dtype=torch.int64, device=shard.host)}
+
+    def columns(self, shard: FullMatrix, group: Group, state: State) -> Tensor:
+        if group["proj"] == "svd":
+            return super().columns(shard, group, state)
+        return gaussian_columns(shard.frame, int(state["seed"].item()), shard.parameter.device)
+
+    def refresh_is_due(self, group: Group, state: State) -> bool:
+        due = super().refresh_is_due(group, state)
+        if group["proj"] == "svd":
+            return due
+        if due and state["step"].item() > 0:
+            state["seed"].fill_(following(int(state["seed"].item())))
+        return False  # nothing to find: a seed is all there is
+
+    def find_basis(self, shard: FullMatrix, group: Group, state: State) -> Tensor | Solving:
+        return shard.solving(shard.grad, partial(leading_singular_vectors, frame=shard.frame))
+
+    def direction(self, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor | LowRankUpdate, float]:
+        G, P = shard.grad, self.basis(shard, group, state)
+        R = P.project(G)
+        N, correction = adam(R, state, group)
+        if group["scale_type"] == "channel":
+            s = P.line_norms(N) / (P.line_norms(R) + 1e-8)
+        else:
+            s = shard.norm(N) / (shard.norm(R) + 1e-8)
+        if group["scale_front"]:
+            s = s * math.sqrt(group["scale"])
+        # |R_j| = 0 where |N_j| is not: a factor that fp16 cannot hold
+        Z = G * s.clamp(max=torch.finfo(G.dtype).max).to(G.dtype)
+        if not group["disable_nl"]:
+            limit_growth_(Z, shard, state["update_norm"], GROWTH)
+        return Z, correction if group["scale_front"] else correction * math.sqrt(group["scale"])

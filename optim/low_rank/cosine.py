@@ -1,0 +1,52 @@
+"""A fixed cosine basis: one orthogonal k x k matrix for all sides of length k, of which a matrix uses r columns."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..distributed.projection import ProjectionSide
+
+BLOCKS = 8  # a product of m x k is looked at in parts, so that it never stands whole in memory
+
+
+@lru_cache(maxsize=16)
+def cosine_basis(k: int, device: torch.device) -> Tensor:
+    """Q_ij = sqrt(2 / k) cos(i (2 j + 1) pi / (2 k)), row 0 times sqrt(1/2): k x k, fp32, shared by all matrices.
+
+    The phase is reduced modulo its period in whole numbers and the cosine taken in fp64: orthogonal to 1e-7, where
+    fp32 phases lose three digits at k = 4096.
+    """
+    i = torch.arange(k, device=device).unsqueeze(1)
+    j = torch.arange(k, device=device).unsqueeze(0)
+    phase = (i * (2 * j + 1)) % (4 * k)
+    Q = torch.cos(phase.double() * (math.pi / (2 * k))).mul_(math.sqrt(2 / k))
+    Q[0] *= math.sqrt(0.5)
+    return Q.float()
+
+
+def column_scores(A: Tensor, Q: Tensor, frame: ProjectionSide, p: int) -> Tensor:
+    """sum |S|^p over each of the k lines of S = A Q (right) or Q^T A (left): what each column holds of A (m x n)."""
+    lines = A if frame.right else A.t()
+    scores = torch.zeros(Q.shape[0], dtype=Q.dtype, device=Q.device)
+    for part in torch.chunk(lines, BLOCKS):
+        S = part @ Q
+        scores += S.abs_().sum(dim=0) if p == 1 else S.square_().sum(dim=0)
+    return scores
+
+
+def best_columns(scores: Tensor, r: int) -> Tensor:
+    """Indices of the r largest scores, largest first, ties by index (r, int32)."""
+    return torch.sort(scores, descending=True, stable=True).indices[:r].to(torch.int32)
+
+
+def kept_places(previous: Tensor, current: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """For each current column, its place among the previous ones (r, int64), and whether it has one (r, bool)."""
+    r = previous.numel()
+    places = torch.full((k,), -1, dtype=torch.int64, device=previous.device)
+    places[previous.long()] = torch.arange(r, device=previous.device)
+    place = places[current.long()]
+    return place.clamp(min=0), place >= 0

@@ -1,0 +1,155 @@
+"""DCT-AdamW: Adam in the best r columns of a fixed cosine basis.  Modoranu et al. 2025, arXiv:2505.17967.
+
+For a matrix W (m x n) with gradient G, the picture for m >= n (``right``; transpose it for ``left``):
+
+                     Q   :  one orthogonal cosine matrix for all               n x n    fixed, shared
+                     W  <-  W - lr * decay * W
+                     A   =  G + E                                              m x n    error feedback
+    every T steps    i  <-  the r columns of A Q with the largest norms        r        subspace
+                     M, V <- their columns moved along with i                  m x r    carry: a gather
+                     P   =  Q[:, i]
+                     R   =  A P                                                m x r    project
+                     E  <-  A - R P^T                                          m x n    residual: error feedback
+                     M  <-  b1 M + (1 - b1) R;  V <- b2 V + (1 - b2) R * R     m x r    rule: Adam
+                     N   =  M / (sqrt(V) + eps sqrt(1 - b2^t))
+                     W  <-  W - lr * sqrt(1 - b2^t) / (1 - b1^t) * N P^T
+
+Old and new columns are columns of one orthogonal matrix, so the change of basis that the authors' code multiplies by is
+a gather: a column that stays keeps its moments, one that leaves loses them, one that comes starts from zero.
+
+Departures from the authors' code: ``rotate_subspace`` is on by default, because moments that stay where they were
+belong to other columns as soon as the choice changes; Q is built with whole-number phases, in fp32 also for bf16
+gradients (and for fp64 ones); the gradient is not used as scratch; ties are broken by index; betas, eps and step live
+in groups and state. Error feedback in 8 or 4 bits has a minimum and a step for each line: row, or column on the left.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ...validation import is_whole, require
+from ..core.optimizer import Group, NewState, ShardedOptimizer, State
+from ..core.rules import TORCH_ADAM
+from ..distributed import FullMatrix
+from ..distributed.projection import Basis, LowRankUpdate
+from ..state.packed_rows import pack_, packed_state, unpacked
+from .cosine import best_columns, column_scores, cosine_basis, kept_places
+
+ERROR_BITS = {"fp32": 32, "8bit": 8, "4bit": 4}
+
+
+class DCTAdamW(ShardedOptimizer):
+    """AdamW in r columns of a cosine basis, chosen anew as often as at every step, without any SVD (arXiv:2505.17967).
+
+    Groups without a ``rank`` get AdamW as torch has it.
+
+    Args:
+        params, lr, betas, eps, weight_decay, rank, proj_type, state_dtype: as for ``GaLoreAdamW``; ``eps`` is added
+            after the bias correction and weights decay before the step, as in ``torch.optim.AdamW``.
+        update_proj_gap: T, steps between choices of the columns: at steps 1, T, 2T, ...
+        ell_norm: columns are ranked by their 1- or 2-norm.
+        rotate_subspace: moments follow their columns. False leaves them in place, as the authors' default does.
+        error_feedback: what the subspace misses is added to the next gradient: None, or kept as ``fp32``, ``8bit`` or
+            ``4bit``.
+
+    State of an m x n matrix: ``2 * r * long`` numbers, r int32, a counter, and with error feedback m * n fp32, or m * n
+    bytes or half of them and 8 more a line. All matrices share one fp32 k x k cosine matrix for each distinct side k,
+    which is not state.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+    """
+
+    rule = TORCH_ADAM
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 1,
+        proj_type: str = "std",
+        ell_norm: int = 1,
+        rotate_subspace: bool = True,
+        error_feedback: str | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def validate(self, group: Group) -> None:
+        require(
+            is_whole(group["ell_norm"]) and group["ell_norm"] in (1, 2), "ell_norm must be 1 or 2", group["ell_norm"]
+        )
+        rotate = group["rotate_subspace"]
+        require(isinstance(rotate, bool), "rotate_subspace must be True or False", rotate)
+        feedback = group["error_feedback"]
+        known = feedback is None or feedback in ERROR_BITS
+        require(known, f"error_feedback must be one of {', '.join(ERROR_BITS)} or None", feedback)
+
+    def basis_state(self, shard: FullMatrix, group: Group) -> NewState:
+        W = shard.parameter
+        state = {"indices": torch.arange(shard.frame.rank, dtype=torch.int32, device=W.device)}
+        if group["error_feedback"] == "fp32":
+            state["error"] = torch.zeros(shard.block_shape, dtype=torch.float32, device=W.device)
+        elif group["error_feedback"] is not None:
+            lines, width = shard.block_shape if shard.frame.right else reversed(shard.block_shape)
+            state |= packed_state("error", lines, width, ERROR_BITS[group["error_feedback"]], W.device)
+        return state
+
+    def refresh_is_due(self, group: Group, state: State) -> bool:
+        return False  # columns are chosen in ``direction``, for the gradient and the error together
+
+    def columns(self, shard: FullMatrix, group: Group, state: State) -> Tensor:
+        Q = cosine_basis(shard.frame.basis_shape[0], shard.parameter.device)
+        return Q.index_select(1, state["indices"])
+
+    def direction(self, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor | LowRankUpdate, float]:
+        A = self._with_error(shard, group, state)
+        t = int(state["step"].item())
+        if t == 1 or t % group["update_proj_gap"] == 0:
+            self._choose_columns(A, shard, group, state)
+        P = self.basis(shard, group, state)
+        R = P.project(A)
+        self._keep_error(A, R, P, shard, group, state)
+        N, correction = self.rule.direction(R, state, group)
+        return P.lift(N), correction
+
+    def _choose_columns(self, A: Tensor, shard: FullMatrix, group: Group, state: State) -> None:
+        frame = shard.frame
+        k = frame.basis_shape[0]
+        scores = shard.sum_(column_scores(shard.own(A), cosine_basis(k, A.device), frame, group["ell_norm"]))
+        chosen = best_columns(scores, frame.rank)
+        if group["rotate_subspace"]:
+            place, kept = kept_places(state["indices"], chosen, k)
+            axis = 1 if frame.right else 0
+            kept = kept if frame.right else kept.unsqueeze(1)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key].copy_(state[key].index_select(axis, place).mul_(kept))
+        state["indices"].copy_(chosen)
+
+    def _with_error(self, shard: FullMatrix, group: Group, state: State) -> Tensor:
+        """A (m x n, fp32). With fp32 feedback it is the error buffer itself."""
+        G, feedback = shard.grad, group["error_feedback"]
+        if feedback is None:
+            return G.float()
+        if feedback == "fp32":
+            return state["error"].add_(G)
+        right = shard.frame.right
+        shard.room.clear()
+        E = unpacked("error", state, G.shape[1 if right else 0], ERROR_BITS[feedback])
+        return (E if right else E.t()).add_(G)
+
+    def _keep_error(self, A: Tensor, R: Tensor, P: Basis, shard: FullMatrix, group: Group, state: State) -> None:
+        feedback = group["error_feedback"]
+        if feedback is None:
+            return
+        (-1.0 * P.lift(R)).add_to_(A)
+        if feedback != "fp32":
+            pack_("error", A if shard.frame.right else A.t(), ERROR_BITS[feedback], state)

@@ -1,0 +1,106 @@
+"""Fira: full-rank training under a low-rank memory budget.  Chen et al. 2024, arXiv:2410.01623.
+
+For a matrix W (m x n) with gradient G, the picture for m >= n (``right``; transpose it for ``left``):
+
+    every T steps    P  <-  r leading right singular vectors of G             n x r    subspace
+                     R   =  G P                                               m x r    project
+                     N   =  Adam(R), without its bias correction              m x r    rule, moments kept
+                     f_j =  |N_j| / (|R_j| + 1e-8)                  for each of the m rows j
+                     S   =  f_j * (G - scale * R P^T)_j                       m x n    residual: norm-based scaling
+                     S  <-  S / max(|S| / |S_previous|, growth) * growth               residual: growth limiter
+                     W  <-  W - lr * sqrt(1 - b2^t) / (1 - b1^t) * (scale * N P^T + S)
+                     W  <-  W - lr * decay * W
+
+With ``subspace_method="svd"`` this is the arithmetic of the authors' ``fira``. Two of its choices differ from a plain
+reading of the paper and are options here. The residual subtracts the SCALED projection, so that (1 - scale) of the
+projected gradient leaks into S: ``residual="orthogonal"`` subtracts R P^T. The limiter compares norms without bias
+correction, which throttles S to about half around step 10: ``limit_after_bias_correction=True`` compares corrected
+ones.
+
+Departures: as in ``galore.py``; the norms run along the projected axis by the side, not by comparing lengths, which
+is wrong at full rank; a vanishing norm is not stored as the one to grow from; the host reads no norm.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ...validation import is_real, require
+from ..core.optimizer import Group, NewState, ShardedOptimizer, State
+from ..core.rules import adam
+from ..distributed import FullMatrix, FullShard, has_subspace
+from ..distributed.projection import LowRankUpdate
+from .growth_limiter import limit_growth_
+
+RESIDUALS = ("reference", "orthogonal")
+
+
+class FiraAdamW(ShardedOptimizer):
+    """GaLore's AdamW plus the rest of the gradient, scaled by norms and limited in growth (arXiv:2410.01623).
+
+    The memory of ``GaLoreAdamW`` and one number more.
+
+    Args:
+        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method,
+            shard_basis, state_dtype: as for ``GaLoreAdamW``. The authors' groups call ``scale`` alpha; it does
+            not scale the residual.
+        growth: the norm of the residual grows by at most this factor a step (the paper's gamma).
+        residual: ``reference`` subtracts the scaled projection, as the authors' code does; ``orthogonal`` all of it.
+        limit_after_bias_correction: let the limiter see bias-corrected norms.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        subspace_method: str = "iterate",
+        growth: float = 1.01,
+        residual: str = "reference",
+        limit_after_bias_correction: bool = False,
+        shard_basis: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def validate(self, group: Group) -> None:
+        require(is_real(group["growth"]) and group["growth"] >= 1, "growth must be a number >= 1", group["growth"])
+        require(group["residual"] in RESIDUALS, f"residual must be one of {', '.join(RESIDUALS)}", group["residual"])
+        choice = group["limit_after_bias_correction"]
+        require(isinstance(choice, bool), "limit_after_bias_correction must be True or False", choice)
+
+    def init_state(self, shard: FullShard, group: Group) -> NewState:
+        state = super().init_state(shard, group)
+        if has_subspace(shard):
+            W = shard.parameter
+            dtype = torch.promote_types(W.dtype, torch.float32)  # one number: never worth rounding
+            state["residual_norm"] = torch.zeros((), dtype=dtype, device=W.device)
+        return state
+
+    def direction(self, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor | LowRankUpdate, float]:
+        G, P = shard.grad, self.basis(shard, group, state)
+        R = P.project(G)
+        N, correction = adam(R, state, group)
+        f = P.line_norms(N) / (P.line_norms(R) + 1e-8)
+        subtracted = group["scale"] if group["residual"] == "reference" else 1.0
+        S = (-subtracted * P.lift(R)).added_to(G).mul_(f)
+        if group["limit_after_bias_correction"]:
+            limit_growth_(S.mul_(correction), shard, state["residual_norm"], group["growth"])
+            S.div_(correction)
+        else:
+            limit_growth_(S, shard, state["residual_norm"], group["growth"])
+        (group["scale"] * P.lift(N)).add_to_(S)
+        return S, correction

@@ -1,0 +1,192 @@
+"""GaLore: Adam in a periodically refreshed low-rank gradient subspace.  Zhao et al. 2024, arXiv:2403.03507.
+
+For a matrix W (m x n) with gradient G, the picture for m >= n (``right``; transpose it for ``left``):
+
+    every T steps    P  <-  r leading right singular vectors of G             n x r    subspace
+                     R   =  G P                                               m x r    project
+                     M  <-  b1 M + (1 - b1) R                                 m x r    rule: Adam, its moments
+                     V  <-  b2 V + (1 - b2) R * R                             m x r    kept across refreshes
+                     N   =  M / (sqrt(V) + eps)
+                     W  <-  W - lr * sqrt(1 - b2^t) / (1 - b1^t) * scale * N P^T
+                     W  <-  W - lr * decay * W
+
+The residual, G - G P P^T, is dropped. With ``subspace_method="svd"`` this is, to the bit, the arithmetic of the
+authors' ``galore-torch``, which differs from the paper in three places: eps is 1e-6, not 1e-8; the moments are not
+overwritten by their corrected values; the clock starts at t = 0 before the increment, so the first step always finds a
+subspace.
+
+Departures from the authors' code: the default finds P by one orthogonal iteration from the previous P, which holds the
+same energy and trains to the same loss at a small part of the cost, and whose columns do not change sign when a sum is
+rounded another way (``benchmarks/RESULTS.md``); moments are fp32 at least (``state_dtype`` restores the parameter's
+dtype; bf16 second moments stall); the side is decided once from the shape, not from the projected gradient's, which is
+ambiguous at full rank; P is a tensor in ``state``, not a pickled object; a non-finite gradient keeps the old P.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..core.optimizer import Group, ShardedOptimizer, State
+from ..core.rules import ADAFACTOR, LION
+from ..distributed import FullMatrix, FullShard, has_subspace
+from ..distributed.projection import LowRankUpdate
+
+
+class GaLore(ShardedOptimizer):
+    """The loop above with any rule; the classes below choose it."""
+
+    def direction(self, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor | LowRankUpdate, float]:
+        G, P = shard.grad, self.basis(shard, group, state)
+        R = P.project(G)
+        N, correction = self.rule.direction(R, state, group)
+        return group["scale"] * P.lift(N), correction
+
+
+class GaLoreAdamW(GaLore):
+    """AdamW whose moments live in the leading singular subspace of each matrix's gradient (arXiv:2403.03507).
+
+    A drop-in for ``galore_torch.GaLoreAdamW``: groups with a ``rank`` are projected, the others get plain AdamW.
+    ``gracile.optim.param_groups`` makes such groups from a model.
+
+    Args:
+        params: parameters, named parameters or groups, as for ``torch.optim.AdamW``.
+        lr: learning rate; a projected matrix moves by ``lr * scale``.
+        betas, eps: Adam's. ``eps`` is added before the bias correction, unlike in ``torch.optim.AdamW``.
+        weight_decay: decoupled, applied after the step with the plain ``lr``.
+        rank: r, the number of singular directions kept; None leaves a group unprojected. Capped at min(m, n).
+        update_proj_gap: T, steps between refreshes of the subspace.
+        scale: factor on the projected update (the paper's alpha).
+        proj_type: which side P replaces: ``std`` the shorter, ``reverse_std`` the longer, ``left``, ``right``.
+        subspace_method: ``iterate``, one warm-started orthogonal iteration a refresh, or ``svd``, the authors' exact
+            singular vectors.
+        shard_basis: where a matrix is split over processes (ZeRO, FSDP2), each keeps a part of P and they put it
+            together when it is used, instead of each keeping all of it. None: from 8 processes on.
+        state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+
+    State of an m x n matrix: ``(r * short + 2 * r * long)`` elements and a counter, against AdamW's ``2 * m * n``.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        subspace_method: str = "iterate",
+        shard_basis: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+
+class GaLoreLion(GaLore):
+    """Lion whose moment lives in the leading singular subspace of each matrix's gradient.
+
+    The sign is taken of the coordinates, so the entries of a lifted update are no longer of equal size. Groups without
+    a ``rank`` get plain ``Lion``. Weights decay before the step, as Lion has it. Arguments as for ``GaLoreAdamW``;
+    Lion wants a learning rate 3 to 10 times smaller and a decay as much larger.
+
+    State of an m x n matrix: ``r * short + r * long`` elements and a counter.
+    """
+
+    rule = LION
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        subspace_method: str = "iterate",
+        shard_basis: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+
+class GaLoreAdafactor(GaLore):
+    """Adafactor in the leading singular subspace of each matrix's gradient.
+
+    A drop-in for ``galore_torch.GaLoreAdafactor``: the second moment of the m x r coordinates is kept as m + r sums.
+    Groups without a ``rank`` get plain Adafactor (Shazeer & Stern 2018, arXiv:1804.04235). Weights decay before the
+    step.
+
+    Args:
+        params, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method, shard_basis, state_dtype:
+            as for ``GaLoreAdamW``.
+        lr: learning rate; None where ``relative_step`` finds one. LR schedulers need a number.
+        eps: added to squared gradients, and the smallest root mean square of weights that ``scale_parameter`` sees.
+        clip_threshold: the largest root mean square of an update before the learning rate.
+        decay_rate: b2 at step t is 1 - t^decay_rate.
+        beta1: of a first moment of the coordinates; None keeps none.
+        scale_parameter: the learning rate counts in units of the weights' root mean square.
+        relative_step: lr = min(1e-2, 1 / sqrt(t)), with ``warmup_init`` min(1e-6 * t, 1 / sqrt(t)).
+
+    State of an m x n matrix: P and ``r + long`` numbers, with ``beta1`` also ``r * long``, and a counter.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+    """
+
+    rule = ADAFACTOR
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
+        warmup_init: bool = False,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        subspace_method: str = "iterate",
+        shard_basis: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def update(self, shard: FullShard, group: Group, state: State) -> None:
+        lr = self._learning_rate(shard, group, state)
+        P = self.basis(shard, group, state) if has_subspace(shard) else None
+        N, _ = self.rule.direction(P.project(shard.grad) if P else shard.grad, state, group, shard)
+        N.mul_(lr)
+        if group["beta1"] is not None:  # averages whole steps, their learning rates too
+            N = state["exp_avg"].mul_(group["beta1"]).add_(N, alpha=1 - group["beta1"])
+        shard.write(group["scale"] * P.lift(N) if P else N, 1.0, lr * group["weight_decay"], self.rule.decay_first)
+
+    def _learning_rate(self, shard: FullShard, group: Group, state: State) -> float | Tensor:
+        t = state["step"].item()
+        lr: float | Tensor = group["lr"]
+        if group["relative_step"]:
+            lr = min(1e-6 * t if group["warmup_init"] else 1e-2, 1 / math.sqrt(t))
+        if not group["scale_parameter"]:
+            return lr
+        return shard.weight_rms().clamp_(min=group["eps"][1]) * lr

@@ -1,0 +1,191 @@
+"""GaLore+: a projector shared by the heads of a layer, found fast, and a sparse residual.  Liao et al. 2024,
+arXiv:2412.19820.
+
+The loop of ``galore.py`` with three additions, each with its own switch:
+
+    num_heads = h         every T steps, one of the h heads i, drawn from a seed: P from G_i alone (m/h x n),
+                          shared by all heads: R = G P, moments m x r; P: n x r, r at most m/h
+    randomized            P by randomized subspace iteration, warm from the previous P
+    residual_fraction     for t <= warm-up: which entries of each row (column, on the left) miss most
+                              S <- the q = ceil(fraction * n) places with the largest sum of |G - R P^T|    m x q
+                          then, at those entries
+                              E   =  (G - R P^T)[S]                                                         m x q
+                              N_E =  Adam(E)                                       with its own age, t - warm-up
+                              W  <-  W - s * scale * (N P^T + scatter_S(N_E))
+
+The full text of the paper does not say which heads' side is shared, how the support is chosen and how its moments are
+corrected, so these are choices: P on the right, because r is about a head's size and the moments then need no
+bookkeeping by head; a support of equally many entries in each line, found in one pass over the warm-up in memory of its
+own size (sums are those of the candidates); bias correction from the support's own age, because new moments under
+an old correction take a first step three times too large. Scores of the warm-up live in the residual's first moment.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ...validation import is_real, is_whole, require
+from ..core.optimizer import Group, NewState, State
+from ..core.rules import adam
+from ..distributed import FullMatrix, Solving
+from ..distributed.projection import LowRankUpdate, ProjectionSide
+from .galore import GaLore
+from .singular import leading_singular_vectors, orthogonal_iteration, randomized_range
+from .sparse_residual import absorb_, first_support
+
+
+class GaLorePlusAdamW(GaLore):
+    """GaLore's AdamW, cross-head projector, randomized refresh and sparsely coded residual (arXiv:2412.19820).
+
+    Groups without a ``rank`` get plain AdamW. ``param_groups(model, ..., num_heads={"q_proj": 32, "k_proj": 8})`` makes
+    a group for each number of heads.
+
+    Args:
+        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, shard_basis,
+            state_dtype: as for ``GaLoreAdamW``; with ``num_heads`` the side is always the right one.
+        subspace_method: ``randomized``, or ``svd`` or ``iterate`` as for ``GaLoreAdamW``.
+        num_heads: the rows of each matrix of the group are that many heads of equal size, and one of them is looked at
+            in a refresh; None looks at the whole matrix.
+        residual_fraction: part of a matrix's entries that the residual corrects; 0 drops the residual, as GaLore does.
+        residual_warmup: steps before the entries are chosen.
+        oversampling, power_iterations: of the randomized refresh.
+        seed: of the random numbers, with the parameter's position and the step.
+
+    State of an m x n matrix: that of ``GaLoreAdamW`` and 3 * long * q numbers (int32 and two moments).
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+    """
+
+    subspace_methods = ("randomized", *GaLore.subspace_methods)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        subspace_method: str = "randomized",
+        num_heads: int | None = None,
+        residual_fraction: float = 0.01,
+        residual_warmup: int = 100,
+        oversampling: int = 8,
+        power_iterations: int = 2,
+        seed: int = 0,
+        shard_basis: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def validate(self, group: Group) -> None:
+        heads = group["num_heads"]
+        require(
+            heads is None or (is_whole(heads) and heads >= 1), "num_heads must be a whole number >= 1 or None", heads
+        )
+        if heads is not None:
+            proj_type = group["proj_type"]
+            require(proj_type in ("std", "right"), "proj_type must be std or right where num_heads is set", proj_type)
+        fraction = group["residual_fraction"]
+        require(is_real(fraction) and 0 <= fraction <= 1, "residual_fraction must be a number in [0, 1]", fraction)
+        for key, least in (("residual_warmup", 1), ("oversampling", 0), ("power_iterations", 1), ("seed", 0)):
+            value = group[key]
+            require(is_whole(value) and value >= least, f"{key} must be a whole number >= {least}", value)
+
+    def _check_shape(self, shape: tuple[int, ...], group: Group) -> None:
+        super()._check_shape(shape, group)
+        heads = group["num_heads"]
+        if heads is not None:
+            require(shape[0] % heads == 0, f"num_heads must divide the rows of each matrix, here {shape[0]}", heads)
+
+    # ---- the cross-head, randomized subspace --------------------------------------------------------------------
+
+    def frame(self, shape: tuple[int, int], group: Group) -> ProjectionSide:
+        if group["num_heads"] is None:
+            return super().frame(shape, group)
+        m, n = shape
+        return ProjectionSide(shape, min(group["rank"], m // group["num_heads"], n), right=True)
+
+    def find_basis(self, shard: FullMatrix, group: Group, state: State) -> Tensor | Solving:
+        G, frame, step = shard.grad, shard.frame, int(state["step"].item())
+        seed = _mixed(group["seed"], shard.position, step)
+        rows = slice(None)
+        part = shard.own(G)
+        if group["num_heads"] is not None:
+            size = frame.shape[0] // group["num_heads"]
+            head = torch.randint(group["num_heads"], (), generator=torch.Generator().manual_seed(seed)).item()
+            rows = slice(int(head) * size, int(head + 1) * size)
+            part = shard.own_rows(G, rows.start, rows.stop)
+        if group["subspace_method"] == "svd":
+            return shard.solving(G, lambda whole: leading_singular_vectors(whole[rows], frame))
+        previous = None if step == 0 else self.columns(shard, group, state)
+        if group["subspace_method"] == "iterate":
+            return orthogonal_iteration(part, frame, previous, shard.sum_)
+        width, times = group["oversampling"], group["power_iterations"]
+        return randomized_range(part, frame, previous, seed, width, times, shard.sum_)
+
+    # ---- the sparse residual ------------------------------------------------------------------------------------
+
+    def basis_state(self, shard: FullMatrix, group: Group) -> NewState:
+        state = super().basis_state(shard, group)
+        if group["residual_fraction"] > 0:
+            device = shard.parameter.device
+            lines, entries = shard.block_shape if shard.frame.right else reversed(shard.block_shape)
+            q = math.ceil(group["residual_fraction"] * entries - 1e-9)  # 0.07 * 100 is a little more than 7
+            state["residual_places"] = first_support(lines, q, device)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[f"residual_{key}"] = torch.zeros(lines, q, dtype=shard.state_dtype(group), device=device)
+        return state
+
+    def direction(self, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor | LowRankUpdate, float]:
+        if group["residual_fraction"] == 0:
+            return super().direction(shard, group, state)
+        G, P = shard.grad, self.basis(shard, group, state)
+        R = P.project(G)
+        N, correction = self.rule.direction(R, state, group)
+        U = group["scale"] * P.lift(N)
+        entries = self._residual((-1.0 * P.lift(R)).added_to(G), shard, group, state)
+        if entries is None:
+            return U, correction
+        N_E, own_correction = entries
+        dense = U.dense()
+        values = N_E.mul_(group["scale"] * own_correction / correction).to(dense.dtype)
+        _lines(dense, shard).scatter_add_(1, state["residual_places"].long(), values)
+        return dense, correction
+
+    def _residual(self, missed: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor, float] | None:
+        """N_E (lines x q) and its bias correction, or None during the warm-up."""
+        missed = _lines(missed, shard)
+        support, scores = state["residual_places"], state["residual_exp_avg"]
+        age = int(state["step"].item()) - group["residual_warmup"]
+        if age <= 0:
+            absorb_(support, scores, missed.abs_().to(scores.dtype))
+            if age == 0:
+                support.copy_(support.sort(dim=1).values)
+                scores.zero_()
+            return None
+        moments = {"step": torch.tensor(float(age)), "exp_avg": scores, "exp_avg_sq": state["residual_exp_avg_sq"]}
+        return adam(missed.gather(1, support.long()), moments, group)
+
+
+def _lines(dense: Tensor, shard: FullMatrix) -> Tensor:
+    """A view with a line in each row: rows on the right, columns on the left."""
+    return dense if shard.frame.right else dense.t()
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed from several, the same in every process."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % 2**62
+    return seed

@@ -1,0 +1,30 @@
+"""Random projections from a seed: columns of normal numbers with variance 1/r, the same on every process."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..distributed.projection import ProjectionSide
+
+_DRAWS = 15  # numbers a seed advances by
+
+
+def gaussian_columns(frame: ProjectionSide, seed: int, device: torch.device) -> Tensor:
+    """side x r normal numbers of variance 1/r in fp32, so that E |P^T g|^2 = |g|^2. Not orthonormal.
+
+    Drawn on ``device``, in the order of APOLLO's code; a GPU and a CPU draw different numbers from one seed.
+    """
+    side, rank = frame.basis_shape
+    shape = (rank, side) if frame.right else (side, rank)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    columns = torch.randn(shape, generator=generator, device=device, dtype=torch.float32).div_(math.sqrt(rank))
+    return columns.t() if frame.right else columns
+
+
+def following(seed: int) -> int:
+    """The seed after ``seed``, as APOLLO's code advances it."""
+    generator = torch.Generator().manual_seed(seed)
+    return int(torch.randint(0, torch.iinfo(torch.int64).max, (_DRAWS,), generator=generator)[-1])

@@ -1,0 +1,112 @@
+"""GradNormLoRP: GaLore on the direction of each row, Adam on its length.  Huang et al. 2024, arXiv:2412.19616.
+
+For a matrix W (m x n, one row an output) with gradient G, each row written as a length g times a direction c:
+
+                     g   ,  c  =  W / g                                       m x 1, m x n, |c_i| = 1
+                     dg  =  rowsum(G * c)                                     m x 1    the exact gradient of g
+                     D   =  g * (G - dg c)                                    m x n    of c: tangential, D_i . c_i = 0
+    every T steps    P  <-  r leading singular vectors of D                            subspace, sides as in galore.py
+                     R   =  D P                                               m x r    project
+                     N   =  Adam(R),  N_g = Adam(dg)                                   rule, moments kept
+                     c  <-  (c - s * scale * N P^T) / |.|                     m x n    back to the sphere, row by row
+                     g  <-  (1 - lr * decay) * (g - s * N_g)                  m x 1
+                     W  <-  g c                               with s = lr * sqrt(1 - b2^t) / (1 - b1^t)
+
+Paper, released optimizer and released script are three different things; this is a clean form of the optimizer.
+Departures from it: the length that was learnt is kept, not overwritten by |W_i| at each step; the direction's gradient
+is tangential, as weight normalisation has it; W itself holds the direction, so there is no copy of it; parameters
+are written in place. A row of zeros has no direction and stays. Weight decay acts on lengths alone, where it
+means something. The paper's LoRA variant is peft's DoRA with ``GaLoreAdamW`` on its factors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..core.optimizer import Group, NewState, ShardedOptimizer, State
+from ..core.rules import adam
+from ..distributed import FullMatrix, FullShard, Solving, has_subspace
+
+SHORTEST = 1e-30  # a row of this length or less has no direction
+
+
+class GradNormLoRPAdamW(ShardedOptimizer):
+    """AdamW on weight-normalised rows: lengths in full, directions in a low-rank subspace (arXiv:2412.19616).
+
+    Groups without a ``rank`` get plain AdamW.
+
+    Args:
+        params, lr, betas, eps, rank, update_proj_gap, proj_type, subspace_method, shard_basis, state_dtype: as for
+            ``GaLoreAdamW``.
+        scale: factor on the update of directions, which are of length one.
+        weight_decay: decoupled, on the lengths of a matrix's rows, and on the parameters without a rank.
+
+    State of an m x n matrix: that of ``GaLoreAdamW`` and 3 * m fp32 numbers: the lengths and their moments.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        subspace_method: str = "iterate",
+        shard_basis: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def init_state(self, shard: FullShard, group: Group) -> NewState:
+        state = super().init_state(shard, group)
+        if has_subspace(shard):
+            W = shard.weights
+            lengths = shard.row_norms(W.to(torch.promote_types(W.dtype, torch.float32)))
+            state["length"] = lengths
+            state |= {f"length_{key}": torch.zeros_like(lengths) for key in ("exp_avg", "exp_avg_sq")}
+        return state
+
+    def find_basis(self, shard: FullMatrix, group: Group, state: State) -> Tensor | Solving:
+        D, _ = self._gradients(shard, shard.weights, state)
+        previous = None if state["step"].item() == 0 else self.columns(shard, group, state)
+        return self.singular_vectors(D.to(shard.parameter.dtype), previous, shard, group)
+
+    def _gradients(self, shard: FullMatrix, W: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """D (m x n) and dg (m x 1), in fp32 at least."""
+        G, g = shard.grad, state["length"]
+        per_length = torch.where(g.abs() > SHORTEST, 1 / g, 0)
+        D = torch.mul(G, g)
+        dg = shard.row_sums(D.mul_(W)) * per_length.square()
+        return torch.mul(G, g, out=D).addcmul_(W, dg, value=-1), dg  # g (G - dg c), with g c = W
+
+    def update(self, shard: FullShard, group: Group, state: State) -> None:
+        if not has_subspace(shard):
+            super().update(shard, group, state)
+            return
+        P = self.basis(shard, group, state)
+        W, g = shard.weights, state["length"]
+        D, dg = self._gradients(shard, W, state)
+        R = P.project(D)
+        del D  # before the next m x n
+        N, correction = adam(R, state, group)
+        moments = {"step": state["step"]} | {key: state[f"length_{key}"] for key in ("exp_avg", "exp_avg_sq")}
+        N_g, _ = adam(dg, moments, group)
+        s = group["lr"] * correction
+        directed = g.abs() > SHORTEST
+        c = W.to(g.dtype).mul_(torch.where(directed, 1 / g, 0))  # W itself where it is fp32
+        (-s * group["scale"] * P.lift(N)).add_to_(c)
+        size = shard.row_norms(c)
+        g.sub_(torch.where(directed, N_g, 0), alpha=s).mul_(1 - group["lr"] * group["weight_decay"])
+        c.mul_(torch.where(directed, g / size, 0))
+        shard.rewrite(c)

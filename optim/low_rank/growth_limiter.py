@@ -1,0 +1,24 @@
+"""Residuals: what is done with the part of a gradient that lies outside its subspace."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..distributed import FullMatrix
+
+TINY = 1e-12  # a norm below this is no norm to grow from
+
+
+def limit_growth_(residual: Tensor, shard: FullMatrix, previous_norm: Tensor, growth: float) -> None:
+    """Scale ``residual`` (m x n) in place: its norm is at most ``growth`` times the previous one, which it replaces.
+
+    Fira's limiter (Chen et al. 2024, arXiv:2410.01623). ``previous_norm`` is a scalar on the residual's device, zero
+    before the first; nothing is read by the host. A vanishing first norm is not stored: growing from 1e-8 by one
+    percent a step would take 1400 steps to reach one.
+    """
+    norm = shard.norm(residual, previous_norm.dtype)
+    excess = torch.where(previous_norm > 0, (norm / (previous_norm + 1e-8)).clamp(min=growth) / growth, 1.0)
+    residual.div_(excess.to(residual.dtype))
+    limited = norm / excess
+    previous_norm.copy_(torch.where(limited > TINY, limited, previous_norm))

@@ -1,0 +1,143 @@
+"""LDAdam: a new subspace at every step, moments and errors carried into it.  Robert et al. 2024, arXiv:2410.16103.
+
+For a matrix W (m x n) with gradient G, the picture for m < n (``left``; transpose it for ``right``); M and V are of
+the previous step, M^ and V^ are M / (1 - b1^(t-1)) and V / (1 - b2^(t-1)):
+
+                     A   =  G + E                                             m x n    error feedback
+    t = 1            P  <-  r leading left singular vectors of A              m x r    subspace
+    t > 1            B   =  rho P_prev M^ + (1 - rho) A                                subspace: one power iteration
+                     P  <-  qr(B B^T P_prev)
+                     R   =  P^T A                                             r x n    project
+                     C   =  P^T P_prev                                        r x r
+                     E  <-  A - P R + b1 / (1 - b1) (P_prev M - P C M)        m x n    residual: error feedback
+                     V  <-  (1 - b2^(t-1)) |(C * C)(V^ - M^ * M^) + (C M^) * (C M^)|   carry: rotate, as variances
+                     M  <-  C M
+                     M  <-  b1 M + (1 - b1) R;  V <- b2 V + (1 - b2) R * R    r x n    rule: Adam
+                     N   =  M / (sqrt(V) + eps sqrt(1 - b2^t))
+                     W  <-  W - lr * decay * W
+                     W  <-  W - lr * sqrt(1 - b2^t) / (1 - b1^t) * P N
+
+Nothing is lost: with X = P M,  X_t + (1 - b1) E_t+1 = b1 X_t-1 + (1 - b1) (G_t + E_t).
+
+Departures from the authors' code: E is a tensor of its own in fp32, not what ``p.grad`` is left with, so gradients can
+be zeroed, clipped, scaled and freed; the step is state, so a resumed run carries its moments on; B, which is m x n,
+is never formed; a square matrix is projected from the right, as everywhere here.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ...validation import is_real, require
+from ..core.optimizer import Group, NewState, ShardedOptimizer, State
+from ..core.rules import TORCH_ADAM
+from ..distributed import FullMatrix
+from ..distributed.projection import Basis, LowRankUpdate, first_columns
+from .singular import leading_singular_vectors, orthonormalized
+
+
+class LDAdamW(ShardedOptimizer):
+    """AdamW with low-dimensional moments, whose subspace follows the gradient at every step (arXiv:2410.16103).
+
+    Groups without a ``rank`` get AdamW as torch has it.
+
+    Args:
+        params, lr, eps, weight_decay, rank, proj_type, shard_basis, state_dtype: as for ``GaLoreAdamW``; ``eps`` is
+            added after the bias correction and weights decay before the step, as in ``torch.optim.AdamW``.
+        betas: Adam's; the authors use a shorter memory than usual.
+        rho: share of the momentum in what the next subspace is found from.
+        error_feedback: keep what the subspace misses and add it to the next gradient.
+
+    State of an m x n matrix: ``(r * short + 2 * r * long)`` numbers and a counter, and with error feedback m * n.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+    """
+
+    rule = TORCH_ADAM
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.908, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        proj_type: str = "std",
+        rho: float = 0.908,
+        error_feedback: bool = True,
+        shard_basis: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def validate(self, group: Group) -> None:
+        require(is_real(group["rho"]) and 0 <= group["rho"] <= 1, "rho must be a number in [0, 1]", group["rho"])
+        feedback = group["error_feedback"]
+        require(isinstance(feedback, bool), "error_feedback must be True or False", feedback)
+
+    def basis_state(self, shard: FullMatrix, group: Group) -> NewState:
+        W = shard.parameter
+        dtype = torch.promote_types(W.dtype, torch.float32)  # transported at every step: bf16 would drift
+        state = {"basis": shard.kept(first_columns(shard.frame, dtype, W.device))}
+        if group["error_feedback"]:
+            state["error"] = torch.zeros(shard.block_shape, dtype=dtype, device=W.device)
+        return state
+
+    def refresh_is_due(self, group: Group, state: State) -> bool:
+        return False  # the subspace moves in ``direction``, for the gradient and the error together
+
+    def direction(self, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor | LowRankUpdate, float]:
+        previous = self.columns(shard, group, state).clone()
+        A = state["error"].add_(shard.grad) if group["error_feedback"] else shard.grad.to(previous.dtype)
+        if state["step"].item() == 1:
+            columns = shard.solving(A, partial(leading_singular_vectors, frame=shard.frame)).result()
+        else:
+            columns = _next_columns(A, previous, shard, group, state)
+        state["basis"].copy_(shard.kept(columns))
+        P = Basis(columns, shard.frame)
+        R = P.project(A)
+        if group["error_feedback"]:
+            (-1.0 * P.lift(R)).add_to_(A)
+        if state["step"].item() > 1:
+            _carry(_wide(A, shard) if group["error_feedback"] else None, previous, columns, shard, group, state)
+        N, correction = self.rule.direction(R, state, group)
+        return P.lift(N), correction
+
+
+def _wide(dense: Tensor, shard: FullMatrix) -> Tensor:
+    """A view with the projected side first: short x long, or r x long."""
+    return dense.t() if shard.frame.right else dense
+
+
+def _next_columns(A: Tensor, P: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor:
+    """qr(B B^T P) for B = rho P M^ + (1 - rho) A, with A short x long and P short x r, B never formed."""
+    rho, (beta1, _) = group["rho"], group["betas"]
+    A, M = (_wide(shard.own(X), shard) for X in (A, state["exp_avg"]))
+    M = M.to(P.dtype) / (1 - beta1 ** (state["step"].item() - 1))
+    Y = (P.t() @ A).mul_(1 - rho).add_(M, alpha=rho)  # (B^T P)^T, r x long
+    Z = (A @ Y.t()).mul_(1 - rho).addmm_(P, M @ Y.t(), alpha=rho)
+    return orthonormalized(shard.sum_(Z), P)
+
+
+def _carry(E: Tensor | None, previous: Tensor, P: Tensor, shard: FullMatrix, group: Group, state: State) -> None:
+    """M and V (r x long) rotated into the new subspace; what M loses goes to E (short x long)."""
+    beta1, beta2 = group["betas"]
+    t = state["step"].item() - 1
+    C = P.t() @ previous
+    held = _wide(state["exp_avg"], shard), _wide(state["exp_avg_sq"], shard)
+    M, V = (moment.to(P.dtype) for moment in held)
+    rotated = C @ M
+    if E is not None:
+        E.addmm_(previous, M, alpha=beta1 / (1 - beta1)).addmm_(P, rotated, alpha=-beta1 / (1 - beta1))
+    first, second = 1 - beta1**t, 1 - beta2**t
+    spread = C.square() @ (V / second).sub_((M / first).square_())
+    held[1].copy_(spread.add_((rotated / first).square_()).abs_().mul_(second))
+    held[0].copy_(rotated)

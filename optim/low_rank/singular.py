@@ -1,0 +1,159 @@
+"""Leading singular vectors of a gradient: exact, or by warm-started orthogonal iteration."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..distributed.projection import ProjectionSide
+
+Total = Callable[[Tensor], Tensor]  # in place
+
+SUBSPACE_METHODS = ("svd", "iterate")
+COLD_ITERATIONS = 8  # from a random start; afterwards one from the previous subspace holds the energy
+
+
+def leading_singular_vectors(gradient: Tensor, frame: ProjectionSide) -> Tensor:
+    """The r leading right (n x r) or left (m x r) singular vectors of an m x n gradient, in the gradient's dtype.
+
+    One thin SVD in at least fp32, as GaLore's code does (Zhao et al. 2024, arXiv:2403.03507): the signs it
+    happens to return matter, because moments are kept across refreshes. A gradient that is not finite gives NaN.
+    """
+    finite = torch.isfinite(gradient).all()  # LAPACK would raise; asking the device would stop it
+    G = torch.where(finite, gradient, 0).to(torch.promote_types(gradient.dtype, torch.float32))
+    try:
+        U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    except torch.linalg.LinAlgError as error:  # the divide-and-conquer driver can fail on finite matrices
+        warnings.warn(
+            f"the SVD of a {G.shape[0]} x {G.shape[1]} gradient failed ({error}); "
+            "found the same subspace from its Gram matrix in fp64",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        columns = _by_gram_matrix(G, frame)
+    else:
+        columns = Vh[: frame.rank].t() if frame.right else U[:, : frame.rank]
+    return torch.where(finite, columns, torch.nan).to(gradient.dtype)
+
+
+def _by_gram_matrix(G: Tensor, frame: ProjectionSide) -> Tensor:
+    """The same vectors up to sign, from the eigenvectors of G^T G or G G^T, whichever is small, in fp64."""
+    G = G.double()
+    m, n = G.shape
+    short_is_right = m >= n
+    _, eigenvectors = torch.linalg.eigh(G.t() @ G if short_is_right else G @ G.t())
+    short: Tensor = eigenvectors.flip(1)[:, : frame.rank]  # eigh sorts upwards
+    if frame.right == short_is_right:
+        return short
+    long: Tensor = torch.linalg.qr(G @ short if short_is_right else G.t() @ short)[0]
+    return long
+
+
+def orthogonal_iteration(
+    gradient: Tensor, frame: ProjectionSide, previous: Tensor | None, total: Total = lambda part: part
+) -> Tensor:
+    """About the r leading singular vectors of an m x n gradient, near those of ``previous``, in the gradient's dtype.
+
+    Q <- qr(G^T G Q) on the right, qr(G G^T Q) on the left: once from ``previous``, several times from a fixed random
+    start where there is none. Coordinates move little between refreshes, so kept moments stay meaningful; with
+    positive diagonals the QR has one answer. Where the gradient has fewer than r directions, the previous ones fill
+    up; an all-zero gradient keeps them all, one that is not finite gives NaN.
+
+    ``gradient`` may be some lines of the matrix, each process's own: ``total`` then sums over processes.
+    """
+    G = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    Q = random_columns(frame.basis_shape, 0, G) if previous is None else previous.to(G.dtype)
+    for _ in range(COLD_ITERATIONS if previous is None else 1):
+        Z = total(G.t() @ (G @ Q) if frame.right else G @ (G.t() @ Q))
+        Q = orthonormalized(Z, Q)
+    return Q.to(gradient.dtype)
+
+
+def orthonormalized(columns: Tensor, previous: Tensor) -> Tensor:
+    """An orthonormal basis of the span of ``columns``, filled up by ``previous`` where they span less than r.
+
+    One rounding error of the previous columns is added: nothing beside a direction that the new ones have,
+    everything where they have none. The result is Q of the QR with a positive diagonal, which has one answer, found
+    from the Gram matrix (Cholesky QR, twice): its triangles are r x r, where Householder's QR takes longer than both
+    products of an iteration. In fp64, because rounding in fp32 shows up tenfold in the directions of least energy.
+    """
+    precision = torch.finfo(columns.dtype)
+    size = torch.linalg.vector_norm(columns, torch.inf).clamp_(min=precision.tiny)  # squares could overflow
+    Z = (columns / size).add_(previous, alpha=precision.eps)
+    if Z.dtype == torch.float64:  # no wider type to square them in
+        return positive_qr(Z)
+    X = (Z / torch.linalg.vector_norm(Z, dim=0)).double().t()  # unit columns: what is left is their angles
+    L = _cholesky(X @ X.t())
+    X = torch.linalg.solve_triangular(L, X, upper=False).to(Z.dtype)  # r x side, orthonormal to about 1e-3 at worst
+    L = _cholesky((X @ X.t()).double()).to(Z.dtype)
+    orthonormal: Tensor = torch.linalg.solve_triangular(L, X, upper=False).t()
+    return orthonormal
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    """The lower triangle of a Gram matrix of unit vectors, which rounding may leave with a negative eigenvalue."""
+    gram.diagonal().add_(gram.shape[0] * torch.finfo(gram.dtype).eps)
+    lower: Tensor = torch.linalg.cholesky_ex(gram).L  # cholesky would ask the device whether it went well
+    return lower
+
+
+def randomized_range(
+    gradient: Tensor,
+    frame: ProjectionSide,
+    previous: Tensor | None,
+    seed: int,
+    oversampling: int = 8,
+    iterations: int = 2,
+    total: Total = lambda part: part,
+) -> Tensor:
+    """About the r leading singular vectors of an m x n gradient by randomized subspace iteration, in order.
+
+    Halko, Martinsson & Tropp 2011, arXiv:0909.4061. With A = G^T on the right, A = G on the left (short x long):
+
+        Q  <-  r + p normal columns; or those of ``previous`` and p normal ones
+        Q  <-  qr(A A^T Q)               ``iterations`` times, once more without ``previous``
+        P  <-  the r first columns of Q U, U the left singular vectors of Q^T A
+
+    p is ``oversampling``. Signs are fixed so that every process has the same columns. An all-zero gradient keeps
+    ``previous``; one that is not finite gives NaN. ``total`` as for ``orthogonal_iteration``.
+    """
+    G = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    A = G.t() if frame.right else G
+    short, rank = frame.basis_shape
+    width = min(rank + oversampling, *frame.shape)
+    if previous is None:
+        Q = random_columns((short, width), seed, A)
+    else:
+        Q = torch.cat([previous.to(A.dtype), _normal((short, width - rank), seed, A)], dim=1)
+        Q = torch.linalg.qr(Q)[0]
+    for _ in range(iterations + (previous is None)):
+        Q = orthonormalized(total(A @ (A.t() @ Q)), Q)
+    small = Q.t() @ A  # (r + p) x long
+    squares = total(small @ small.t()).double()  # its eigenvectors are U, at the price of one small symmetric problem
+    finite = torch.isfinite(squares).all()  # LAPACK would raise; asking the device would stop it
+    U = torch.linalg.eigh(torch.where(finite, squares, 0))[1].flip(1)[:, :rank].to(A.dtype)
+    columns = Q @ U
+    largest = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True))  # one row of signs
+    columns = columns * torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)
+    if previous is not None:
+        columns = torch.where(torch.diagonal(squares).sum() > 0, columns, previous.to(columns.dtype))
+    return torch.where(finite, columns, torch.nan).to(gradient.dtype)
+
+
+def random_columns(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
+    """Orthonormal columns, uniform over all, from ``seed`` alone."""
+    return positive_qr(_normal(shape, seed, like.new_empty(0, dtype=torch.float64))).to(like.dtype)
+
+
+def _normal(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers on every device and process
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(like)
+
+
+def positive_qr(columns: Tensor) -> Tensor:
+    Q, R = torch.linalg.qr(columns)
+    signed: Tensor = Q.mul_(torch.where(torch.diagonal(R) < 0, -1.0, 1.0).to(Q.dtype))
+    return signed

@@ -1,0 +1,1 @@
+"""Optimizers that train some weights of each matrix: one paper a file."""

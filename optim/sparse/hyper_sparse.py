@@ -1,0 +1,234 @@
+"""HyperSparse and ART: AdamW with a growing pull on small weights, then pruning once.  Glandorf et al. 2023,
+arXiv:2308.07163.
+
+All matrices of a group are one vector w of N weights, of which the share kappa shall go; step t = 0, 1, ...
+
+    s     =  atanh(1 / sqrt 3) / q,   q = the ceil(kappa N)-th smallest |w|          tanh bends most at q
+    h_i   =  tanh(s |w_i|)
+    R_i   =  sign(w_i) s (1 - h_i^2) * (the sum of |w|) / (the sum of h)              the penalty's gradient
+    lam   =  hs_lambda * hs_growth^e,   e = floor((t - warmup_steps) / interval)      from warmup_steps on
+    w     <- AdamW(G + lam R)
+    then, at prune_at or when ``finish`` is called: the floor(kappa N) smallest |w| become zero, and stay it
+
+R pulls at weights below q and leaves large ones alone. The penalty's value is identically 0: nothing to log.
+
+Departures from the authors' code: s and the quotient of the sums are found every ``quantile_every`` steps, by
+histograms, where theirs sorts all weights in every step; exactly floor(kappa N) weights are pruned, ties kept from the
+lowest index on, where theirs drops all that tie; q is 1e-12 at least; pruned are the weights of that moment, not ones
+remembered from an earlier one; AdamW for SGD, whose moments go on after the pruning; gradients are clipped before the
+penalty is added. ``train.art`` decides when to prune, as ART does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ...validation import is_real, is_whole, require
+from ..core.optimizer import Group, NewState, ParamStep, ShardedOptimizer, State
+from ..core.rules import TORCH_ADAM
+from ..distributed import FullShard, UnsupportedLayout
+from ..distributed.projection import Workspace
+from .frozen_zeros import adamw_
+from .prune_smallest import nth_smallest, prune_smallest_, sum_over, value_of
+from .top_k import AT_ONCE
+
+BEND = math.atanh(1 / math.sqrt(3))
+LEAST = 1e-12  # of the quantile: half of a model may be zero
+
+
+class HyperSparseAdamW(ShardedOptimizer):
+    """AdamW whose groups with a ``sparsity`` are squeezed into their largest weights, then pruned (arXiv:2308.07163).
+
+    Args:
+        params: parameters, named parameters or groups; a group with a ``sparsity`` is one vector, of which it is the
+            share that goes. Others get plain AdamW.
+        lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
+        sparsity: kappa; None for no pruning.
+        hs_lambda: of the penalty at first.
+        hs_growth: factor on it after each interval.
+        interval: steps.
+        warmup_steps: without a penalty.
+        prune_at: steps after which to prune; None waits for ``finish``.
+        quantile_every: steps between new quantiles and sums.
+        state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+
+    State of a matrix: ``2 * m * n`` elements, and four numbers. Pruned weights are remembered by being zero.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        UnsupportedLayout: in a step, where an engine steps a group in parts.
+    """
+
+    rule = TORCH_ADAM
+    host_state = frozenset({"step", "pruned"})
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        sparsity: float | None = None,
+        hs_lambda: float = 5e-6,
+        hs_growth: float = 1.05,
+        interval: int = 100,
+        warmup_steps: int = 0,
+        prune_at: int | None = None,
+        quantile_every: int = 100,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def validate(self, group: Group) -> None:
+        sparsity, at = group["sparsity"], group["prune_at"]
+        share = sparsity is None or (is_real(sparsity) and 0 <= sparsity < 1)
+        require(share, "sparsity must be a number in [0, 1) or None", sparsity)
+        strength, growth = group["hs_lambda"], group["hs_growth"]
+        require(is_real(strength) and strength >= 0, "hs_lambda must be a number >= 0", strength)
+        require(is_real(growth) and growth > 0, "hs_growth must be a number > 0", growth)
+        for key in ("interval", "quantile_every"):
+            require(is_whole(group[key]) and group[key] >= 1, f"{key} must be a whole number >= 1", group[key])
+        warmup = group["warmup_steps"]
+        require(is_whole(warmup) and warmup >= 0, "warmup_steps must be a whole number >= 0", warmup)
+        late = at is None or (is_whole(at) and at >= 1)
+        require(late, "prune_at must be a whole number >= 1 or None", at)
+
+    def init_state(self, shard: FullShard, group: Group) -> NewState:
+        state = super().init_state(shard, group)
+        if group["sparsity"] is None:
+            return state
+        device = shard.parameter.device
+        found = {key: torch.zeros((), dtype=torch.float32, device=device) for key in ("sharpness", "quotient")}
+        return state | found | {"pruned": torch.zeros((), dtype=torch.float32, device=shard.host)}
+
+    @classmethod
+    def on_paper(cls, parameter: Tensor, keys: Group) -> ShardedOptimizer:
+        return super().on_paper(parameter, keys if parameter.dim() == 2 else {**keys, "sparsity": None})
+
+    # ---- a step -------------------------------------------------------------------------------------------------
+
+    def _refresh(self, work: list[ParamStep]) -> None:
+        """s and the quotient of the sums, for groups whose clock struck."""
+        for group in self._squeezed(work):
+            since = self._clock(work, group) - group["warmup_steps"]
+            if since >= 0 and since % group["quantile_every"] == 0 and not self.is_pruned(group):
+                self._measure(group)
+
+    def update(self, shard: FullShard, group: Group, state: State) -> None:
+        if group["sparsity"] is None:
+            super().update(shard, group, state)
+        elif (lam := self._strength(group, state)) == 0:
+            adamw_(shard, group, state, hold=_was_pruned(state))
+        else:
+
+            def penalised(W: Tensor, G: Tensor) -> Tensor:
+                return penalty_gradient(W, state["sharpness"], state["quotient"]).mul_(lam).add_(G)
+
+            adamw_(shard, group, state, penalised)
+
+    def settle(self, work: list[ParamStep]) -> None:
+        for group in self._squeezed(work):
+            states = [state for _, other, state in work if other is group]
+            late = group["prune_at"] is not None and self._clock(work, group) >= group["prune_at"]
+            if late and not any(map(_was_pruned, states)):
+                self._prune(group)
+
+    def _strength(self, group: Group, state: State) -> float:
+        since = int(state["step"].item()) - 1 - group["warmup_steps"]
+        if since < 0 or _was_pruned(state):
+            return 0.0
+        return float(group["hs_lambda"] * group["hs_growth"] ** (since // group["interval"]))
+
+    # ---- groups as one vector -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Prune all groups with a ``sparsity`` that are not pruned yet, after the first step. Collective.
+
+        Where an engine keeps weights of its own, the model has them after the next step.
+        """
+        for group in self.param_groups:
+            if group["sparsity"] is not None and not self.is_pruned(group):
+                self._prune(group)
+
+    def is_pruned(self, group: Group) -> bool:
+        return any(_was_pruned(state) for _, state in self._held(group))
+
+    def _squeezed(self, work: list[ParamStep]) -> list[Group]:
+        found = {group["group_number"]: group for _, group, _ in work if group["sparsity"] is not None}
+        return list(found.values())
+
+    def _clock(self, work: list[ParamStep], group: Group) -> int:
+        """How often the group's matrices moved; those without gradients stay behind."""
+        return max(int(state["step"].item()) for _, other, state in work if other is group)
+
+    def _held(self, group: Group) -> list[tuple[FullShard, State]]:
+        held = []
+        for other, tensors in self.stepped_parameters():
+            if other is group:
+                held += [found for p in tensors if p.requires_grad for found in self.shards_of(p, group, Workspace())]
+        members = self._members[group["group_number"]].values()
+        trained = [member.position for member in members if member.parameter.requires_grad]
+        if sorted(member.position for member, _, _ in held) != trained:
+            raise UnsupportedLayout(
+                f"{type(self).__name__} ranks the {len(trained)} parameters of a group together, but {len(held)} of "
+                "them are stepped together; under ZeRO 3 raise sub_group_size"
+            )
+        held.sort(key=lambda found: found[0].position)  # ties go by this order
+        return [(shard, state) for _, shard, state in held if state]
+
+    def _measure(self, group: Group) -> None:
+        held = self._held(group)
+        shards = [shard for shard, _ in held]
+        key, _ = nth_smallest(shards, how_many(shards, group["sparsity"], up=True))
+        sharpness = BEND / value_of(key, shards).clamp(min=LEAST)
+        sums = sum_over(shards, [_sums(shard.parameter, sharpness) for shard in shards])
+        for _, state in held:
+            state["sharpness"].copy_(sharpness)
+            state["quotient"].copy_(sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny))
+
+    def _prune(self, group: Group) -> None:
+        held = self._held(group)
+        if not held:
+            raise RuntimeError("finish comes after the first step: that weights are pruned is remembered in the state")
+        shards = [shard for shard, _ in held]
+        prune_smallest_(shards, how_many(shards, group["sparsity"]))
+        for _, state in held:
+            state["pruned"].fill_(1.0)
+
+
+def how_many(shards: Sequence[FullShard], share: float, up: bool = False) -> Tensor:
+    """A share of the weights of all tensors on all processes, rounded down or ``up`` (int64 scalar)."""
+    exact = share * sum(math.prod(shard.shape) for shard in shards)
+    n = math.ceil(exact - 1e-6) if up else math.floor(exact + 1e-6)
+    return torch.tensor(n, device=shards[0].parameter.device)
+
+
+def penalty_gradient(weights: Tensor, sharpness: Tensor, quotient: Tensor) -> Tensor:
+    """R, laid out as ``weights``, in fp32 at least."""
+    wide = torch.promote_types(weights.dtype, torch.float32)
+    s = sharpness.to(wide)
+    h = weights.detach().to(wide, copy=True).mul_(s).tanh_()  # in place from here on
+    R = h.square_().neg_().add_(1).mul_(s * quotient.to(wide)).copysign_(weights.detach())
+    return R.masked_fill_(weights == 0, 0.0)
+
+
+def _sums(weights: Tensor, sharpness: Tensor) -> Tensor:
+    """This process's part of the sum of |w| and of that of h (2, fp64)."""
+    sums = torch.zeros(2, dtype=torch.float64, device=weights.device)
+    for part in torch.split(weights.detach().reshape(-1), AT_ONCE):
+        W = part.to(torch.promote_types(part.dtype, torch.float32)).abs()
+        h = torch.tanh(sharpness.to(W.dtype) * W)
+        sums += torch.stack([W.sum(dtype=torch.float64), h.sum(dtype=torch.float64)])
+    return sums
+
+
+def _was_pruned(state: State) -> bool:
+    return "pruned" in state and bool(state["pruned"].item())  # on the CPU

@@ -1,0 +1,96 @@
+"""The smallest of all weights of several tensors, as one vector, over all processes: their bound, and their removal.
+
+Numbers are compared by their keys (``top_k.keys_of``). The n-th smallest is found digit by digit, by one
+histogram of all weights a digit, summed over processes in one message; nothing of the weights' size is kept. Where
+weights tie, those of the first tensor and the lowest index stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..distributed import FullShard, sum_together_
+from .frozen_zeros import keep_only_
+from .top_k import AT_ONCE, keys_of
+
+DIGIT = 11  # bits
+
+
+def sum_over(shards: Sequence[FullShard], parts: Sequence[Tensor]) -> Tensor:
+    """The sum over all tensors and processes, where each process has a part of each sum. Collective."""
+    totals: dict[int | None, tuple[FullShard, Tensor]] = {}
+    for shard, part in zip(shards, parts, strict=True):
+        key = id(shard.world.group) if shard.split else None
+        if key in totals:
+            totals[key][1].add_(part)
+        else:
+            totals[key] = (shard, part.clone())
+    sum_together_(list(totals.values()))
+    return torch.stack([total for _, total in totals.values()]).sum(0)
+
+
+def nth_smallest(shards: Sequence[FullShard], n: Tensor) -> tuple[Tensor, Tensor]:
+    """The key of the ``n``-th smallest absolute value, from 1 on, and how many weights with this key are among the
+    ``n`` smallest; all int64 scalars. Collective."""
+    wide = _wide(shards)
+    shift = 63 if wide == torch.float64 else 31
+    key, missing = torch.zeros_like(n), n
+    while shift:
+        width = min(DIGIT, shift)
+        shift -= width
+        counted = sum_over(shards, [_histogram(shard, wide, key, shift, width) for shard in shards]).cumsum(0)
+        digit = (counted < missing).sum()
+        missing = missing - torch.cat([counted.new_zeros(1), counted]).gather(0, digit.view(1)).view(())
+        key = (key << width) + digit
+    return key, missing
+
+
+def value_of(key: Tensor, shards: Sequence[FullShard]) -> Tensor:
+    """The absolute value that has ``key``, as fp64."""
+    wide = _wide(shards)
+    return key.view(torch.float64) if wide == torch.float64 else key.int().view(torch.float32).double()
+
+
+def prune_smallest_(shards: Sequence[FullShard], n: Tensor) -> None:
+    """The ``n`` smallest weights become zero, exactly so many. Collective."""
+    wide = _wide(shards)
+    key, dropped = nth_smallest(shards, n)
+    ties = []
+    for shard in shards:
+        of_each = torch.zeros(shard.world.size if shard.split else 1, dtype=torch.int64, device=n.device)
+        for _, keys in _keys(shard, wide):
+            of_each[shard.world.rank if shard.split else 0] += (keys == key).sum()
+        ties.append(of_each)
+    sum_together_(list(zip(shards, ties, strict=True)))
+    staying = torch.stack([of_each.sum() for of_each in ties]).sum() - dropped
+    before = torch.zeros_like(n)
+    for shard, of_each in zip(shards, ties, strict=True):
+        order = before + (of_each[: shard.world.rank].sum() if shard.split else 0)
+        for weights, keys in _keys(shard, wide):
+            tie = keys == key
+            keep_only_(weights, (keys > key) | (tie & (order + tie.cumsum(0) <= staying)))
+            order = order + tie.sum()
+        before = before + of_each.sum()
+
+
+def _histogram(shard: FullShard, wide: torch.dtype, key: Tensor, shift: int, width: int) -> Tensor:
+    """Of the weights whose keys begin with ``key``, how many have each value of the digit at ``shift``."""
+    counts = torch.zeros(2**width + 1, dtype=torch.int64, device=key.device)
+    for _, keys in _keys(shard, wide):
+        digits = (keys >> shift) & (2**width - 1)
+        counts += torch.bincount(torch.where(keys >> (shift + width) == key, digits, 2**width), minlength=2**width + 1)
+    return counts[:-1]
+
+
+def _keys(shard: FullShard, wide: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's weights, some at a time, each time a view and their keys."""
+    for weights in torch.split(shard.parameter.detach().view(-1), AT_ONCE):
+        yield weights, keys_of(weights.to(wide))
+
+
+def _wide(shards: Sequence[FullShard]) -> torch.dtype:
+    double = any(shard.parameter.dtype == torch.float64 for shard in shards)
+    return torch.float64 if double else torch.float32

@@ -1,0 +1,103 @@
+"""SET and RigL: the smallest weights go, and others come, at random or where gradients are largest.
+
+SET: Mocanu et al. 2018, Scalable training of artificial neural networks with adaptive sparse connectivity, Nature
+Communications 9:2383.  RigL: Evci et al. 2020, arXiv:1911.11134.
+
+    every update_every steps before t_end, after the step itself:
+    n     =  floor(drop_fraction / 2 (1 + cos(pi t / t_end)) K)
+    keep  <-  the K - n largest |W| of the mask
+    grow  <-  SET: n places outside of keep at random;   RigL: those with the n largest |G|
+
+A place that is dropped and grown at once keeps its weight and moments, as in google-research/rigl;
+optim/sparse/optimizer.py has the steps, and where they depart from published code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from .optimizer import SparseOptimizer
+
+CHOSEN = {
+    "drop": "magnitude",
+    "schedule": "cosine",
+    "structure": "unstructured",
+    "t_begin": 0,
+    "initial_sparsity": None,
+    "drop_lambda": 0.0,
+}
+
+
+class SETAdamW(SparseOptimizer):
+    """Sparse evolutionary training: random growth, no dense gradient needed to choose.
+
+    Args:
+        params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
+        sparsity, density, distribution, update_every, drop_fraction, t_end, init, rescale_init, reinit_when_same, seed,
+            state_dtype: as for ``SparseAdamW``.
+
+    State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+    """
+
+    fixed: ClassVar[Mapping[str, Any]] = {**CHOSEN, "grow": "random"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        sparsity: float | None = None,
+        density: float | None = None,
+        distribution: str = "erk",
+        update_every: int = 100,
+        drop_fraction: float = 0.3,
+        t_end: int | None = None,
+        init: str | None = None,
+        rescale_init: bool = False,
+        reinit_when_same: bool = False,
+        seed: int = 0,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+
+class RigLAdamW(SparseOptimizer):
+    """RigL: growth where the dense gradient is largest.
+
+    Arguments, state and errors as for ``SETAdamW``.
+    """
+
+    fixed: ClassVar[Mapping[str, Any]] = {**CHOSEN, "grow": "gradient"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        sparsity: float | None = None,
+        density: float | None = None,
+        distribution: str = "erk",
+        update_every: int = 100,
+        drop_fraction: float = 0.3,
+        t_end: int | None = None,
+        init: str | None = None,
+        rescale_init: bool = False,
+        reinit_when_same: bool = False,
+        seed: int = 0,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())

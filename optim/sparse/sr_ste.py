@@ -1,0 +1,93 @@
+"""SR-STE: sparse-refined straight-through estimation, of N:M weights.  Zhou et al. 2021, arXiv:2102.04010.
+
+For a matrix W whose layer computes with W * P, P = 1 at the N largest |W| of every M consecutive entries of a row:
+
+    G    =  the gradient of W * P, straight through to all of W             the layer's (``NMLinear``)
+    G    <- G + lam * (1 - P) * W                                           what is pruned is pulled to zero
+    W    <- W - lr * decay * W
+    W    <- W - lr * Adam(G)
+
+Masks then change less from step to step. The pull passes through the moments, as in the authors' code, whose optimizer
+is SGD; Adam divides it by sqrt(V). ``decoupled`` takes it out of there: W <- W - lr * lam * (1 - P) * W, beside decay.
+Departure from the authors' code: the pull is added here and not in the layer's backward pass, where accumulated
+gradients would have it several times, and a loss scale would multiply it. Where an engine keeps weights in 16 bits and
+masters in fp32, P here is the masters': layers see equals where these differ by less than a rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from ...validation import is_real, require
+from ..core.optimizer import Group, ParamStep, State
+from ..distributed import FullShard
+from .nm_optimizer import NMOptimizer
+
+PARTS = 8
+
+
+class SRSTEAdamW(NMOptimizer):
+    """AdamW with SR-STE's pull of pruned weights to zero (arXiv:2102.04010).
+
+    Masks are those of ``gracile.models.layers.NMLinear``, whose n and m the groups must have too.
+
+    Args:
+        params: parameters, named parameters or groups; a group with an ``n`` holds matrices only, with ``n=None``
+            anything: plain AdamW.
+        lr: learning rate.
+        betas, eps, weight_decay: as for ``torch.optim.AdamW``.
+        n, m: how many of every m consecutive entries of a row stay.
+        sr_lambda: lam.
+        decoupled: pull beside the moments and not through them.
+        state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+
+    State: two moments of a parameter's size, and a counter for each.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key, a value out of range, or a parameter
+            that a group with an ``n`` cannot hold.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        n: int | None = 2,
+        m: int = 4,
+        sr_lambda: float = 2e-4,
+        decoupled: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def validate(self, group: Group) -> None:
+        super().validate(group)
+        lam = group["sr_lambda"]
+        require(is_real(lam) and lam >= 0, "sr_lambda must be a number >= 0", lam)
+        require(isinstance(group["decoupled"], bool), "decoupled must be True or False", group["decoupled"])
+
+    def asks_for_mask(self, work: ParamStep) -> bool:
+        return True
+
+    def update(self, shard: FullShard, group: Group, state: State) -> None:
+        if group["n"] is None:
+            super().update(shard, group, state)
+            return
+        lr, lam, decoupled = group["lr"], group["sr_lambda"], group["decoupled"]
+        pruned = self.mask(shard, group).logical_not_()
+        # some rows at a time: the regularised gradient and the direction would be two matrices more
+        parts = (shard.parameter, shard.grad, pruned, state["exp_avg"], state["exp_avg_sq"])
+        for W, G, gone, M, V in zip(*(tensor.chunk(PARTS) for tensor in parts), strict=True):
+            pull = lam * (W * gone)
+            refined = G if decoupled else G.to(M.dtype) + pull
+            moments = {"step": state["step"], "exp_avg": M, "exp_avg_sq": V}
+            N, correction = self.rule.direction(refined, moments, group)
+            W.mul_(1 - lr * group["weight_decay"])
+            if decoupled:
+                W.sub_(pull, alpha=lr)
+            W.add_(N, alpha=-lr * correction)

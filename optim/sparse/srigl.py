@@ -1,0 +1,68 @@
+"""SRigL: RigL with as many weights in each row.  Lasby et al. 2024, arXiv:2305.02299.
+
+    B     =  the weights of the matrix that stay,  k = floor(B / rows that are not ablated)
+    every update_every steps before t_end, after the step itself, with n as in RigL:
+    S     <-  the |M| - n largest |W| of the mask  and  the n largest |G| of the matrix           salient
+    rows with fewer than gamma_sal k of S are ablated, never so many that k exceeds the columns
+    keep  <-  of the rows that stay, the |M| - n largest |W|, no more than the k largest of a row
+    grow  <-  for each of these rows, the largest |G| outside of keep, up to k weights
+
+A row is a neuron. Its values and columns make two dense m x k arrays: gracile.models.layers.CondensedLinear. A matrix
+whose rows must all stay, a classifier, goes into a group with ``gamma_sal=0``; param_groups leaves a model's output
+layer out of masks. optim/sparse/optimizer.py has the steps, optim/sparse/structured_masks.py the choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from .optimizer import SparseOptimizer
+from .rigl import CHOSEN
+
+
+class SRigLAdamW(SparseOptimizer):
+    """RigL with constant fan-in and neuron ablation.
+
+    Args:
+        params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
+        sparsity, density, distribution, update_every, drop_fraction, t_end, init, rescale_init, reinit_when_same, seed,
+            state_dtype: as for ``SparseAdamW``.
+        gamma_sal: the share of a row's weights that must be salient for it to stay, or their number, from 1 on; 0
+            ablates none. The authors tune it: 0.3 for convolutions, 0.95 for transformers.
+
+    State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range, or where a row
+            would have less than one weight.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+    """
+
+    fixed: ClassVar[Mapping[str, Any]] = {**CHOSEN, "grow": "gradient", "structure": "constant_fan_in"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        sparsity: float | None = None,
+        density: float | None = None,
+        distribution: str = "erk",
+        update_every: int = 100,
+        drop_fraction: float = 0.3,
+        t_end: int | None = None,
+        gamma_sal: float = 0.3,
+        init: str | None = None,
+        rescale_init: bool = False,
+        reinit_when_same: bool = False,
+        seed: int = 0,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())

@@ -1,0 +1,230 @@
+"""WGSEF: AdamW and the proximal map of a group sparse envelope.  Refael et al., "Learning Structured Sparse Neural
+Networks Using Group Envelope Regularization", after Beck & Refael 2022.
+
+For a matrix W (m x n) in J groups, its rows, its columns or square blocks, of which k = keep * J shall stay:
+
+    W    <- AdamW(G)
+    v_j  =  the norm of W on group j,   d_j = how many weights are in it
+    lam  =  lr * wgsef_lambda * min(1, t / ramp_steps)
+    W_j  <- W_j u_j / (u_j + lam d_j),   sum u = k                 the proximal map of lam E_k: k_support
+    after step finish_at
+    W_j  <- 0 for all but the k groups with the largest v_j; then AdamW, and they stay zero
+
+The map shrinks all groups, those most that are small, and need not leave k in one step: the last choice is hard. Ties
+go to the lowest group.
+
+Sources: abstract and reviews; the map is derived from the envelope's definition, and d, the ramp and the last choice
+are ours. The map is that of plain gradient steps of lr: Adam's have another metric, of which it knows nothing. It is
+of lr * lam, so that without a learning rate nothing moves.
+
+Norms are summed in fp64 and rounded to fp32, so that a choice does not depend on how a matrix is split. One message a
+step has the parts of all matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.optimizer import ParamsT
+
+from ...validation import is_real, is_whole, require
+from ..core.optimizer import Group, ParamStep, ShardedOptimizer, State
+from ..core.rules import TORCH_ADAM
+from ..distributed import FullShard, UnsupportedLayout, full_shape, sum_together_
+from .frozen_zeros import adamw_, keep_only_
+from .group_envelope import proximal_factors
+
+PARTS = 4  # in which a matrix is squared
+GROUPS = ("rows", "columns", "blocks")
+
+
+class WGSEFAdamW(ShardedOptimizer):
+    """AdamW whose groups with a ``keep`` lose whole rows, columns or blocks of each matrix.
+
+    Args:
+        params: parameters, named parameters or groups; a group with a ``keep`` holds matrices only. Others get plain
+            AdamW.
+        lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
+        keep: the share of each matrix's groups that stays, at least one; None for no pruning.
+        groups: what is pruned together: ``rows``, ``columns`` or ``blocks``.
+        block_size: of a block's sides; those at the ends are smaller.
+        wgsef_lambda: of the envelope.
+        ramp_steps: in which it rises from zero.
+        finish_at: steps after which exactly k groups stay; None for never.
+        state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+
+    State: that of AdamW. Pruned groups are remembered by being zero.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key, a value out of range or a parameter that
+            is no matrix in a group with a ``keep``.
+    """
+
+    rule = TORCH_ADAM
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        keep: float | None = None,
+        groups: str = "rows",
+        block_size: int = 16,
+        wgsef_lambda: float = 1e-3,
+        ramp_steps: int = 1000,
+        finish_at: int | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
+
+    def validate(self, group: Group) -> None:
+        keep, at, strength = group["keep"], group["finish_at"], group["wgsef_lambda"]
+        share = keep is None or (is_real(keep) and 0 < keep <= 1)
+        require(share, "keep must be a number in (0, 1] or None", keep)
+        require(group["groups"] in GROUPS, f"groups must be one of {', '.join(GROUPS)}", group["groups"])
+        for key, least in (("block_size", 1), ("ramp_steps", 0)):
+            fits = is_whole(group[key]) and group[key] >= least
+            require(fits, f"{key} must be a whole number >= {least}", group[key])
+        require(is_real(strength) and strength >= 0, "wgsef_lambda must be a number >= 0", strength)
+        late = at is None or (is_whole(at) and at >= 1)
+        require(late, "finish_at must be a whole number >= 1 or None", at)
+
+    def _check_parameters(self, group: Group) -> None:
+        super()._check_parameters(group)
+        if group["keep"] is None:
+            return
+        for p in (entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]):
+            if len(full_shape(p)) != 2:
+                raise ValueError(
+                    f"keep={group['keep']} needs matrices, got a parameter of shape {full_shape(p)}; put it into a "
+                    "group without a keep"
+                )
+
+    @classmethod
+    def on_paper(cls, parameter: Tensor, keys: Group) -> ShardedOptimizer:
+        return super().on_paper(parameter, keys if parameter.dim() == 2 else {**keys, "keep": None})
+
+    # ---- a step -------------------------------------------------------------------------------------------------
+
+    def update(self, shard: FullShard, group: Group, state: State) -> None:
+        if group["keep"] is None:
+            super().update(shard, group, state)
+        else:
+            adamw_(shard, group, state, hold=_is_finished(group, state))
+
+    def settle(self, work: list[ParamStep]) -> None:
+        """The proximal map, or the last choice, of all matrices together."""
+        due = [item for item in work if item.group["keep"] is not None and not _is_finished(item.group, item.state)]
+        tiles = [Tiles.of(item.shard, item.group) for item in due]
+        squares = [own.squares(item.shard) for own, item in zip(tiles, due, strict=True)]
+        sum_together_([(item.shard, part) for item, part in zip(due, squares, strict=True)])
+        for own, item, part in zip(tiles, due, squares, strict=True):
+            norms = part.sqrt_().float().view(-1)
+            k = max(1, round(item.group["keep"] * len(norms)))
+            if _steps(item.state) == item.group["finish_at"]:
+                keep_only_(item.shard.parameter, own.each(largest(norms, k), item.shard))
+            elif (lam := _strength(item)) > 0:
+                factors = proximal_factors(norms, own.sizes(norms.device).view(-1), k, lam)
+                item.shard.parameter.mul_(own.each(factors.to(norms.dtype), item.shard))
+
+
+def _steps(state: State) -> int:
+    return int(state["step"].item())
+
+
+def _is_finished(group: Group, state: State) -> bool:
+    """Whether groups were chosen in an earlier step."""
+    return group["finish_at"] is not None and _steps(state) > group["finish_at"]
+
+
+def _strength(item: ParamStep) -> float:
+    group = item.group
+    risen = min(1.0, _steps(item.state) / group["ramp_steps"]) if group["ramp_steps"] else 1.0
+    return float(group["lr"] * group["wgsef_lambda"] * risen)
+
+
+def largest(norms: Tensor, k: int) -> Tensor:
+    """Which are the ``k`` largest (bool), ties to the lowest index."""
+    order = norms.sort(descending=True, stable=True).indices[:k]
+    return torch.zeros_like(norms, dtype=torch.bool).index_fill_(0, order, True)
+
+
+class Tiles(NamedTuple):
+    """An m x n matrix as an M x N grid of tiles of b x c weights; the last ones are smaller."""
+
+    shape: tuple[int, int]
+    tile: tuple[int, int]
+
+    @classmethod
+    def of(cls, shard: FullShard, group: Group) -> Tiles:
+        if len(shard.shape) != 2:
+            raise UnsupportedLayout(f"a matrix came as a tensor of shape {shard.shape}, without rows")
+        m, n = shard.shape
+        b = group["block_size"]
+        return cls((m, n), {"rows": (1, n), "columns": (m, 1), "blocks": (min(b, m), min(b, n))}[group["groups"]])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        (m, n), (b, c) = self
+        return -(-m // b), -(-n // c)
+
+    def sizes(self, device: torch.device) -> Tensor:
+        """How many weights each tile has (M x N, fp64)."""
+        sides = [_sides(whole, part, device) for whole, part in zip(self.shape, self.tile, strict=True)]
+        return sides[0][:, None] * sides[1]
+
+    def squares(self, shard: FullShard) -> Tensor:
+        """This process's part of the sum of squares over each tile (M x N, fp64)."""
+        (_, n), (b, c) = self
+        W = shard.parameter.detach().reshape(-1)
+        sums = torch.zeros(self.grid, dtype=torch.float64, device=W.device)
+        first, last, lead, tail = self._lines(shard)
+        for begin, end in self._bands(first, last):
+            a, z = (begin - first) * n - lead, (end - first) * n - lead
+            own = W[max(a, 0) : z].to(torch.promote_types(W.dtype, torch.float32)).square()
+            rows = F.pad(own, (max(-a, 0), tail if end == last else 0)).view(end - begin, n)
+            inside = end - begin < b and begin // b == (end - 1) // b  # of one row of tiles
+            above, below = (0, 0) if inside else (begin % b, -end % b)
+            rows = F.pad(rows, (0, -n % c, above, below))
+            tiles = rows.view(-1, len(rows) if inside else b, self.grid[1], c)
+            sums[begin // b : begin // b + len(tiles)] += tiles.sum((1, 3), dtype=torch.float64)
+        return sums
+
+    def _bands(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """The rows from ``first`` to ``last`` some at a time: whole rows of tiles, or parts of one."""
+        b, most = self.tile[0], max(1, -(-(last - first) // PARTS))
+        span = max(b, most // b * b)
+        for band in range(first // b * b, last, span):
+            begin, end = max(first, band), min(last, band + span)
+            for part in range(begin, end, min(span, most)):
+                yield part, min(end, part + min(span, most))
+
+    def each(self, values: Tensor, shard: FullShard) -> Tensor:
+        """One of ``values`` (M N) for each weight that this process holds, laid out as they are."""
+        (_, n), (b, c) = self
+        first, last, lead, tail = self._lines(shard)
+        tiles = values.view(self.grid)[first // b : -(-last // b)]
+        rows = tiles.repeat_interleave(b, 0)[first % b :][: last - first]
+        flat = (rows.repeat_interleave(c, 1)[:, :n] if c > 1 else rows).reshape(-1)
+        return flat[lead : len(flat) - tail].view(shard.parameter.shape)
+
+    def _lines(self, shard: FullShard) -> tuple[int, int, int, int]:
+        """The rows of which this process holds weights, and how many of these it does not hold, at both ends."""
+        n, begin = self.shape[1], shard.runs.begin
+        end = begin + shard.parameter.numel()
+        first, last = begin // n, max(-(-end // n), begin // n)
+        return first, last, begin - first * n, last * n - end
+
+
+def _sides(whole: int, part: int, device: torch.device) -> Tensor:
+    count = -(-whole // part)
+    sides = torch.full((count,), float(part), dtype=torch.float64, device=device)
+    sides[-1] = whole - (count - 1) * part
+    return sides

@@ -1,0 +1,1 @@
+"""Tensors of state: declared, made, loaded, planned, stored in fewer bits."""

@@ -1,0 +1,138 @@
+import dataclasses
+import re
+from importlib import resources
+
+import pytest
+import yaml
+
+from gracile.train.build.optimizer import OPTIMIZERS
+from gracile.train.cli import main as gracile
+from gracile.train.config.arguments import (
+    DataArguments,
+    ModelArguments,
+    OptimizerArguments,
+    RunArguments,
+    load_config,
+)
+from gracile.train.config.help_text import COMMON, usage
+from gracile.train.errors import BadInput
+
+EMBEDDED = sorted(
+    p.name.removesuffix(".yaml") for p in resources.files("gracile.configs").iterdir() if p.name.endswith(".yaml")
+)
+
+
+def test_command_line_overrides_yaml(tiny):
+    config = load_config([tiny(), "--rank", "7", "--max-steps=3", "--target_modules", "q_proj", "v_proj"])
+    assert config.optimizer.rank == 7
+    assert config.run.max_steps == 3
+    assert config.optimizer.target_modules == ["q_proj", "v_proj"]
+    assert config.optimizer.update_proj_gap == 4, "from the file"
+
+
+def test_yaml_reads_1e_3_as_a_string_and_it_still_is_a_number(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("learning_rate: 1e-3\noutput_dir: o\nlr_scheduler_kwargs: {min_lr_rate: 0.1}\nbf16: false\n")
+    config = load_config([str(path)])
+    assert config.run.learning_rate == 1e-3
+    assert config.run.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+
+
+def test_without_a_file_the_quickstart_is_the_default():
+    assert load_config([]).resolved() == load_config(["quickstart"]).resolved()
+
+
+def test_resolved_configuration_reproduces_itself(tiny, tmp_path):
+    first = load_config([tiny(), "--rank", "3"])
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(first.resolved()))
+    assert load_config([str(tmp_path / "again.yaml")]).resolved() == first.resolved()
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_every_embedded_configuration_is_valid(name, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    config = load_config([name])
+    assert config.run.output_dir == f"runs/{name}"
+    if name.startswith("llama"):
+        run = config.run
+        assert run.per_device_train_batch_size * run.gradient_accumulation_steps * config.data.block_size == 131_072
+
+
+def test_the_papers_sizes_have_both_recipes():
+    sizes = ("60m", "130m", "350m", "1b", "7b")
+    others = ["quickstart_2_4_cast", "quickstart_2_4_sr_ste"]
+    others += ["quickstart_autosparse", "quickstart_hyper_sparse", "quickstart_wgsef"]
+    others += [f"quickstart_{name}" for name in ("doped", "factorised", "parallel", "wide")]
+    others += ["quickstart_spdf_dense", "quickstart_spdf_sparse"]
+    others += ["quickstart", "quickstart_maestro", "llama_130m_sst", "llama_60m_relora", "llama_60m_low_rank"]
+    methods = ("adamw", "galore", "sltrain")
+    assert sorted([*others, *(f"llama_{s}_{o}" for s in sizes for o in methods)]) == EMBEDDED
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rnk", "4"], ["rnk", "command line", "did you mean 'rank'"]),
+        (["--rank", "2.5"], ["rank", "2.5", "whole number"]),
+        (["--learning_rate", "fast"], ["learning_rate", "fast", "a number"]),
+        (["--bf16", "perhaps"], ["bf16", "perhaps"]),
+        (["stray"], ["stray"]),
+        (["--deepspeed", "nowhere.json"], ["deepspeed", "nowhere.json", "does not exist"]),
+        (["--eval_strategy", "sometimes"], ["sometimes"]),
+    ],
+)
+def test_bad_command_line(tiny, arguments, words):
+    with pytest.raises(BadInput) as error:
+        load_config([tiny(), *arguments])
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rnak: 4\noutput_dir: o\n", ["rnak", "did you mean 'rank'"]),
+        ("- a\n- b\n", ["key: value"]),
+        ("a: [\n", ["not YAML"]),
+        ("rank: 4\n", ["output_dir"]),
+        ("!!python/object/apply:os.system ['true']\n", ["not YAML"]),
+    ],
+)
+def test_bad_file(tmp_path, text, words):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(BadInput) as error:
+        load_config([str(tmp_path / "bad.yaml")])
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+def test_a_configuration_that_does_not_exist_names_the_nearest():
+    with pytest.raises(BadInput, match="llama_60m_galore"):
+        load_config(["lama_60m_galor"])
+
+
+def test_help_names_every_key_of_ours_and_the_common_ones():
+    text = usage()
+    ours = [f.name for group in (ModelArguments, DataArguments, OptimizerArguments) for f in dataclasses.fields(group)]
+    for name in [*COMMON, *ours, "evaluate_at"]:
+        assert f"--{name} " in text or f"--{name}\n" in text
+    assert max(len(line) for line in text.splitlines()) <= 110
+    everything = usage(everything=True)
+    assert all(f"--{f.name}" in everything for f in dataclasses.fields(RunArguments) if f.init)
+
+
+def test_the_help_of_optimizer_names_every_one_of_them():
+    (described,) = (f for f in dataclasses.fields(OptimizerArguments) if f.name == "optimizer")
+    assert set(re.findall(r"\w+", described.metadata["help"])) - {"or"} == set(OPTIMIZERS)
+
+
+def test_cli_help_version_and_unknown_command(monkeypatch, capsys):
+    for arguments, code, word in (
+        (["--help"], 0, "pretrain"),
+        (["--version"], 0, "gracile"),
+        (["pretran"], 2, "'pretrain'"),
+    ):
+        monkeypatch.setattr("sys.argv", ["gracile", *arguments])
+        assert gracile() == code
+        out, err = capsys.readouterr()
+        assert word in out + err

@@ -1,0 +1,117 @@
+"""From a configuration to a model: its architecture, an empty one, and the one that is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ...models.llama import SIZES, build_llama, llama_config
+from ...validation import nearest
+from ..run import distillation
+from . import layers
+from ..engines import deepspeed as zero
+from ..config.checks import DTYPES
+from .callbacks import companion
+from ..config.arguments import Config, ModelArguments, RunArguments, mapping
+from ..errors import BadInput
+from .optimizer import build_optimizer, jagged_schedule
+
+
+def architecture(chosen: ModelArguments) -> PreTrainedConfig:
+    """The model's configuration; nothing is allocated."""
+    overrides = _overrides(chosen)
+    if chosen.model in SIZES:
+        try:
+            return llama_config(chosen.model, **overrides)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+    if overrides:
+        raise BadInput(f"model_overrides {overrides} need a size name as model, got {chosen.model!r}")
+    if not Path(chosen.model).is_dir() and "/" not in chosen.model:
+        raise BadInput(
+            f"unknown model {chosen.model!r}: neither a size nor a saved model; {nearest(chosen.model, SIZES)}"
+        )
+    try:
+        return AutoConfig.from_pretrained(chosen.model, trust_remote_code=chosen.trust_remote_code)
+    except Exception as error:  # every kind of network, hub and file error means the same to the user
+        raise BadInput(f"model {chosen.model!r} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def _overrides(chosen: ModelArguments) -> dict[str, Any]:
+    return mapping("model_overrides", chosen.model_overrides, '{"num_hidden_layers": 2}')
+
+
+def untrained(
+    config: Config, architecture: PreTrainedConfig, dtype: torch.dtype | None = None, device: str = "meta"
+) -> PreTrainedModel:
+    """The model with new weights, whole; on the meta device without memory."""
+    # layers are not drawn where tensors have no memory, on the meta device; elsewhere they may only pretend to have it
+    layered = config.model.layer is not None
+    with torch.device("meta" if layered else device), zero.unpartitioned(config.run):
+        trusted = config.model.trust_remote_code
+        try:
+            built = AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=trusted)
+        except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise BadInput(f"model {config.model.model!r} cannot be built as it is configured: {reason}") from None
+        built = layers.converted(built, config)
+    return _moved(built, device) if layered and device != "meta" else built
+
+
+def _moved(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """``model``, of the meta device, on another. ``Module.to_empty`` does not do it for tensors that only pretend."""
+    new: dict[int, Any] = {}  # tied ones stay tied
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            empty = torch.empty_like(p, device=device)
+            module._parameters[name] = new.setdefault(id(p), nn.Parameter(empty, requires_grad=p.requires_grad))
+        for name, b in module.named_buffers(recurse=False):
+            module._buffers[name] = new.setdefault(id(b), torch.empty_like(b, device=device))
+    return model
+
+
+def checkpoints_activations(run: RunArguments) -> bool:
+    chosen: Any = getattr(run, "activation_checkpointing", None)  # its name since transformers 5.22
+    return bool(run.gradient_checkpointing if chosen is None else chosen)
+
+
+def checkpoint_activations(model: PreTrainedModel, run: RunArguments) -> None:
+    """As the Trainer does it when ``run`` says so."""
+    new = hasattr(model, "activation_checkpointing_enable")
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    keywords = dict(getattr(run, f"{name}_kwargs") or {})
+    own = {key: keywords.pop(key) for key in ("every_n_layers", "offload") if key in keywords}
+    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": keywords or None}, **own)
+
+
+def check_optimizer(config: Config, architecture: PreTrainedConfig) -> None:
+    """Build the optimizer on a model without memory: bad values show before any data is read."""
+    model = untrained(config, architecture)
+    optimizer = build_optimizer(model, config.optimizer, config.run)
+    companion(model, config)
+    layers.check_saved(model, config)
+    distillation.check(config, architecture.get_text_config().vocab_size)
+    if config.optimizer.lr_restart_every is not None and config.run.max_steps > 0:
+        jagged_schedule(config, config.run.max_steps, optimizer)
+
+
+def model(config: Config, checkpoint: Path | None) -> PreTrainedModel:
+    """The model, with a checkpoint's weights where one is given: engines copy them when they take the model over."""
+    if config.model.layer is None:
+        return _loaded(config.model, config.model.model if checkpoint is None else str(checkpoint))
+    with zero.unpartitioned(config.run):  # layers are made from whole weights
+        layered = layers.converted(_loaded(config.model, config.model.model), config)
+    if checkpoint is not None:
+        layers.load_weights(layered, checkpoint)
+    return layered
+
+
+def _loaded(chosen: ModelArguments, source: str) -> PreTrainedModel:
+    dtype = DTYPES[chosen.dtype]
+    if source in SIZES:
+        return build_llama(source, dtype=dtype, **_overrides(chosen))
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=chosen.trust_remote_code)

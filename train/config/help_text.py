@@ -1,0 +1,83 @@
+"""The help text of ``gracile pretrain``: our keys in full, the Trainer's by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .arguments import DataArguments, ModelArguments, OptimizerArguments, RunArguments
+
+HEAD = """\
+usage: gracile pretrain [CONFIG.yaml | NAME] [--key value ...]
+
+Pretrain a LLaMA from scratch. CONFIG is a YAML file of the keys below, or the name of an embedded one
+(quickstart, llama_60m_galore, llama_60m_adamw, ... 130m, 350m, 1b, 7b); without it, quickstart runs.
+Command-line values override the file's.
+
+  gracile pretrain                                             2M parameters on this Python's standard library
+  gracile pretrain quickstart --optimizer adamw --learning_rate 0.003 --output_dir runs/adamw
+  gracile pretrain my.yaml --resume_from_checkpoint true       continue from the newest whole checkpoint
+  torchrun --nproc-per-node 2 -m gracile.train.pretrain my.yaml
+"""
+
+# The keys of TrainingArguments that nearly every run sets, in our words.
+COMMON = {
+    "output_dir": "Folder of the run: model, checkpoints, logs, report.",
+    "max_steps": "Optimizer steps; or num_train_epochs.",
+    "per_device_train_batch_size": "Examples per process and forward pass.",
+    "gradient_accumulation_steps": "Forward passes per step.",
+    "learning_rate": "Peak learning rate.",
+    "lr_scheduler_type": "cosine_with_min_lr, linear, constant, ...; its options in lr_scheduler_kwargs.",
+    "warmup_steps": "Steps of linear warm-up; below 1, a share of all steps.",
+    "weight_decay": "Decoupled decay of weights, not of norms and biases.",
+    "max_grad_norm": "Gradients are clipped to this norm; 0 for never.",
+    "bf16": "Mixed precision (weights stay as dtype says).",
+    "eval_steps": "Steps between evaluations, with eval_strategy: steps.",
+    "save_steps": "Steps between checkpoints; save_total_limit keeps the newest few.",
+    "resume_from_checkpoint": "true, or a checkpoint's folder.",
+    "seed": "Of the weights and the order of the data.",
+    "deepspeed": "A DeepSpeed configuration file.",
+}
+
+
+def usage(everything: bool = False) -> str:
+    """The help text; with ``everything``, also every other key of TrainingArguments with its default."""
+    own = (("model", ModelArguments), ("data", DataArguments), ("optimizer", OptimizerArguments))
+    parts = [HEAD]
+    for title, group in own:
+        parts += [f"{title}:", *(_line(f, str(f.metadata["help"])) for f in dataclasses.fields(group)), ""]
+    fields = {f.name: f for f in dataclasses.fields(RunArguments) if f.init}
+    ours = fields["evaluate_at"]
+    parts += ["training:", *(_line(fields[name], text) for name, text in COMMON.items())]
+    parts += [_line(ours, str(ours.metadata["help"])), ""]
+    rest = sorted(f.name for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in COMMON)
+    if everything:
+        parts += ["every other key of transformers.TrainingArguments, with its default:"]
+        parts += [f"  --{name} {_default(fields[name])}".rstrip() for name in rest]
+    else:
+        parts += [f"and the other {len(rest)} keys of transformers.TrainingArguments: gracile pretrain --help-all"]
+    return "\n".join(parts)
+
+
+def _line(field: dataclasses.Field[Any], text: str) -> str:
+    default = _default(field)
+    words = f"{text} [{default}]" if default else text
+    head = f"  --{field.name}"
+    body = textwrap.wrap(words, width=72, break_long_words=False)
+    gap = " " * 32
+    lines = [f"{head:<32}{body[0]}" if len(head) < 31 else f"{head}\n{gap}{body[0]}"]
+    return "\n".join(lines + [gap + line for line in body[1:]])
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    value = field.default
+    if value is dataclasses.MISSING:
+        value = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return " ".join(str(item) for item in value)
+    return str(getattr(value, "value", value))

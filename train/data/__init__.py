@@ -1,0 +1,1 @@
+"""Text, tokens and the blocks a model is trained on."""

@@ -1,0 +1,127 @@
+"""How a run is spread over processes, and whether a checkpoint of another spreading must be split anew."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...optim.core.optimizer import ShardedOptimizer
+from ...optim.full_state import full_state, full_state_of, load_full_state
+from ..config.arguments import RunArguments
+from ..errors import BadInput
+from ..run import checkpoints
+
+LAYOUT, FULL_STATE = "layout.json", "full_state.pt"
+PLAIN, DEEPSPEED, FSDP = "plain", "deepspeed", "fsdp"  # plain: every process holds everything, if there are several
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides who holds which part of an optimizer's state, and how many examples a step takes."""
+
+    engine: str
+    processes: int
+    settings: dict[str, Any]
+    examples_per_step: int
+
+    @classmethod
+    def of(cls, run: RunArguments) -> Layout:
+        engine, settings = PLAIN, {}
+        chosen = getattr(run, "hf_deepspeed_config", None)
+        if chosen is not None:
+            engine, settings = DEEPSPEED, _zero_settings(chosen.config, run)
+        elif run.fsdp:
+            engine = FSDP
+        examples = run.per_device_train_batch_size * run.gradient_accumulation_steps * run.world_size
+        return cls(engine, run.world_size, settings, examples)
+
+    def holds(self, other: Layout) -> bool:
+        """Whether a process here holds what it held there: then the engine's own checkpoint goes on to the bit."""
+        same = (self.engine, self.settings) == (other.engine, other.settings)
+        return same and (self.engine == PLAIN or self.processes == other.processes)
+
+    @property
+    def state_parts(self) -> int:
+        """Over how many processes DeepSpeed splits an optimizer's state. FSDP splits the parameters themselves."""
+        return self.processes if self.settings.get("stage", 0) >= 1 else 1
+
+    @property
+    def gradient_parts(self) -> int:
+        return self.processes if self.settings.get("stage", 0) >= 2 else 1
+
+    def __str__(self) -> str:
+        names = {PLAIN: "", FSDP: "FSDP on ", DEEPSPEED: f"DeepSpeed ZeRO {self.settings.get('stage')} on "}
+        return f"{names[self.engine]}{self.processes} process{'es' if self.processes > 1 else ''}"
+
+
+def _zero_settings(config: dict[str, Any], run: RunArguments) -> dict[str, Any]:
+    zero = config.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer") or {}
+    bf16 = config.get("bf16", {}).get("enabled", False)
+    return {
+        "stage": zero.get("stage", 0),
+        "offload": offload.get("device", "none"),
+        "sub_group_size": zero.get("sub_group_size"),
+        "round_robin_gradients": zero.get("round_robin_gradients", False),
+        "bf16": run.bf16 if bf16 == "auto" else bf16,
+        "data_types": config.get("data_types"),
+    }
+
+
+def saved(checkpoint: Path) -> Layout | None:
+    """The layout that a checkpoint was made in; None for one that does not say."""
+    try:
+        return Layout(**json.loads((checkpoint / LAYOUT).read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def save(checkpoint: Path, layout: Layout, optimizer: torch.optim.Optimizer, is_main: bool) -> None:
+    """Beside an engine's own checkpoint: its layout, and the state that fits any other. Collective."""
+    if layout.engine != PLAIN and isinstance(optimizer, ShardedOptimizer):
+        state = full_state(optimizer)
+        if is_main:
+            torch.save(state, checkpoint / FULL_STATE)
+    if is_main:
+        checkpoints.write_atomically(checkpoint / LAYOUT, json.dumps(asdict(layout)))
+
+
+def must_be_split_anew(checkpoint: Path, layout: Layout) -> bool:
+    """Whether a run in ``layout`` cannot take the checkpoint as its engine left it.
+
+    Raises:
+        BadInput: where it cannot, and there is nothing that fits any layout.
+    """
+    other = saved(checkpoint)
+    if other is None or layout.holds(other):
+        return False
+    found = [checkpoint / FULL_STATE] if other.engine != PLAIN else [checkpoint / "optimizer.pt"]
+    found += [next(checkpoint.glob("model*.safetensors"), checkpoint / "model.safetensors")]
+    for file in found:
+        if not file.is_file():
+            raise BadInput(
+                f"{checkpoint} was made by {other} and has no {file.name}, so it cannot go on as {layout}; resume it "
+                f"as {other}"
+            )
+    return True
+
+
+def take_over(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Give ``optimizer``, in its present layout, the state of a checkpoint of any layout.
+
+    Raises:
+        BadInput: for an optimizer that is not ours.
+    """
+    if not isinstance(optimizer, ShardedOptimizer):
+        raise BadInput(
+            f"{type(optimizer).__name__} cannot be split anew; resume {checkpoint} as {saved(checkpoint)}, or train "
+            "with an optimizer of gracile"
+        )
+    file = checkpoint / FULL_STATE
+    split = file.is_file()
+    state = torch.load(file if split else checkpoint / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
+    load_full_state(optimizer, state if split else full_state_of(type(optimizer).__name__, state))

@@ -1,0 +1,1 @@
+"""Planned and measured memory, time and traffic."""

@@ -1,0 +1,158 @@
+"""What a forward and backward pass keeps and needs, found by running it on tensors that have no memory."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
+
+
+@dataclass(frozen=True)
+class AtPeak:
+    """Bytes that were alive at the moment of the most, beside what was there before."""
+
+    activations: int = 0
+    gradients: int = 0
+    temporary: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.activations + self.gradients + self.temporary
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Bytes of a forward and backward pass, beside weights, gradients of earlier passes and optimizer state."""
+
+    activations: int  # alive when the forward pass has ended
+    at_peak: AtPeak
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of the storages that operations make inside, while they live; those of ``known`` tensors do not count."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._known = [tensor.untyped_storage() for tensor in known]  # kept: a storage is told by its address
+        self._sizes = {storage._cdata: 0 for storage in self._known}
+        self._made: dict[int, int] = {}  # the how many-th it was
+        self._made_so_far = self._made_at_peak = 0
+        self._gradients: set[int] = set()
+        self._activations: set[int] = set()
+        self._alive = {"activations": 0, "gradients": 0, "temporary": 0}
+        self.at_peak = AtPeak()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return made
+
+    def forward_has_ended(self) -> int:
+        """What is alive now are activations; their bytes."""
+        self._activations = {key for key, size in self._sizes.items() if size}
+        activations, self._alive["temporary"] = self._alive["temporary"], 0
+        self._alive["activations"] = activations
+        most = self.at_peak.bytes
+        self.at_peak = AtPeak(min(activations, most), 0, max(0, most - activations))
+        return activations
+
+    def is_gradient(self, tensor: Tensor) -> None:
+        """``tensor`` is a gradient that stays, and was to be one when it was made."""
+        key = tensor.untyped_storage()._cdata
+        size, kind = self._sizes.get(key, 0), self._kind(key)
+        if kind == "gradients" or not size:
+            return
+        self._alive[kind] -= size
+        self._alive["gradients"] += size
+        self._gradients.add(key)
+        if self._made[key] <= self._made_at_peak and kind == "temporary":
+            most = self.at_peak
+            self.at_peak = AtPeak(most.activations, most.gradients + size, most.temporary - size)
+
+    def _kind(self, key: int) -> str:
+        return "gradients" if key in self._gradients else "activations" if key in self._activations else "temporary"
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._sizes or not size:
+            return
+        self._sizes[key] = size
+        self._made[key] = self._made_so_far = self._made_so_far + 1
+        weakref.finalize(storage, self._gone, key)
+        self._alive["temporary"] += size
+        if sum(self._alive.values()) > self.at_peak.bytes:
+            self.at_peak, self._made_at_peak = AtPeak(**self._alive), self._made_so_far
+
+    def _gone(self, key: int) -> None:
+        self._alive[self._kind(key)] -= self._sizes.pop(key)
+        del self._made[key]
+        self._gradients.discard(key)
+        self._activations.discard(key)
+
+
+class FakePass:
+    """Training passes of a causal language model, on tensors that have no memory.
+
+    Args:
+        make_model: builds it, in training mode; called where nothing is allocated.
+        autocast: the dtype of mixed precision, None without.
+        accumulated: whether gradients of an earlier pass are there already.
+    """
+
+    def __init__(
+        self, make_model: Callable[[], nn.Module], *, autocast: torch.dtype | None = None, accumulated: bool = False
+    ) -> None:
+        self._mode, self._autocast = FakeTensorMode(), autocast
+        with self._mode:
+            self._model = make_model()
+        if accumulated:
+            self._pass((1, 1))
+
+    def of(self, batch: tuple[int, int]) -> Pass:
+        """One pass over ``batch``: examples, and tokens of each."""
+        before = [p.grad for p in self._model.parameters()]
+        done = self._pass(batch)
+        for p, gradient in zip(self._model.parameters(), before, strict=True):
+            p.grad = gradient
+        return done
+
+    def _pass(self, batch: tuple[int, int]) -> Pass:
+        parameters = list(self._model.parameters())
+        hooks = []
+        with self._mode, _one_document():
+            tokens = torch.zeros(batch, dtype=torch.long)
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            ledger = Ledger([*parameters, *self._model.buffers(), *gradients, tokens])
+            for p in parameters:
+                if p.requires_grad:
+                    hooks.append(p.register_post_accumulate_grad_hook(lambda p: ledger.is_gradient(p.grad)))
+            with ledger:
+                with torch.autocast("cpu", self._autocast) if self._autocast is not None else nullcontext():
+                    loss = self._model(input_ids=tokens, labels=tokens).loss
+                activations = ledger.forward_has_ended()
+                loss.backward()
+        for hook in hooks:
+            hook.remove()
+        return Pass(activations, ledger.at_peak)
+
+
+@contextmanager
+def _one_document() -> Iterator[None]:
+    """transformers reads from the positions whether rows hold several documents, and makes a mask if it cannot read."""
+    if not hasattr(masking_utils, "find_packed_sequence_indices"):
+        yield
+        return
+    with patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):
+        yield

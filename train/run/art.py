@@ -1,0 +1,147 @@
+"""ART: when a model has become one that small weights can be taken from.  Glandorf et al. 2023, arXiv:2308.07163.
+
+    every art_every steps, while the penalty grows:
+        p    <- the loss of the model without its smallest weights, on fixed blocks       pruned, measured, put back
+        d    <- that of the model as it is
+    pruned for good, and trained on, when the least mean of three p in a row is no more than that of the last three d,
+    or at prune_at
+
+A model that has learned little is as good without most of its weights: ``warmup_steps`` come first. The blocks are the
+first of the training data. Departures from the authors' code: losses for accuracies, steps for epochs; d is averaged as
+p is, for a language model's loss keeps falling while p is averaged; an end; the weights that are pruned are those of
+then, not those of the best three, of which a copy would have to be kept. What was measured is in the run's log, and
+read from there: a resumed run decides the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ...optim.distributed import FullShard
+from ...optim.distributed.projection import Workspace
+from ...optim.sparse.hyper_sparse import how_many
+from ...optim.sparse.prune_smallest import prune_smallest_
+from ...validation import is_whole
+from ..config.arguments import Config
+from ..data.blocks import collate
+from ..engines import layout as layouts
+from ..errors import BadInput
+
+if TYPE_CHECKING:
+    from .trainer import PretrainTrainer
+
+WINDOW = 3  # looks that are averaged
+BLOCKS = 32
+DENSE, PRUNED = "art_dense_loss", "art_pruned_loss"
+
+
+def check(config: Config) -> None:
+    """Refuse what ART cannot watch.
+
+    Raises:
+        BadInput: for a number of steps that is none, another optimizer, or a layout without whole weights.
+    """
+    every = config.optimizer.art_every
+    if every is None:
+        return
+    if not is_whole(every) or every < 1:
+        raise BadInput(f"art_every must be a whole number >= 1, got {every}")
+    if config.optimizer.optimizer != "hyper_sparse_adamw":
+        raise BadInput(f"art_every is for optimizer hyper_sparse_adamw, got {config.optimizer.optimizer}")
+    layout = layouts.Layout.of(config.run)
+    if layout.engine == layouts.FSDP or layout.settings.get("stage") == 3:
+        raise BadInput("art_every needs whole weights, which ZeRO 3 and FSDP split; leave it out, prune_at is a step")
+
+
+def is_time(pruned: Sequence[float], dense: Sequence[float]) -> bool:
+    """Whether a model is to be pruned after these losses, one of each a look."""
+    if len(pruned) < WINDOW:
+        return False
+    means = [fmean(pruned[i : i + WINDOW]) for i in range(len(pruned) - WINDOW + 1)]
+    return min(means) <= fmean(dense[-WINDOW:])
+
+
+@contextmanager
+def without_smallest(weights: Sequence[Tensor], share: float) -> Iterator[None]:
+    """``weights``, as one vector, without a share of them for a while. FullShard tensors only."""
+    held = [W.detach().clone() for W in weights]
+    shards = [FullShard(W.detach(), i, Workspace()) for i, W in enumerate(weights)]
+    prune_smallest_(shards, how_many(shards, share))
+    try:
+        yield
+    finally:
+        for W, before in zip(weights, held, strict=True):
+            W.detach().copy_(before)
+
+
+class ART(TrainerCallback):
+    """Looks at the pruned model, and tells the optimizer when to prune it."""
+
+    def __init__(self, trainer: PretrainTrainer, every: int) -> None:
+        self.trainer, self.every = trainer, every
+        self.lots: list[tuple[list[Tensor], float]] = []
+        self.blocks: list[Any] = []
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before an engine puts other tensors in the place of its parameters."""
+        self.lots = [(list(group["params"]), group["sparsity"]) for group in _squeezed(optimizer)]
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        assert self.trainer.own_optimizer is not None
+        step, groups = state.global_step, _squeezed(self.trainer.own_optimizer)
+        begun = max(group["warmup_steps"] for group in groups)
+        over = any(group["prune_at"] is not None and group["prune_at"] <= step for group in groups)
+        if step % self.every or step <= begun or over:
+            return control
+        self.trainer.log(self.look())
+        if is_time(_logged(state, PRUNED), _logged(state, DENSE)):
+            for group in groups:
+                group["prune_at"] = step + 1
+        return control
+
+    @torch.no_grad()
+    def look(self) -> dict[str, float]:
+        """The losses of the model as it is and of the pruned one; the same on all processes."""
+        losses = [self._loss()]
+        with ExitStack() as pruned_for_now:
+            for weights, share in self.lots:
+                pruned_for_now.enter_context(without_smallest(weights, share))
+            losses.append(self._loss())
+        both = self.trainer.accelerator.gather(torch.stack(losses)[None])
+        dense, pruned = both.view(-1, 2).double().mean(0).tolist()
+        return {DENSE: dense, PRUNED: pruned}
+
+    def _loss(self) -> Tensor:
+        trainer, size = self.trainer, self.trainer.args.per_device_eval_batch_size
+        if not self.blocks:
+            assert trainer.train_dataset is not None
+            self.blocks = list(islice(iter(trainer.train_dataset), BLOCKS))
+        was_training = trainer.model.training
+        trainer.model.eval()
+        total = torch.zeros((), device=trainer.args.device)
+        for begin in range(0, len(self.blocks), size):
+            some = self.blocks[begin : begin + size]
+            inputs = trainer._prepare_inputs(collate(some))
+            with trainer.compute_loss_context_manager():
+                total += trainer.compute_loss(trainer.model, inputs).float() * len(some)
+        trainer.model.train(was_training)
+        return total / len(self.blocks)
+
+
+def _squeezed(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Asked for each time: loading puts other groups in their place."""
+    return [group for group in optimizer.param_groups if group["sparsity"] is not None]
+
+
+def _logged(state: TrainerState, key: str) -> list[float]:
+    return [entry[key] for entry in state.log_history if key in entry]

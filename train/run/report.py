@@ -1,0 +1,124 @@
+"""What a run tells when it ends: metrics.json, loss.png and a table."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from torch import nn
+from transformers import TrainerState
+
+from ...optim.memory import adamw_state_bytes, state_bytes
+from ..engines.layout import Layout
+from ..measurement.measure import peak_memory
+from .checkpoints import write_atomically
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+def elements(model: nn.Module) -> int:
+    """Of all parameters, also of those that ZeRO 3 has split."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None, layout: Layout) -> dict[str, int]:
+    """Bytes of this process, weights and state counted from the tensors; gradients and AdamW's state are what this
+    process would hold of them."""
+    trainable = [_split_from(p) for p in model.parameters() if p.requires_grad]
+    return {
+        "weight_bytes": sum(_held(p).nbytes for p in [*model.parameters(), *_saved_buffers(model)]),
+        "gradient_bytes": sum(p.nbytes for p in trainable) // layout.gradient_parts,
+        "optimizer_state_bytes": 0 if optimizer is None else state_bytes(optimizer),
+        "adamw_state_bytes": adamw_state_bytes(trainable) // layout.state_parts,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _saved_buffers(model: nn.Module) -> list[torch.Tensor]:
+    """Those that are part of a model's weights, as the places of sparse values are."""
+    found = [(module, *pair) for module in model.modules() for pair in module.named_buffers(recurse=False)]
+    return [buffer for module, name, buffer in found if name not in module._non_persistent_buffers_set]
+
+
+def _held(parameter: Any) -> torch.Tensor:
+    """What this process has of a parameter: FSDP2's tell the whole shape, ZeRO 3's none where they are split."""
+    if hasattr(parameter, "to_local"):
+        parameter = parameter.to_local()
+    held: torch.Tensor = parameter if parameter.numel() else getattr(parameter, "ds_tensor", parameter)
+    return held
+
+
+def _split_from(parameter: Any) -> torch.Tensor:
+    """What the engine splits gradients and state of, on the meta device: FSDP2 has split the parameter already."""
+    shape = getattr(parameter, "ds_shape", None)
+    return torch.empty(_held(parameter).shape if shape is None else shape, dtype=parameter.dtype, device="meta")
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def write_metrics(output_dir: Path, metrics: dict[str, Any]) -> None:
+    write_atomically(output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+
+def plot_losses(output_dir: Path, history: list[dict[str, float]], tokens_per_step: int, title: str) -> None:
+    """loss.png: training and validation loss over steps, with tokens along the top."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    millions = tokens_per_step / 1e6
+    top = axes.secondary_xaxis("top", functions=(partial(operator.mul, millions), partial(operator.mul, 1 / millions)))
+    top.set_xlabel("million tokens")
+    figure.savefig(output_dir / "loss.png", dpi=120)
+    pyplot.close(figure)
+
+
+def closing_table(metrics: dict[str, Any]) -> str:
+    state, dense = metrics["optimizer_state_bytes"], metrics["adamw_state_bytes"]
+    speed = metrics["tokens_per_second"]
+    rows = [
+        ("parameters", f"{metrics['parameters']:,}"),
+        ("tokens", f"{metrics['tokens']:,} in {metrics['steps']:,} steps"),
+        ("tokens / s", "nothing left to train" if speed is None else f"{speed:,.0f} (evaluations and saves included)"),
+        ("validation loss", f"{metrics['validation_loss']:.4f}"),
+        ("validation perplexity", f"{metrics['validation_perplexity']:.2f}"),
+        ("peak memory", size(metrics["peak_memory_bytes"])),
+        ("weights", size(metrics["weight_bytes"])),
+        ("gradients", size(metrics["gradient_bytes"])),
+        ("optimizer state", f"{size(state)} ({metrics['optimizer']}); plain AdamW {size(dense)}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def size(count: int) -> str:
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.1f} {unit}" if unit != "B" else f"{count} B"
+        amount /= 1024
+    return f"{amount:.2f} GiB"
+
+
+def history_of(state: TrainerState) -> list[dict[str, float]]:
+    """Losses by step, as metrics.json keeps them; of two evaluations at one step, the later."""
+    kept = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "density")
+    entries = {
+        (entry["step"], "loss" in entry): {key: entry[key] for key in kept if key in entry}
+        for entry in state.log_history
+        if "loss" in entry or "eval_loss" in entry
+    }
+    return list(entries.values())
