@@ -19,8 +19,8 @@ from .schedules import JaggedCosineLR
 from .sparse.blast import BlockSparseAdamW
 from .sparse.cast import CastAdamS
 from .sparse.hyper_sparse import HyperSparseAdamW
-from .sparse.optimizer import SparseAdamW
 from .sparse.rigl import RigLAdamW, SETAdamW
+from .sparse.sparse_adamw import SparseAdamW
 from .sparse.sr_ste import SRSTEAdamW
 from .sparse.srigl import SRigLAdamW
 from .sparse.wgsef import WGSEFAdamW

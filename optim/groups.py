@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ..layer_registry import parts_among
 from ..target_modules import DEFAULT_TARGETS, targets
 from ..target_modules import found as found_names
+from .core.group_checks import MATRIX_KEYS
 from .distributed import full_shape
 
-# What makes the group of target matrices, beside a rank: a share of weights, n of every m, a number of groups of them.
-MARKS = ("sparsity", "density", "n", "keep")
+OTHER_MARKS = tuple(key for key in MATRIX_KEYS if key != "rank")  # what makes a group of matrices beside a rank
 MASKS = ("sparsity", "density")
 
 
@@ -55,9 +55,10 @@ def param_groups(
     Raises:
         ValueError: for a pattern that matches no trainable matrix, or matrix keys without one that makes their group.
     """
-    marks = [key for key in MARKS if matrix_keys.get(key) is not None]
+    marks = [key for key in OTHER_MARKS if matrix_keys.get(key) is not None]
     if rank is None and matrix_keys and not marks:
-        raise ValueError(f"{', '.join(sorted(matrix_keys))} need a rank (or one of {', '.join(MARKS)}), got rank=None")
+        keys = ", ".join(sorted(matrix_keys))
+        raise ValueError(f"{keys} need a rank (or one of {', '.join(OTHER_MARKS)}), got rank=None")
     masked = any(key in MASKS for key in marks)
     matrices = [] if rank is None and not marks else list(_targets(model, target_modules, masked))
     chosen = {id(target.parameter) for target in matrices}

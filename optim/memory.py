@@ -13,10 +13,18 @@ from torch import Tensor
 
 from .core.optimizer import ShardedOptimizer
 from .distributed import Cut, ParamRef, by_rows, flat_length
+from .state.spec import ERRORS, INDICES, MOMENTS, PROJECTORS
 
-# What a tensor of state is for, by the beginning of its key.
-MOMENTS, PROJECTORS, ERRORS, INDICES = "moments", "projectors", "error buffers", "indices"
-KINDS = {"basis": PROJECTORS, "error": ERRORS, "indices": INDICES, "mask": INDICES, "residual_places": INDICES}
+__all__ = [
+    "ERRORS",
+    "INDICES",
+    "MOMENTS",
+    "PROJECTORS",
+    "adamw_state_bytes",
+    "planned_state_by_kind",
+    "state_by_kind",
+    "state_bytes",
+]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -29,30 +37,46 @@ def adamw_state_bytes(parameters: Iterable[Tensor]) -> int:
     return sum(2 * p.numel() * p.element_size() + 4 for p in parameters)
 
 
-def kind_of(key: str) -> str:
-    """What a tensor of state is for. Where an engine steps flat tensors, keys begin with a number."""
-    word = str(key).rsplit(".", 1)[-1]
-    return next((kind for begin, kind in KINDS.items() if word.startswith(begin)), MOMENTS)
+def state_by_kind(optimizer: torch.optim.Optimizer) -> Counter[str]:
+    """Bytes of state that ``optimizer`` holds in this process, by what they are for."""
+    if isinstance(optimizer, ShardedOptimizer):
+        return _by_declared_kind(optimizer)
+    return _as_moments(optimizer.state.values())
 
 
-def _by_kind(states: Iterable[Mapping[str, Any]]) -> Counter[str]:
+def _by_declared_kind(optimizer: ShardedOptimizer) -> Counter[str]:
+    declared = {
+        position: {own.name: own.kind for own in tensors} for position, tensors in optimizer.held_by_position().items()
+    }
+    positions = {
+        id(ref.parameter): ref.position
+        for group in optimizer.param_groups
+        for ref in optimizer.registry.of_group(group)
+    }
     held: Counter[str] = Counter()
-    for key, value in chain.from_iterable(state.items() for state in states):
-        for tensor in value if isinstance(value, (list, tuple)) else [value]:  # LBFGS keeps lists
-            if isinstance(tensor, Tensor):
-                held[kind_of(key)] += tensor.numel() * tensor.element_size()
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            position, name = positions.get(id(p)), key
+            if position is None:  # an engine's flat tensor: keys begin with a position
+                number, name = key.split(".", 1)
+                position = int(number)
+            held[declared[position][name]] += value.nbytes
     return held
 
 
-def state_by_kind(optimizer: torch.optim.Optimizer) -> Counter[str]:
-    """Bytes of state that ``optimizer`` holds in this process, by what they are for."""
-    return _by_kind(optimizer.state.values())
+def _as_moments(states: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    held: Counter[str] = Counter()
+    for value in chain.from_iterable(state.values() for state in states):
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:  # LBFGS keeps lists
+            if isinstance(tensor, Tensor):
+                held[MOMENTS] += tensor.numel() * tensor.element_size()
+    return held
 
 
 def planned_state_by_kind(
     optimizer: torch.optim.Optimizer,
     cut: Cut | None = None,
-    rank: int = 0,
+    index: int = 0,
     size: int = 1,
     dtype: torch.dtype | None = None,
 ) -> Counter[str]:
@@ -60,24 +84,28 @@ def planned_state_by_kind(
 
     The arguments are those of ``ShardedOptimizer.planned_state``. Torch's own optimizers take a step on meta tensors.
     """
-    if isinstance(optimizer, ShardedOptimizer):
-        return _by_kind(state for _, state in optimizer.planned_state(cut, rank, size, dtype))
-    return _by_kind(_stepped(optimizer, cut, rank, size, dtype))
+    if not isinstance(optimizer, ShardedOptimizer):
+        return _as_moments(_stepped(optimizer, cut, index, size, dtype))
+    held: Counter[str] = Counter()
+    for _, state in optimizer.planned_state(cut, index, size, dtype):
+        for own in state:
+            held[own.kind] += own.nbytes
+    return held
 
 
 def _stepped(
-    optimizer: torch.optim.Optimizer, cut: Cut | None, rank: int, size: int, dtype: torch.dtype | None
+    optimizer: torch.optim.Optimizer, cut: Cut | None, index: int, size: int, dtype: torch.dtype | None
 ) -> Iterable[Mapping[str, Any]]:
     """The state of a copy that took a step: on meta tensors it computes nothing."""
     twin = copy.deepcopy(optimizer)
     for group in twin.param_groups:
         trained = [p for p in group["params"] if p.requires_grad]
         if cut is not None:
-            members = [ParamRef(trained, i, i, tuple(p.shape)) for i, p in enumerate(trained)]
+            refs = [ParamRef(trained, i, i, tuple(p.shape)) for i, p in enumerate(trained)]
             if cut is by_rows:
-                flats = [piece.numel for _, piece in cut(members, rank, size)]
+                flats = [piece.numel for _, piece in cut(refs, index, size)]
             else:  # ZeRO steps one tensor for a group
-                flats = [flat_length(cut, [member.shape for member in members], size)]
+                flats = [flat_length(cut, [ref.shape for ref in refs], size)]
             trained = [torch.empty(length, dtype=dtype or trained[0].dtype, device="meta") for length in flats]
         group |= {"params": trained, "fused": False, "foreach": False}
         for p in trained:

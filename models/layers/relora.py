@@ -38,6 +38,8 @@ class ReLoRALinear(FactoredLinear):
         seed, name: what A is drawn from at each fold.
     """
 
+    method = "relora"
+
     folds: Tensor
 
     def __init__(

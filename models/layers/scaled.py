@@ -38,6 +38,8 @@ class ScaledLinear(DenseWeight):
         ValueError: for values out of range, or where m or pieces do not divide in_features.
     """
 
+    needs_mask = True  # its weight belongs into a group with an n
+
     def __init__(
         self,
         in_features: int,

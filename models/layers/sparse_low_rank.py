@@ -48,6 +48,8 @@ class SparseLowRankLinear(FactoredLinear):
         ValueError: for values out of range, or a matrix of more than 2^31 - 1 elements.
     """
 
+    method = "sltrain"
+
     support: Tensor
 
     def __init__(

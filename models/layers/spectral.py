@@ -40,6 +40,8 @@ class SpectralLinear(FactoredWeight):
         ValueError: for a rank below 1 or above the smaller side.
     """
 
+    method = "sst"
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, rank: int, **placed: Any) -> None:
         super().__init__(in_features, out_features, bias, **placed)
         most = min(in_features, out_features)

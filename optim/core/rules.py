@@ -16,30 +16,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...validation import is_real, require
+from ...validation import flag, is_real, number, require
+from ..state.spec import Coordinates, StateSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, in one order on every process
-Shape = torch.Size | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """``check`` refuses bad group values, ``state`` makes zero moments, ``direction`` updates them in place and gives
+    """``check`` refuses bad group values, ``specs`` declares the moments, ``direction`` updates them in place and gives
     the direction with the factor on the learning rate. ``decay_first``: weights decay before the step, not after."""
 
     check: Callable[[dict[str, Any]], None]
-    state: Callable[[Shape, torch.dtype, torch.device, dict[str, Any]], dict[str, Tensor]]
+    specs: Callable[[Coordinates, torch.dtype, dict[str, Any]], list[StateSpec]]
     direction: Callable[..., tuple[Tensor, float]]  # of (gradient, state, group); Adafactor's asks for the shard too
     decay_first: bool = False
     needs_rows: bool = False  # a part of a matrix must come in whole rows
 
 
-def _check_lr(group: dict[str, Any]) -> None:
-    require(is_real(group["lr"]) and group["lr"] >= 0, "lr must be a number >= 0", group["lr"])
-
-
 def check_lion(group: dict[str, Any]) -> None:
-    _check_lr(group)
+    number(">= 0")("lr", group["lr"])
     betas = group["betas"]
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(is_real(b) and 0 <= b < 1 for b in betas)
     require(pair, "betas must be two numbers in [0, 1)", betas)
@@ -47,14 +43,11 @@ def check_lion(group: dict[str, Any]) -> None:
 
 def check_adam(group: dict[str, Any]) -> None:
     check_lion(group)
-    require(is_real(group["eps"]) and group["eps"] >= 0, "eps must be a number >= 0", group["eps"])
+    number(">= 0")("eps", group["eps"])
 
 
-def adam_state(shape: Shape, dtype: torch.dtype, device: torch.device, group: dict[str, Any]) -> dict[str, Tensor]:
-    return {
-        "exp_avg": torch.zeros(shape, dtype=dtype, device=device),
-        "exp_avg_sq": torch.zeros(shape, dtype=dtype, device=device),
-    }
+def adam_specs(coordinates: Coordinates, dtype: torch.dtype, group: dict[str, Any]) -> list[StateSpec]:
+    return [coordinates.spec(name, dtype) for name in MOMENTS]
 
 
 def adam(
@@ -80,8 +73,8 @@ def adam(
     return N, root / (1 - beta1**t)
 
 
-def lion_state(shape: Shape, dtype: torch.dtype, device: torch.device, group: dict[str, Any]) -> dict[str, Tensor]:
-    return {"exp_avg": torch.zeros(shape, dtype=dtype, device=device)}
+def lion_specs(coordinates: Coordinates, dtype: torch.dtype, group: dict[str, Any]) -> list[StateSpec]:
+    return [coordinates.spec("exp_avg", dtype)]
 
 
 def lion(gradient: Tensor, state: MutableMapping[str, Tensor], group: dict[str, Any]) -> tuple[Tensor, float]:
@@ -99,11 +92,21 @@ def lion(gradient: Tensor, state: MutableMapping[str, Tensor], group: dict[str, 
     return N, 1.0
 
 
+ADAFACTOR_CHECKS = {
+    "relative_step": flag(),
+    "scale_parameter": flag(),
+    "warmup_init": flag(),
+    "clip_threshold": number("> 0"),
+    "decay_rate": number("< 0"),
+    "beta1": number("in [0, 1)", optional=True),
+}
+
+
 def check_adafactor(group: dict[str, Any]) -> None:
-    lr, relative = group["lr"], group["relative_step"]
-    for key in ("relative_step", "scale_parameter", "warmup_init"):
-        require(isinstance(group[key], bool), f"{key} must be True or False", group[key])
-    if relative:
+    for key, check in ADAFACTOR_CHECKS.items():
+        check(key, group[key])
+    lr = group["lr"]
+    if group["relative_step"]:
         require(lr is None, "lr must be None where relative_step=True finds it from the step number", lr)
     else:
         require(is_real(lr) and lr >= 0, "lr must be a number >= 0 where relative_step=False", lr)
@@ -111,21 +114,18 @@ def check_adafactor(group: dict[str, Any]) -> None:
     eps = group["eps"]
     pair = isinstance(eps, (tuple, list)) and len(eps) == 2 and all(is_real(e) and e >= 0 for e in eps)
     require(pair, "eps must be two numbers >= 0", eps)
-    threshold = group["clip_threshold"]
-    require(is_real(threshold) and threshold > 0, "clip_threshold must be a number > 0", threshold)
-    rate = group["decay_rate"]
-    require(is_real(rate) and rate < 0, "decay_rate must be a number < 0", rate)
-    beta1 = group["beta1"]
-    require(beta1 is None or (is_real(beta1) and 0 <= beta1 < 1), "beta1 must be a number in [0, 1) or None", beta1)
 
 
-def adafactor_state(shape: Shape, dtype: torch.dtype, device: torch.device, group: dict[str, Any]) -> dict[str, Tensor]:
-    shapes = {"exp_avg_sq": shape}
-    if len(shape) >= 2:
-        shapes = {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": (*shape[:-2], shape[-1])}
+def adafactor_specs(coordinates: Coordinates, dtype: torch.dtype, group: dict[str, Any]) -> list[StateSpec]:
+    specs = [coordinates.spec("exp_avg_sq", dtype)]
+    if len(coordinates.shape) >= 2:
+        specs = [
+            coordinates.sum_over(-1, "exp_avg_sq_row", dtype),
+            coordinates.sum_over(-2, "exp_avg_sq_col", dtype),
+        ]
     if group["beta1"] is not None:
-        shapes["exp_avg"] = shape
-    return {key: torch.zeros(size, dtype=dtype, device=device) for key, size in shapes.items()}
+        specs.append(coordinates.spec("exp_avg", dtype))
+    return specs
 
 
 class Statistics(Protocol):
@@ -164,7 +164,7 @@ def adafactor(
     return N.div_((over.rms(N) / group["clip_threshold"]).clamp_(min=1.0)), 1.0
 
 
-ADAM = Rule(check_adam, adam_state, adam)
-TORCH_ADAM = Rule(check_adam, adam_state, partial(adam, torch_eps=True), decay_first=True)
-LION = Rule(check_lion, lion_state, lion, decay_first=True)
-ADAFACTOR = Rule(check_adafactor, adafactor_state, adafactor, decay_first=True, needs_rows=True)
+ADAM = Rule(check_adam, adam_specs, adam)
+TORCH_ADAM = Rule(check_adam, adam_specs, partial(adam, torch_eps=True), decay_first=True)
+LION = Rule(check_lion, lion_specs, lion, decay_first=True)
+ADAFACTOR = Rule(check_adafactor, adafactor_specs, adafactor, decay_first=True, needs_rows=True)

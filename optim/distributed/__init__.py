@@ -1,39 +1,52 @@
 """Shards: what this process holds of a parameter, and the same arithmetic on it for every layout.
 
-``whole`` is a parameter held entirely by one process: plain PyTorch and DistributedDataParallel. ``sliced`` is a range
-of one: DeepSpeed ZeRO and FSDP2. ``layout`` finds out which.
+``full`` is a parameter held entirely by one process: plain PyTorch and DistributedDataParallel. ``flat`` and ``matrix``
+are slices of one: DeepSpeed ZeRO and FSDP2. ``param_registry`` finds out which.
 """
 
-from .full import FullMatrix, FullShard, Solving, has_subspace
-from .layout import ParamRef, PrefixedState, UnsupportedLayout, flat_tensors, full_shape, held_shard, pieces_of, rows_of
-from .partition import Cut, as_one, by_rows, each, flat_length
+from .flat import FlatShard, all_reduce_shares_
+from .full import FullMatrix, FullShard, PendingSolve, Update, has_subspace
+from .layout import ParamRef, UnsupportedLayout, full_shape, held_shard, is_dtensor, local_flat
+from .matrix import MatrixShard, RowShard, complete_gradients
+from .param_registry import ParamRegistry, PrefixedState
+from .partition import Cut, as_one_buffer, by_rows, each_alone, flat_length
 from .process_group import ProcessGroup
-from .sliced import FlatShard, MatrixShard, RowShard, ShardRange, complete, put_together, sum_together_
+from .projection import PROJ_TYPES, LowRankUpdate, ProjectionSide
+from .row_view import RowView, complete_rows
+from .shard_range import Runs, ShardRange
+from .workspace import Workspace
 
 __all__ = [
+    "PROJ_TYPES",
     "Cut",
     "FlatShard",
     "FullMatrix",
     "FullShard",
+    "LowRankUpdate",
     "MatrixShard",
     "ParamRef",
+    "ParamRegistry",
+    "PendingSolve",
     "PrefixedState",
     "ProcessGroup",
+    "ProjectionSide",
     "RowShard",
+    "RowView",
+    "Runs",
     "ShardRange",
-    "Solving",
     "UnsupportedLayout",
-    "as_one",
+    "Update",
+    "Workspace",
+    "all_reduce_shares_",
+    "as_one_buffer",
     "by_rows",
-    "complete",
-    "each",
+    "complete_gradients",
+    "complete_rows",
+    "each_alone",
     "flat_length",
-    "flat_tensors",
     "full_shape",
     "has_subspace",
     "held_shard",
-    "pieces_of",
-    "put_together",
-    "rows_of",
-    "sum_together_",
+    "is_dtensor",
+    "local_flat",
 ]

@@ -2,74 +2,68 @@
 
 Methods speak to a shard in its verbs. A matrix comes as its lines: a line is what belongs to one row of coordinates, a
 row of the matrix where the right side is projected, a column where the left is. What is one line's business needs no
-other process; ``sum_``, ``norm``, ``mean``, ``row_sums`` and ``solve`` are what lines have in common.
+other process; ``all_reduce_``, ``norm``, ``mean``, ``row_sums`` and ``solve`` are what lines have in common.
+
+Verbs communicate where a parameter is split (flat.py, matrix.py), attributes never do.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from .process_group import ProcessGroup
-from .projection import LowRankUpdate, ProjectionSide, Workspace
+from .projection import LowRankUpdate, ProjectionSide
+from .shard_range import Runs
+from .workspace import Workspace
+
+Update = Tensor | LowRankUpdate
 
 
-@dataclass(frozen=True)
-class Runs:
-    """Which elements of a whole tensor, flattened, a process holds: ``count`` runs of ``width`` of them, the first from
-    ``begin`` on, each ``stride`` behind the one before; ``whole`` is how many there are on all processes."""
-
-    count: int
-    width: int
-    begin: int
-    stride: int
-    whole: int
-
-    def begin_of(self, run: int) -> int:
-        return self.begin + run * self.stride
-
-
-class Solving:
+class PendingSolve:
     """Something found from a whole matrix, on one process while others find theirs; then every process gets it."""
 
     def __init__(
-        self,
-        find: Callable[[Tensor], Tensor],
-        matrix: Tensor | None,
-        shared: Callable[[Tensor | None], Tensor],
-        wave: int = 1,
+        self, find: Callable[[Tensor], Tensor], matrix: Tensor | None, share: Callable[[Tensor | None], Tensor]
     ) -> None:
-        self._find, self._matrix, self._shared = find, matrix, shared
+        self._find, self._matrix, self._share = find, matrix, share
         self._found: Tensor | None = None
-        self.wave = wave  # how many processes can solve at the same time
 
-    def work(self) -> None:
-        """Solve, where this process holds the matrix."""
+    def solve(self) -> None:
+        """Find it, where this process has the matrix."""
         if self._matrix is not None:
             self._found, self._matrix = self._find(self._matrix), None
 
     def result(self) -> Tensor:
-        """What was found. Collective: every process asks in the order in which they were begun."""
-        self.work()
-        return self._shared(self._found)
+        """What was found. Collective: every process asks in the order in which the solves were begun."""
+        self.solve()
+        return self._share(self._found)
 
 
 class FullShard:
     """A tensor of any shape whose moments live in its own coordinates."""
 
-    ranked = False
+    ranked = False  # whether its moments live in a subspace
     split = False  # whether other processes hold parts of it
 
-    def __init__(self, parameter: Tensor, position: int, room: Workspace) -> None:
+    def __init__(self, parameter: Tensor, position: int, workspace: Workspace) -> None:
         self.parameter = parameter
         self.shape = tuple(parameter.shape)
         self.position = position  # among all parameters of the optimizer: the same on every process
-        self.room = room
+        self.workspace = workspace
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that the optimizer steps: an engine's masters are wider than the model's."""
+        return self.parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
 
     @property
     def host(self) -> str:
@@ -77,10 +71,15 @@ class FullShard:
         return "meta" if self.parameter.device.type == "meta" else "cpu"
 
     @property
-    def grad(self) -> Tensor:
+    def gradient(self) -> Tensor:
+        """The gradient of what this process holds, laid out as ``parameter``."""
         grad = self.parameter.grad
         assert grad is not None, "only parameters with a gradient are stepped"
         return grad
+
+    def gather_grad(self) -> Tensor:
+        """The gradient as the rule or the method wants it: of a matrix, its lines. Collective; once a step."""
+        return self.gradient
 
     @property
     def coordinates_shape(self) -> tuple[int, ...]:
@@ -90,17 +89,13 @@ class FullShard:
     @property
     def runs(self) -> Runs:
         """Where the coordinates that this process holds lie among all of them."""
-        numel = math.prod(self.coordinates_shape)
-        return Runs(1, numel, 0, 0, numel)
+        return Runs.all_of(self.coordinates_shape)
 
-    def largest_(self, tensor: Tensor) -> Tensor:
+    # ---- what all elements have in common ---------------------------------------------------------------------------
+
+    def all_reduce_max_(self, tensor: Tensor) -> Tensor:
         """The largest of each element over all processes, in place."""
         return tensor
-
-    def state_dtype(self, group: dict[str, Any]) -> torch.dtype:
-        """Moments are fp32 at least, also for bf16 parameters, unless the group says otherwise: with b2 = 0.999
-        a bf16 second moment cannot take up increments of a tenth of a percent."""
-        return group.get("state_dtype") or torch.promote_types(self.parameter.dtype, torch.float32)
 
     def norm(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The Frobenius norm of a tensor laid out as this parameter or its coordinates; a scalar on its device."""
@@ -127,28 +122,28 @@ class FullShard:
         """How many elements all processes together hold of such a tensor."""
         return like.numel()
 
-    # ---- what is not one element's business, where a method needs it ------------------------------------------------
+    # ---- the whole tensor, where a method needs it ------------------------------------------------------------------
 
     @property
-    def world(self) -> ProcessGroup:
+    def processes(self) -> ProcessGroup:
         """The processes that must agree about this parameter."""
         return ProcessGroup.of_replicas(self.parameter.device)
 
-    def whole_of(self, own: Tensor) -> Tensor:
+    def gather_whole(self, own: Tensor) -> Tensor:
         """The whole tensor of which ``own``, laid out as this parameter, is this process's part. Collective."""
         return own
 
     def part_of(self, whole: Tensor) -> Tensor:
-        """The inverse of ``whole_of``."""
+        """The inverse of ``gather_whole``."""
         return whole
 
-    def whole_at(self, own: Tensor, owner: int) -> Tensor | None:
-        """``whole_of`` for process ``owner`` alone; None elsewhere, but where each has all of it. Collective."""
+    def gather_whole_at(self, own: Tensor, owner: int) -> Tensor | None:
+        """``gather_whole`` for process ``owner`` alone; None elsewhere, but where each has all of it. Collective."""
         return own
 
-    def whole_from(self, own: Tensor, found: Tensor | None, owner: int, world: ProcessGroup) -> Tensor:
-        """What ``whole_at`` gave ``owner``, as it is there now, on all processes. Collective."""
-        return world.send_from(own, owner)
+    def broadcast_whole(self, own: Tensor, found: Tensor | None, owner: int, processes: ProcessGroup) -> Tensor:
+        """What ``gather_whole_at`` gave ``owner``, as it is there now, on all processes. Collective."""
+        return processes.broadcast_(own, owner)
 
     def column_squares(self) -> Tensor:
         """This process's share of the sums over rows of the squared weights (n), in fp32 at least."""
@@ -163,55 +158,74 @@ class FullShard:
     def _wide(self) -> torch.dtype:
         return torch.promote_types(self.parameter.dtype, torch.float32)
 
-    def write(
-        self, direction: Tensor | LowRankUpdate, step_size: float, decay: float | Tensor, decay_first: bool
-    ) -> None:
-        """W <- W - step_size * direction, and W <- W - decay * W before or, as in GaLore's code, after it.
+    # ---- writing ----------------------------------------------------------------------------------------------------
 
-        A decay that is a tensor comes first.
+    def write(self, update: Update, step_size: float, decay: float | Tensor, decay_first: bool) -> None:
+        """W <- W - step_size * update, and W <- W - decay * W before or, as in GaLore's code, after it.
+
+        A decay that is a tensor comes first. ``update`` is laid out as ``gather_grad`` gives the gradient. Collective.
         """
         W = self.parameter
         if isinstance(decay, Tensor) or (decay and decay_first):  # a tensor is not asked: that would stop the device
             W.mul_(1 - decay)
-        self.move(direction, -step_size)
+        self.add_(update, -step_size)
         if not (decay_first or isinstance(decay, Tensor)) and decay:
             W.add_(W, alpha=-decay)
 
-    def move(self, direction: Tensor | LowRankUpdate, alpha: float) -> None:
-        """W <- W + alpha * direction."""
-        self._add(self.parameter, direction, alpha)
+    def add_(self, update: Update, alpha: float) -> None:
+        """W <- W + alpha * update."""
+        self._add_to(self.parameter, update, alpha)
 
-    def _add(self, weights: Tensor, direction: Tensor | LowRankUpdate, alpha: float) -> None:
-        if isinstance(direction, LowRankUpdate):
-            direction.write_to_(weights, alpha, self.room)
+    def _add_to(self, weights: Tensor, update: Update, alpha: float) -> None:
+        if isinstance(update, LowRankUpdate):
+            self._add_product(weights, update, alpha)
         else:
-            weights.add_(direction, alpha=alpha)
+            weights.add_(update, alpha=alpha)
+
+    def _add_product(self, weights: Tensor, update: LowRankUpdate, alpha: float) -> None:
+        """weights += alpha * update, rounded to the weights once.
+
+        On a CPU ``addmm_`` adds the r products to the weight in several portions and rounds at the weight's size each
+        time: 5e-6 off after 50 steps at weights of size one. A product of its own, in memory that all matrices of a
+        step share, stays on the authors' bits. GPUs sum in registers first and need neither.
+        """
+        left, right = update.left.to(weights.dtype), update.right.to(weights.dtype)
+        if weights.device.type != "cpu":
+            weights.addmm_(left, right, alpha=alpha * update.factor)
+            return
+        product = torch.mm(left, right, out=self.workspace.like(weights))
+        if math.frexp(update.factor)[0] == 0.5:  # a power of two, such as 0.25: no rounding, so no pass of its own
+            weights.add_(product, alpha=alpha * update.factor)
+        else:
+            weights.add_(product.mul_(update.factor), alpha=alpha)
 
 
 class FullMatrix(FullShard):
     """An m x n matrix whose moments live in a subspace of rank r."""
 
     ranked = True
+    solvers = 1  # how many matrices can be solved at the same time, each by a process of its own
 
-    def __init__(self, parameter: Tensor, position: int, room: Workspace, frame: ProjectionSide) -> None:
-        super().__init__(parameter, position, room)
-        self.frame = frame
+    def __init__(self, parameter: Tensor, position: int, workspace: Workspace, side: ProjectionSide) -> None:
+        super().__init__(parameter, position, workspace)
+        self.side = side
 
     @property
     def coordinates_shape(self) -> tuple[int, ...]:
-        return self.frame.projected_shape
+        return self.side.projected_shape
 
     @property
     def block_shape(self) -> tuple[int, int]:
-        """The shape of ``grad`` and ``weights``: all lines, or those that this process works on."""
-        return self.frame.shape
+        """The shape of what ``gather_grad`` and ``gather_weights`` give: all lines, or those that this process works
+        on."""
+        return self.side.shape
 
-    @property
-    def weights(self) -> Tensor:
+    def gather_weights(self) -> Tensor:
+        """The lines of the weights. Collective."""
         return self.parameter
 
     def rewrite(self, weights: Tensor) -> None:
-        """W <- weights, laid out as ``weights`` is."""
+        """W <- weights, laid out as ``gather_weights`` gives them. Collective."""
         if weights is not self.parameter:
             self.parameter.copy_(weights)
 
@@ -223,7 +237,7 @@ class FullMatrix(FullShard):
         """``own``, and of these the rows from ``begin`` to ``end`` of the whole matrix. On the right only."""
         return like[begin:end]
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
         """A sum over this process's own lines, made the sum over all lines, in place."""
         return tensor
 
@@ -237,17 +251,17 @@ class FullMatrix(FullShard):
         norms: Tensor = torch.linalg.vector_norm(like, dim=1, keepdim=True)
         return norms
 
-    def solving(self, block: Tensor, find: Callable[[Tensor], Tensor]) -> Solving:
-        """``find`` of the whole matrix that ``block`` is the lines of, begun."""
-        return Solving(find, block, _found)
+    def solve(self, block: Tensor, find: Callable[[Tensor], Tensor]) -> PendingSolve:
+        """``find`` of the whole matrix that ``block`` is the lines of, begun. Collective."""
+        return PendingSolve(find, block, _found)
 
-    def kept(self, rows: Tensor) -> Tensor:
+    def shard_rows(self, rows: Tensor) -> Tensor:
         """What this process keeps of the rows of a basis, which all processes have."""
         return rows
 
-    def collected(self, kept: Tensor, count: int) -> Tensor:
-        """All ``count`` rows of a basis from what each process keeps."""
-        return kept
+    def all_gather_rows(self, own: Tensor, count: int) -> Tensor:
+        """All ``count`` rows of a basis from what each process keeps. Collective."""
+        return own
 
 
 def _found(columns: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The processes among which a parameter is split, and what they say to each other."""
+"""The processes among which a parameter is split, and what they exchange."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from torch import Tensor
 
 
 class ProcessGroup:
-    """A process group. Every call is collective: all its processes make it, in the same order."""
+    """A process group of torch. Every call is collective: all its processes make it, in the same order.
+
+    ``index`` is this process's number among the ``size`` processes of the group.
+    """
 
     def __init__(self, group: Any) -> None:
         self.group = group
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.index, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     @classmethod
     def for_tensors_on(cls, device: torch.device, group: Any) -> ProcessGroup:
-        """The processes of ``group``, speaking in a way that works for tensors on ``device``: an engine that offloads
+        """The processes of ``group``, with a backend that supports tensors on ``device``: an engine that offloads
         keeps them on the CPU, where NCCL cannot reach them. Collective, the first time."""
         if device.type == "cpu" and dist.get_backend(group) == "nccl":
-            group = _host_group(group)
+            group = _gloo_group(group)
         return cls(group)
 
     @classmethod
@@ -35,19 +38,19 @@ class ProcessGroup:
     def alone() -> ProcessGroup:
         return FakeGroup(0, 1)
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
         """``tensor`` summed over all processes, in place; the same bits on each."""
         if tensor.numel():
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def largest_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_max_(self, tensor: Tensor) -> Tensor:
         """The largest of each element over all processes, in place."""
         if tensor.numel():
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor
 
-    def exchange(self, sent: Tensor, counts: list[int], expected: list[int]) -> Tensor:
+    def all_to_all(self, sent: Tensor, counts: list[int], expected: list[int]) -> Tensor:
         """``counts[i]`` elements of ``sent`` (flat) go to process i; ``expected[i]`` come from it, in order."""
         received = sent.new_empty(sum(expected))
         dist.all_to_all_single(received, sent, expected, counts, group=self.group)
@@ -55,49 +58,52 @@ class ProcessGroup:
 
     def gather(self, sent: Tensor, expected: list[int], owner: int) -> Tensor | None:
         """The flat ``sent`` of all processes one after the other, at ``owner`` alone."""
-        at_owner = self.rank == owner
+        at_owner = self.index == owner
         counts = [sent.numel() if i == owner else 0 for i in range(self.size)]
-        received = self.exchange(sent, counts, expected if at_owner else [0] * self.size)
+        received = self.all_to_all(sent, counts, expected if at_owner else [0] * self.size)
         return received if at_owner else None
 
-    def all_rows(self, kept: Tensor, count: int) -> Tensor:
-        """``count`` rows of which each process keeps its ``share``, on every process."""
+    def all_gather_rows(self, own: Tensor, count: int) -> Tensor:
+        """``count`` rows of which each process has its ``share``, on every process."""
         share = -(-count // self.size)
-        padded = kept.new_zeros(share, *kept.shape[1:])
-        padded[: len(kept)] = kept
-        rows = kept.new_empty(share * self.size, *kept.shape[1:])
+        padded = own.new_zeros(share, *own.shape[1:])
+        padded[: len(own)] = own
+        rows = own.new_empty(share * self.size, *own.shape[1:])
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
         gather(rows, padded, group=self.group)
         return rows[:count]
 
     def share(self, count: int) -> slice:
-        """Which of ``count`` rows this process keeps: equal shares, the last ones short or empty."""
+        """Which of ``count`` rows are this process's: equal shares, the last ones short or empty."""
         size = -(-count // self.size)
-        return slice(min(self.rank * size, count), min((self.rank + 1) * size, count))
+        return slice(min(self.index * size, count), min((self.index + 1) * size, count))
 
-    def send_from(self, tensor: Tensor, owner: int) -> Tensor:
+    def broadcast_(self, tensor: Tensor, owner: int) -> Tensor:
         """``tensor`` as process ``owner`` holds it, in place."""
         dist.broadcast(tensor, src=dist.get_global_rank(self.group, owner) if self.group else owner, group=self.group)
         return tensor
 
 
 @lru_cache(maxsize=64)
-def _host_group(group: Any) -> Any:
-    ranks = dist.get_process_group_ranks(group) if group else list(range(dist.get_world_size()))
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)  # only these ranks take part
+def _gloo_group(group: Any) -> Any:
+    members = dist.get_process_group_ranks(group) if group else list(range(dist.get_world_size()))
+    return dist.new_group(members, backend="gloo", use_local_synchronization=True)  # only these processes take part
 
 
 class FakeGroup(ProcessGroup):
-    """Process ``rank`` of ``size`` where nothing is said: on the meta device, where only shapes count, or alone."""
+    """Process ``index`` of ``size`` that exchanges nothing: on the meta device, where only shapes count, or alone."""
 
-    def __init__(self, rank: int, size: int) -> None:
-        self.group, self.rank, self.size = None, rank, size
+    def __init__(self, index: int, size: int) -> None:
+        self.group, self.index, self.size = None, index, size
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def exchange(self, sent: Tensor, counts: list[int], expected: list[int]) -> Tensor:
+    def all_reduce_max_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def all_to_all(self, sent: Tensor, counts: list[int], expected: list[int]) -> Tensor:
         return sent.new_empty(sum(expected))
 
-    def send_from(self, tensor: Tensor, owner: int) -> Tensor:
+    def broadcast_(self, tensor: Tensor, owner: int) -> Tensor:
         return tensor

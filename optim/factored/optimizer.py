@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...layer_registry import Part, parts_among
-from ..core.optimizer import Group, ParamStep, ShardedOptimizer, State
+from ..core.clock import steps_of
+from ..core.optimizer import ShardedOptimizer
 from ..core.rules import TORCH_ADAM
+from ..core.types import Group, ParamStep
 from ..distributed import FullShard, ProcessGroup, UnsupportedLayout, held_shard
 
 Parts = dict[str, Tensor]  # a layer's parameters and buffers by their own names, each whole
 
 
-class LayerWork(NamedTuple):
+class LayerStep(NamedTuple):
     """One layer of this step, and what was stepped of it by the parameters' names."""
 
     layer: Any
@@ -31,7 +32,7 @@ class LayerWork(NamedTuple):
     @property
     def steps(self) -> int:
         """How often this layer has moved."""
-        return int(next(iter(self.stepped.values())).state["step"].item())
+        return steps_of(next(iter(self.stepped.values())).state)
 
     @property
     def position(self) -> int:
@@ -53,20 +54,23 @@ class LayerWork(NamedTuple):
         Collective where an engine splits parameters: then they are put together, and each process takes its part.
         """
         shards = self.shards()
-        with self._taken(shards, {name: shard.whole_of(shard.parameter) for name, shard in shards.items()}) as parts:
+        with self._taken(
+            shards, {name: shard.gather_whole(shard.parameter) for name, shard in shards.items()}
+        ) as parts:
             yield parts
 
     def whole_at(self, owner: int) -> Parts:
         """``whole`` for one process: of what is split, the others have nothing. Collective."""
-        found = {name: shard.whole_at(shard.parameter, owner) for name, shard in self.shards().items()}
+        found = {name: shard.gather_whole_at(shard.parameter, owner) for name, shard in self.shards().items()}
         return {name: part for name, part in found.items() if part is not None}
 
     @contextmanager
-    def whole_from(self, owner: int, found: Parts, world: ProcessGroup) -> Iterator[Parts]:
+    def whole_from(self, owner: int, found: Parts, processes: ProcessGroup) -> Iterator[Parts]:
         """``whole``, as it has become at the one process that had it. Collective."""
         shards = self.shards()
         parts = {
-            name: shard.whole_from(shard.parameter, found.get(name), owner, world) for name, shard in shards.items()
+            name: shard.broadcast_whole(shard.parameter, found.get(name), owner, processes)
+            for name, shard in shards.items()
         }
         with self._taken(shards, parts) as taken:
             yield taken
@@ -80,83 +84,69 @@ class LayerWork(NamedTuple):
 
 
 class FactoredOptimizer(ShardedOptimizer):
-    """AdamW, as torch has it, for models with layers of one class; ``settle`` is where a method cares for them.
+    """AdamW, as torch has it, for models with layers of one method; ``after_layers`` is where it cares for them.
 
-    ``needs`` is the name of the layers' class, ``stepped`` the names of those of its parameters that a method needs
-    together. A group has no rank.
+    ``method`` is what the layers name as theirs, ``layer_class`` what a user is told to put into the model, ``stepped``
+    the names of those of a layer's parameters that the method needs together. A group has no rank.
     """
 
     rule = TORCH_ADAM
-    needs: str
-    stepped: tuple[str, ...] = ()
+    method: ClassVar[str]
+    layer_class: ClassVar[str]
+    stepped: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, params: ParamsT, arguments: Group) -> None:
         self._parts: dict[int, Part] = {}  # by position
         super().__init__(params, arguments)
-        self._require_layers()
+        on_meta = all(p.is_meta for group in self.param_groups for p in group["params"])
+        if not on_meta:  # planning asks for parameters without their layers
+            self._require_layers()
 
-    def _register(self, group: Group) -> None:
-        super()._register(group)
+    def register(self, group: Group) -> None:
+        super().register(group)
         self.__dict__.setdefault("_parts", {})  # unpickled
-        self._find(group)
+        self._find_layers(group)
 
-    def _find(self, group: Group) -> None:
-        members = self._members[group["group_number"]].values()
-        found = parts_among(member.parameter for member in members)
-        for member in members:
-            part = found.get(id(member.parameter))
-            if part is not None and self.needs in (kind.__name__ for kind in type(part.layer).__mro__):
-                self._parts[member.position] = part
+    def _find_layers(self, group: Group) -> None:
+        refs = self.registry.of_group(group)
+        found = parts_among(ref.parameter for ref in refs)
+        for ref in refs:
+            part = found.get(id(ref.parameter))
+            if part is not None and getattr(part.layer, "method", None) == self.method:
+                self._parts[ref.position] = part
 
     def _require_layers(self) -> None:
         if not self._parts:
             raise ValueError(
-                f"{type(self).__name__} found no {self.needs} by the parameters it was given; put such layers into the "
-                f"model first: gracile.models.convert.convert(model, {self.needs}, ...)"
+                f"{type(self).__name__} found no {self.layer_class} by the parameters it was given; put such layers "
+                f"into the model first: gracile.models.convert.convert(model, {self.layer_class}, ...)"
             )
-
-    @classmethod
-    def on_paper(cls, parameter: Tensor, keys: dict[str, Any]) -> ShardedOptimizer:
-        """A parameter alone has no layer."""
-        loose: Any = type(cls.__name__, (cls,), {"_require_layers": lambda self: None})
-        built: ShardedOptimizer = loose([parameter], **keys)
-        return built
 
     def part_of(self, shard: FullShard) -> str | None:
         """The name of a parameter in its layer, if the method needs it."""
         if not self._parts:  # unpickled before the model was
             for group in self.param_groups:
-                self._find(group)
+                self._find_layers(group)
             self._require_layers()
         part = self._parts.get(shard.position)
         return part.name if part is not None and part.name in self.stepped else None
 
-    def settle(self, work: list[ParamStep]) -> None:
-        found: dict[int, LayerWork] = {}
+    def after_step(self, work: list[ParamStep]) -> None:
+        found: dict[int, LayerStep] = {}
         for item in work:
             if self.part_of(item.shard) is not None:
                 part = self._parts[item.shard.position]
-                found.setdefault(id(part.layer), LayerWork(part.layer, {})).stepped[part.name] = item
+                found.setdefault(id(part.layer), LayerStep(part.layer, {})).stepped[part.name] = item
         for layer in found.values():
             missing = set(self.stepped) - set(layer.stepped)
             if missing:
                 raise UnsupportedLayout(
-                    f"{type(self).__name__} must step {', '.join(self.stepped)} of a {self.needs} together, but "
+                    f"{type(self).__name__} must step {', '.join(self.stepped)} of a {self.layer_class} together, but "
                     f"{', '.join(sorted(missing))} of {layer.layer} is elsewhere; put them into one parameter group, "
                     "leave none of them frozen, and under ZeRO 3 raise sub_group_size"
                 )
         if found:
-            self.settle_layers(list(found.values()))
+            self.after_layers(list(found.values()))
 
-    def settle_layers(self, layers: list[LayerWork]) -> None:
+    def after_layers(self, layers: list[LayerStep]) -> None:
         """Called once a step with all layers that moved, in the same order on every process."""
-
-
-def since(steps: float, period: int) -> int:
-    """Steps since a clock last struck, this one included: 1 to ``period``."""
-    return (int(steps) - 1) % period + 1
-
-
-def at_step(state: State, step: int) -> State:
-    """``state`` as a rule sees it whose moments were reset ``step`` steps ago."""
-    return {**state, "step": torch.tensor(float(step))}

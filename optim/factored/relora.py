@@ -17,19 +17,21 @@ some thousand steps of all weights, is a run of its own whose model the next one
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import floor
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...rng import generator_of
-from ...validation import is_real, is_whole, require
-from ..core.optimizer import Group, State
+from ...validation import Check, flag, number, one_of, whole
+from ..core.clock import since, steps_of, with_age
 from ..core.rules import MOMENTS
-from ..distributed import FullShard
-from ..distributed.projection import LowRankUpdate
-from .optimizer import FactoredOptimizer, LayerWork, at_step, since
+from ..core.types import Group, State
+from ..distributed import FullShard, Update
+from .optimizer import FactoredOptimizer, LayerStep
 
 RESETS = ("zero", "random", "magnitude")
 
@@ -59,8 +61,17 @@ class ReLoRAAdamW(FactoredOptimizer):
         UnsupportedLayout: at ``step``, where A and B of a layer are not stepped together.
     """
 
-    needs = "ReLoRALinear"
+    method = "relora"
+    layer_class = "ReLoRALinear"
     stepped = ("A", "B")
+    checks: ClassVar[Mapping[str, Check]] = {
+        "merge_every": whole(1),
+        "reset_every": whole(1, optional=True),
+        "reset": one_of(*RESETS),
+        "reset_ratio": number("in [0, 1]"),
+        "reset_step": flag(),
+        "seed": whole(0),
+    }
 
     def __init__(
         self,
@@ -80,23 +91,12 @@ class ReLoRAAdamW(FactoredOptimizer):
     ) -> None:
         super().__init__(params, locals())
 
-    def validate(self, group: Group) -> None:
-        merge, reset_every, reset = group["merge_every"], group["reset_every"], group["reset"]
-        require(is_whole(merge) and merge >= 1, "merge_every must be a whole number >= 1", merge)
-        counted = reset_every is None or (is_whole(reset_every) and reset_every >= 1)
-        require(counted, "reset_every must be a whole number >= 1 or None", reset_every)
-        require(reset in RESETS, f"reset must be one of {', '.join(RESETS)}", reset)
-        ratio = group["reset_ratio"]
-        require(is_real(ratio) and 0 <= ratio <= 1, "reset_ratio must be a number in [0, 1]", ratio)
-        require(isinstance(group["reset_step"], bool), "reset_step must be True or False", group["reset_step"])
-        require(is_whole(group["seed"]) and group["seed"] >= 0, "seed must be a whole number >= 0", group["seed"])
-
-    def plain_direction(self, shard: FullShard, group: Group, state: State) -> tuple[Tensor | LowRankUpdate, float]:
+    def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> tuple[Update, float]:
         if self.part_of(shard) is not None and group["reset_step"]:
-            state = at_step(state, since(state["step"].item(), _reset_every(group)))
-        return super().plain_direction(shard, group, state)
+            state = with_age(state, since(steps_of(state), _reset_every(group)))
+        return super().direction(G, shard, group, state)
 
-    def settle_layers(self, layers: list[LayerWork]) -> None:
+    def after_layers(self, layers: list[LayerStep]) -> None:
         for layer in layers:
             if layer.steps % layer.group["merge_every"] == 0:
                 with layer.whole() as parts:
@@ -104,13 +104,14 @@ class ReLoRAAdamW(FactoredOptimizer):
             if layer.steps % _reset_every(layer.group) == 0:
                 self._reset(layer)
 
-    def _reset(self, layer: LayerWork) -> None:
-        for name, (shard, group, state) in layer.stepped.items():
+    def _reset(self, layer: LayerStep) -> None:
+        for name, item in layer.stepped.items():
+            shard, group, state = item.shard, item.group, item.state
             if group["reset"] == "zero":
                 for key in MOMENTS:
                     state[key].zero_()
                 continue
-            whole = shard.whole_of(state["exp_avg"])
+            whole = shard.gather_whole(state["exp_avg"])
             order = whole.abs().flatten()
             if group["reset"] == "random":
                 generator = generator_of(group["seed"], "ReLoRA", layer.position, name, layer.steps)

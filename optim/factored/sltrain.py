@@ -14,15 +14,15 @@ from __future__ import annotations
 import torch
 from torch.optim.optimizer import ParamsT
 
-from ..core.moments_8bit import EightBitMoments
-from ..state.blockwise_8bit import require_bitsandbytes
+from ..state.blockwise_8bit import IN_8_BITS, require_bitsandbytes
 from .optimizer import FactoredOptimizer
 
 
 class SLTrain(FactoredOptimizer):
     """The loop above; the classes below choose how moments are stored."""
 
-    needs = "SparseLowRankLinear"
+    method = "sltrain"
+    layer_class = "SparseLowRankLinear"
 
 
 class SLTrainAdamW(SLTrain):
@@ -54,7 +54,7 @@ class SLTrainAdamW(SLTrain):
         super().__init__(params, locals())
 
 
-class SLTrainAdamW8bit(EightBitMoments, SLTrain):
+class SLTrainAdamW8bit(SLTrain):
     """``SLTrainAdamW`` with 8-bit moments, as the authors train 7B.
 
     Two moments take 2 bytes an element, and 8 for each block of 256 elements; those of fewer than 4096 stay fp32.
@@ -63,6 +63,8 @@ class SLTrainAdamW8bit(EightBitMoments, SLTrain):
         ImportError: at construction, without bitsandbytes.
         ValueError: as ``SLTrainAdamW``.
     """
+
+    moment_codec = IN_8_BITS
 
     def __init__(
         self,

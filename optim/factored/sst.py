@@ -24,19 +24,21 @@ not the same on two machines.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...rng import generator_of
-from ...validation import is_whole, require
-from ..core.optimizer import Group, State
+from ...validation import Check, flag, whole
+from ..core.clock import since, steps_of, with_age
+from ..core.optimizer import FIND
 from ..core.rules import MOMENTS
-from ..distributed import FullShard, ProcessGroup, sum_together_
-from ..distributed.projection import LowRankUpdate
-from .optimizer import FactoredOptimizer, LayerWork, Parts, at_step, since
+from ..core.types import Group, State
+from ..distributed import FullShard, ProcessGroup, Update, all_reduce_shares_
+from .optimizer import FactoredOptimizer, LayerStep, Parts
 
 
 class SSTAdamW(FactoredOptimizer):
@@ -66,8 +68,16 @@ class SSTAdamW(FactoredOptimizer):
         UnsupportedLayout: at ``step``, where U, V and sigma of a layer are not stepped together.
     """
 
-    needs = "SpectralLinear"
+    method = "sst"
+    layer_class = "SpectralLinear"
     stepped = ("U", "V", "sigma")
+    checks: ClassVar[Mapping[str, Check]] = {
+        "swap_every": whole(1),
+        "iterations": whole(1, optional=True),
+        "warmup_steps": whole(0),
+        "seed": whole(0),
+        "synchronize": flag(),
+    }
 
     def __init__(
         self,
@@ -86,28 +96,19 @@ class SSTAdamW(FactoredOptimizer):
     ) -> None:
         super().__init__(params, locals())
 
-    def validate(self, group: Group) -> None:
-        every, rounds = group["swap_every"], group["iterations"]
-        require(is_whole(every) and every >= 1, "swap_every must be a whole number >= 1", every)
-        counted = rounds is None or (is_whole(rounds) and rounds >= 1)
-        require(counted, "iterations must be a whole number >= 1 or None", rounds)
-        for key in ("warmup_steps", "seed"):
-            require(is_whole(group[key]) and group[key] >= 0, f"{key} must be a whole number >= 0", group[key])
-        require(isinstance(group["synchronize"], bool), "synchronize must be True or False", group["synchronize"])
-
-    def update(self, shard: FullShard, group: Group, state: State) -> None:
+    def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         vectors = self.part_of(shard) in ("U", "V")
-        super().update(shard, {**group, "weight_decay": 0.0} if vectors else group, state)
+        super().update(G, shard, {**group, "weight_decay": 0.0} if vectors else group, state)
 
-    def plain_direction(self, shard: FullShard, group: Group, state: State) -> tuple[Tensor | LowRankUpdate, float]:
-        name, t = self.part_of(shard), state["step"].item()
+    def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> tuple[Update, float]:
+        name, t = self.part_of(shard), steps_of(state)
         if name is None:
-            return super().plain_direction(shard, group, state)
+            return super().direction(G, shard, group, state)
         if name == "sigma":
             age = since(t, self._round(self._parts[shard.position].layer, group))
-            return super().plain_direction(shard, group, at_step(state, age))
+            return super().direction(G, shard, group, with_age(state, age))
         age = since(t, group["swap_every"])
-        N, correction = super().plain_direction(shard, group, at_step(state, age))
+        N, correction = super().direction(G, shard, group, with_age(state, age))
         rising = age < min(t, group["warmup_steps"])  # not at first: that is the schedule's business
         return N, correction * (age / group["warmup_steps"] if rising else 1.0)
 
@@ -119,58 +120,64 @@ class SSTAdamW(FactoredOptimizer):
 
     # ---- layers, when all of each has moved -------------------------------------------------------------------------
 
-    def settle_layers(self, layers: list[LayerWork]) -> None:
+    def after_layers(self, layers: list[LayerStep]) -> None:
         self._renormalize(layers)
         due = [layer for layer in layers if layer.steps % layer.group["swap_every"] == 0]
+        if due:
+            with self.phase(FIND):
+                self._new_vectors(due)
+
+    def _new_vectors(self, due: list[LayerStep]) -> None:
         over = [layer for layer in due if self._is_over(layer)]
         for layer in due:
             if not self._is_over(layer):
                 with layer.whole() as parts:
                     self._draw(layer, parts)
         if over:
-            world = _world_of(over[0])
-            for begin in range(0, len(over), world.size):
-                self._decompose(over[begin : begin + world.size], world)
+            processes = _processes_of(over[0])
+            for begin in range(0, len(over), processes.size):
+                self._decompose(over[begin : begin + processes.size], processes)
 
-    def _renormalize(self, layers: list[LayerWork]) -> None:
+    def _renormalize(self, layers: list[LayerStep]) -> None:
         columns = [layer.stepped[name].shard for layer in layers for name in ("U", "V")]
         squares = [shard.column_squares() for shard in columns]
-        sum_together_(list(zip(columns, squares, strict=True)))
+        all_reduce_shares_(list(zip(columns, squares, strict=True)))
         for shard, square in zip(columns, squares, strict=True):
             shard.divide_columns(square.sqrt_().clamp_(min=1e-12))
         for layer in layers:
             layer.stepped["sigma"].shard.parameter.clamp_(min=0)
 
-    def _decompose(self, layers: list[LayerWork], world: ProcessGroup) -> None:
+    def _decompose(self, layers: list[LayerStep], processes: ProcessGroup) -> None:
         """Layers decomposed, each by one process: none holds more of them whole than its own and one at a time."""
         found = [layer.whole_at(owner) for owner, layer in enumerate(layers)]
-        if world.rank < len(layers):
-            layers[world.rank].layer.refactor(found[world.rank])
+        if processes.index < len(layers):
+            layers[processes.index].layer.refactor(found[processes.index])
         for owner, layer in enumerate(layers):
-            with layer.whole_from(owner, found[owner], world) as parts:
+            with layer.whole_from(owner, found[owner], processes) as parts:
                 self._draw(layer, parts)
 
-    def _draw(self, layer: LayerWork, parts: Parts) -> None:
+    def _draw(self, layer: LayerStep, parts: Parts) -> None:
         """Other active vectors."""
         generator = generator_of(layer.group["seed"], "SST", layer.position, layer.steps)
         likely = layer.layer.probabilities(parts).cpu()
         order = layer.layer.swap(torch.multinomial(likely, layer.layer.rank, generator=generator), parts)
         self._restart(layer, order)
 
-    def _is_over(self, layer: LayerWork) -> bool:
+    def _is_over(self, layer: LayerStep) -> bool:
         return layer.steps % self._round(layer.layer, layer.group) == 0
 
-    def _restart(self, layer: LayerWork, order: Tensor) -> None:
+    def _restart(self, layer: LayerStep, order: Tensor) -> None:
         """Moments of vectors are nothing now; those of sigma follow their pairs, but for a new decomposition's."""
-        for name, (shard, _, state) in layer.stepped.items():
+        for name, item in layer.stepped.items():
+            shard, state = item.shard, item.state
             for key in MOMENTS:
                 if name != "sigma" or self._is_over(layer):
                     state[key].zero_()
                 else:
-                    state[key].copy_(shard.part_of(shard.whole_of(state[key])[order]))
+                    state[key].copy_(shard.part_of(shard.gather_whole(state[key])[order]))
 
 
-def _world_of(layer: LayerWork) -> ProcessGroup:
+def _processes_of(layer: LayerStep) -> ProcessGroup:
     """The processes that share what is found of a layer."""
     shard = layer.stepped["U"].shard
-    return shard.world if shard.split or layer.group["synchronize"] else ProcessGroup.alone()
+    return shard.processes if shard.split or layer.group["synchronize"] else ProcessGroup.alone()

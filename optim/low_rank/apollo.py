@@ -26,19 +26,23 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ...validation import is_whole, require
-from ..core.optimizer import Group, NewState, ShardedOptimizer, State
+from ...validation import Check, flag, is_whole, number, one_of, require
+from ..core.clock import steps_of
 from ..core.rules import adam
-from ..distributed import FullMatrix, Solving
-from ..distributed.projection import LowRankUpdate
+from ..core.types import Group, ParamStep, State
+from ..distributed import FullMatrix, PendingSolve, Update
+from ..state.spec import StateSpec, wide_dtype
 from .gaussian import following, gaussian_columns
 from .growth_limiter import limit_growth_
+from .optimizer import LowRankOptimizer
 from .singular import leading_singular_vectors
 
 PROJECTIONS = ("random", "svd")
@@ -46,7 +50,12 @@ SCALE_TYPES = ("channel", "tensor")
 GROWTH = 1.01
 
 
-class APOLLOAdamW(ShardedOptimizer):
+def _seed(key: str, value: Any) -> None:
+    fits = is_whole(value) and 0 <= value < 2**62
+    require(fits, f"{key} must be a whole number from 0 to 2**62", value)
+
+
+class APOLLOAdamW(LowRankOptimizer):
     """SGD-like memory with AdamW-like scaling (arXiv:2412.05270).
 
     APOLLO-Mini is ``rank=1, scale_type="tensor", scale=128``.
@@ -70,7 +79,14 @@ class APOLLOAdamW(ShardedOptimizer):
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
     """
 
-    host_state = ShardedOptimizer.host_state | {"seed"}
+    checks: ClassVar[Mapping[str, Check]] = {
+        "scale": number(">= 0"),
+        "proj": one_of(*PROJECTIONS),
+        "scale_type": one_of(*SCALE_TYPES),
+        "scale_front": flag(),
+        "disable_nl": flag(),
+        "seed": _seed,
+    }
 
     def __init__(
         self,
@@ -94,15 +110,6 @@ class APOLLOAdamW(ShardedOptimizer):
     ) -> None:
         super().__init__(params, locals())
 
-    def validate(self, group: Group) -> None:
-        require(group["scale"] >= 0, "scale must be a number >= 0", group["scale"])
-        for key, known in (("proj", PROJECTIONS), ("scale_type", SCALE_TYPES)):
-            require(group[key] in known, f"{key} must be one of {', '.join(known)}", group[key])
-        for key in ("scale_front", "disable_nl"):
-            require(isinstance(group[key], bool), f"{key} must be True or False", group[key])
-        seed = group["seed"]
-        require(is_whole(seed) and 0 <= seed < 2**62, "seed must be a whole number from 0 to 2**62", seed)
-
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -110,31 +117,28 @@ class APOLLOAdamW(ShardedOptimizer):
             told = "rank=1 with scale_type='channel' is known to train badly; APOLLO-Mini is scale_type='tensor'"
             warnings.warn(told, stacklevel=4)
 
-    def basis_state(self, shard: FullMatrix, group: Group) -> NewState:
-        W = shard.parameter
-        state = {"update_norm": torch.zeros((), dtype=torch.promote_types(W.dtype, torch.float32), device=W.device)}
+    def basis_specs(self, shard: FullMatrix, group: Group) -> list[StateSpec]:
+        norm = StateSpec("update_norm", (), wide_dtype(shard))
         if group["proj"] == "svd":
-            return state | super().basis_state(shard, group)
-        return state | {"seed": torch.tensor(group["seed"] + shard.position, dtype=torch.int64, device=shard.host)}
+            return [norm, *super().basis_specs(shard, group)]
+        return [norm, StateSpec("seed", (), torch.int64, on_host=True, fill=group["seed"] + shard.position)]
 
     def columns(self, shard: FullMatrix, group: Group, state: State) -> Tensor:
         if group["proj"] == "svd":
             return super().columns(shard, group, state)
-        return gaussian_columns(shard.frame, int(state["seed"].item()), shard.parameter.device)
+        return gaussian_columns(shard.side, int(state["seed"].item()), shard.device)
 
-    def refresh_is_due(self, group: Group, state: State) -> bool:
-        due = super().refresh_is_due(group, state)
-        if group["proj"] == "svd":
-            return due
-        if due and state["step"].item() > 0:
-            state["seed"].fill_(following(int(state["seed"].item())))
-        return False  # nothing to find: a seed is all there is
+    def refresh(self, due: list[ParamStep]) -> None:
+        super().refresh([item for item in due if item.group["proj"] == "svd"])
+        for item in due:
+            if item.group["proj"] == "random" and steps_of(item.state) > 0:  # a seed is all there is
+                item.state["seed"].fill_(following(int(item.state["seed"].item())))
 
-    def find_basis(self, shard: FullMatrix, group: Group, state: State) -> Tensor | Solving:
-        return shard.solving(shard.grad, partial(leading_singular_vectors, frame=shard.frame))
+    def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor | PendingSolve:
+        return shard.solve(G, partial(leading_singular_vectors, side=shard.side))
 
-    def direction(self, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor | LowRankUpdate, float]:
-        G, P = shard.grad, self.basis(shard, group, state)
+    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
+        P = self.basis(shard, group, state)
         R = P.project(G)
         N, correction = adam(R, state, group)
         if group["scale_type"] == "channel":

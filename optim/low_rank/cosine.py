@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..distributed.projection import ProjectionSide
+from ..distributed import ProjectionSide
 
 BLOCKS = 8  # a product of m x k is looked at in parts, so that it never stands whole in memory
 
@@ -28,9 +28,9 @@ def cosine_basis(k: int, device: torch.device) -> Tensor:
     return Q.float()
 
 
-def column_scores(A: Tensor, Q: Tensor, frame: ProjectionSide, p: int) -> Tensor:
+def column_scores(A: Tensor, Q: Tensor, side: ProjectionSide, p: int) -> Tensor:
     """sum |S|^p over each of the k lines of S = A Q (right) or Q^T A (left): what each column holds of A (m x n)."""
-    lines = A if frame.right else A.t()
+    lines = A if side.right else A.t()
     scores = torch.zeros(Q.shape[0], dtype=Q.dtype, device=Q.device)
     for part in torch.chunk(lines, BLOCKS):
         S = part @ Q

@@ -25,22 +25,33 @@ in groups and state. Error feedback in 8 or 4 bits has a minimum and a step for 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ...validation import is_whole, require
-from ..core.optimizer import Group, NewState, ShardedOptimizer, State
+from ...validation import Check, flag, is_whole, one_of, require
+from ..core.clock import steps_of
+from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
-from ..distributed import FullMatrix
-from ..distributed.projection import Basis, LowRankUpdate
-from ..state.packed_rows import pack_, packed_state, unpacked
+from ..core.types import Group, State
+from ..distributed import FullMatrix, FullShard, Update, has_subspace
+from ..state.packed_rows import pack_, packed_specs, unpacked
+from ..state.spec import ERRORS, INDICES, Placement, StateSpec
+from .basis import Basis
 from .cosine import best_columns, column_scores, cosine_basis, kept_places
+from .optimizer import LowRankOptimizer
 
 ERROR_BITS = {"fp32": 32, "8bit": 8, "4bit": 4}
 
 
-class DCTAdamW(ShardedOptimizer):
+def _norm(key: str, value: object) -> None:
+    require(is_whole(value) and value in (1, 2), f"{key} must be 1 or 2", value)
+
+
+class DCTAdamW(LowRankOptimizer):
     """AdamW in r columns of a cosine basis, chosen anew as often as at every step, without any SVD (arXiv:2505.17967).
 
     Groups without a ``rank`` get AdamW as torch has it.
@@ -64,6 +75,11 @@ class DCTAdamW(ShardedOptimizer):
     """
 
     rule = TORCH_ADAM
+    checks: ClassVar[Mapping[str, Check]] = {
+        "ell_norm": _norm,
+        "rotate_subspace": flag(),
+        "error_feedback": one_of(*ERROR_BITS, optional=True),
+    }
 
     def __init__(
         self,
@@ -83,38 +99,33 @@ class DCTAdamW(ShardedOptimizer):
     ) -> None:
         super().__init__(params, locals())
 
-    def validate(self, group: Group) -> None:
-        require(
-            is_whole(group["ell_norm"]) and group["ell_norm"] in (1, 2), "ell_norm must be 1 or 2", group["ell_norm"]
-        )
-        rotate = group["rotate_subspace"]
-        require(isinstance(rotate, bool), "rotate_subspace must be True or False", rotate)
-        feedback = group["error_feedback"]
-        known = feedback is None or feedback in ERROR_BITS
-        require(known, f"error_feedback must be one of {', '.join(ERROR_BITS)} or None", feedback)
+    def basis_specs(self, shard: FullMatrix, group: Group) -> list[StateSpec]:
+        side, feedback = shard.side, group["error_feedback"]
+        specs = [StateSpec("indices", (side.rank,), torch.int32, kind=INDICES)]
+        if feedback == "fp32":
+            specs.append(StateSpec("error", side.shape, torch.float32, Placement.LINES, side.line_axis, ERRORS))
+        elif feedback is not None:
+            bits = ERROR_BITS[feedback]
+            specs += packed_specs("error", side.lines, side.line_length, bits, Placement.LINES, ERRORS)
+        return specs
 
-    def basis_state(self, shard: FullMatrix, group: Group) -> NewState:
-        W = shard.parameter
-        state = {"indices": torch.arange(shard.frame.rank, dtype=torch.int32, device=W.device)}
-        if group["error_feedback"] == "fp32":
-            state["error"] = torch.zeros(shard.block_shape, dtype=torch.float32, device=W.device)
-        elif group["error_feedback"] is not None:
-            lines, width = shard.block_shape if shard.frame.right else reversed(shard.block_shape)
-            state |= packed_state("error", lines, width, ERROR_BITS[group["error_feedback"]], W.device)
-        return state
+    def initialize(self, shard: FullShard, group: Group, state: State) -> None:
+        if has_subspace(shard):
+            torch.arange(shard.side.rank, out=state["indices"])
 
-    def refresh_is_due(self, group: Group, state: State) -> bool:
-        return False  # columns are chosen in ``direction``, for the gradient and the error together
+    def is_due(self, group: Group, state: State) -> bool:
+        return False  # columns are chosen in ``low_rank_direction``, for the gradient and the error together
 
     def columns(self, shard: FullMatrix, group: Group, state: State) -> Tensor:
-        Q = cosine_basis(shard.frame.basis_shape[0], shard.parameter.device)
+        Q = cosine_basis(shard.side.basis_shape[0], shard.device)
         return Q.index_select(1, state["indices"])
 
-    def direction(self, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor | LowRankUpdate, float]:
-        A = self._with_error(shard, group, state)
-        t = int(state["step"].item())
+    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
+        A = self._with_error(G, shard, group, state)
+        t = steps_of(state)
         if t == 1 or t % group["update_proj_gap"] == 0:
-            self._choose_columns(A, shard, group, state)
+            with self.phase(FIND):
+                self._choose_columns(A, shard, group, state)
         P = self.basis(shard, group, state)
         R = P.project(A)
         self._keep_error(A, R, P, shard, group, state)
@@ -122,27 +133,27 @@ class DCTAdamW(ShardedOptimizer):
         return P.lift(N), correction
 
     def _choose_columns(self, A: Tensor, shard: FullMatrix, group: Group, state: State) -> None:
-        frame = shard.frame
-        k = frame.basis_shape[0]
-        scores = shard.sum_(column_scores(shard.own(A), cosine_basis(k, A.device), frame, group["ell_norm"]))
-        chosen = best_columns(scores, frame.rank)
+        side = shard.side
+        k = side.basis_shape[0]
+        scores = shard.all_reduce_(column_scores(shard.own(A), cosine_basis(k, A.device), side, group["ell_norm"]))
+        chosen = best_columns(scores, side.rank)
         if group["rotate_subspace"]:
             place, kept = kept_places(state["indices"], chosen, k)
-            axis = 1 if frame.right else 0
-            kept = kept if frame.right else kept.unsqueeze(1)
+            axis = 1 if side.right else 0
+            kept = kept if side.right else kept.unsqueeze(1)
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key].copy_(state[key].index_select(axis, place).mul_(kept))
         state["indices"].copy_(chosen)
 
-    def _with_error(self, shard: FullMatrix, group: Group, state: State) -> Tensor:
+    def _with_error(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor:
         """A (m x n, fp32). With fp32 feedback it is the error buffer itself."""
-        G, feedback = shard.grad, group["error_feedback"]
+        feedback = group["error_feedback"]
         if feedback is None:
             return G.float()
         if feedback == "fp32":
             return state["error"].add_(G)
-        right = shard.frame.right
-        shard.room.clear()
+        right = shard.side.right
+        shard.workspace.clear()
         E = unpacked("error", state, G.shape[1 if right else 0], ERROR_BITS[feedback])
         return (E if right else E.t()).add_(G)
 
@@ -152,4 +163,4 @@ class DCTAdamW(ShardedOptimizer):
             return
         (-1.0 * P.lift(R)).add_to_(A)
         if feedback != "fp32":
-            pack_("error", A if shard.frame.right else A.t(), ERROR_BITS[feedback], state)
+            pack_("error", A if shard.side.right else A.t(), ERROR_BITS[feedback], state)

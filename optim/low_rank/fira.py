@@ -23,21 +23,25 @@ is wrong at full rank; a vanishing norm is not stored as the one to grow from; t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ...validation import is_real, require
-from ..core.optimizer import Group, NewState, ShardedOptimizer, State
+from ...validation import Check, flag, number, one_of
 from ..core.rules import adam
-from ..distributed import FullMatrix, FullShard, has_subspace
-from ..distributed.projection import LowRankUpdate
+from ..core.types import Group, State
+from ..distributed import FullMatrix, Update
+from ..state.spec import StateSpec, wide_dtype
 from .growth_limiter import limit_growth_
+from .optimizer import LowRankOptimizer
 
 RESIDUALS = ("reference", "orthogonal")
 
 
-class FiraAdamW(ShardedOptimizer):
+class FiraAdamW(LowRankOptimizer):
     """GaLore's AdamW plus the rest of the gradient, scaled by norms and limited in growth (arXiv:2410.01623).
 
     The memory of ``GaLoreAdamW`` and one number more.
@@ -54,6 +58,12 @@ class FiraAdamW(ShardedOptimizer):
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
     """
+
+    checks: ClassVar[Mapping[str, Check]] = {
+        "growth": number(">= 1"),
+        "residual": one_of(*RESIDUALS),
+        "limit_after_bias_correction": flag(),
+    }
 
     def __init__(
         self,
@@ -76,22 +86,12 @@ class FiraAdamW(ShardedOptimizer):
     ) -> None:
         super().__init__(params, locals())
 
-    def validate(self, group: Group) -> None:
-        require(is_real(group["growth"]) and group["growth"] >= 1, "growth must be a number >= 1", group["growth"])
-        require(group["residual"] in RESIDUALS, f"residual must be one of {', '.join(RESIDUALS)}", group["residual"])
-        choice = group["limit_after_bias_correction"]
-        require(isinstance(choice, bool), "limit_after_bias_correction must be True or False", choice)
+    def basis_specs(self, shard: FullMatrix, group: Group) -> list[StateSpec]:
+        norm = StateSpec("residual_norm", (), wide_dtype(shard))  # one number: never worth rounding
+        return [*super().basis_specs(shard, group), norm]
 
-    def init_state(self, shard: FullShard, group: Group) -> NewState:
-        state = super().init_state(shard, group)
-        if has_subspace(shard):
-            W = shard.parameter
-            dtype = torch.promote_types(W.dtype, torch.float32)  # one number: never worth rounding
-            state["residual_norm"] = torch.zeros((), dtype=dtype, device=W.device)
-        return state
-
-    def direction(self, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor | LowRankUpdate, float]:
-        G, P = shard.grad, self.basis(shard, group, state)
+    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
+        P = self.basis(shard, group, state)
         R = P.project(G)
         N, correction = adam(R, state, group)
         f = P.line_norms(N) / (P.line_norms(R) + 1e-8)

@@ -30,17 +30,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..core.optimizer import Group, ShardedOptimizer, State
+from ..core.clock import steps_of
 from ..core.rules import ADAFACTOR, LION
-from ..distributed import FullMatrix, FullShard, has_subspace
-from ..distributed.projection import LowRankUpdate
+from ..core.types import Group, State
+from ..distributed import FullMatrix, FullShard, Update, has_subspace
+from .optimizer import LowRankOptimizer
 
 
-class GaLore(ShardedOptimizer):
+class GaLore(LowRankOptimizer):
     """The loop above with any rule; the classes below choose it."""
 
-    def direction(self, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor | LowRankUpdate, float]:
-        G, P = shard.grad, self.basis(shard, group, state)
+    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
+        P = self.basis(shard, group, state)
         R = P.project(G)
         N, correction = self.rule.direction(R, state, group)
         return group["scale"] * P.lift(N), correction
@@ -173,17 +174,17 @@ class GaLoreAdafactor(GaLore):
     ) -> None:
         super().__init__(params, locals())
 
-    def update(self, shard: FullShard, group: Group, state: State) -> None:
+    def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         lr = self._learning_rate(shard, group, state)
         P = self.basis(shard, group, state) if has_subspace(shard) else None
-        N, _ = self.rule.direction(P.project(shard.grad) if P else shard.grad, state, group, shard)
+        N, _ = self.rule.direction(P.project(G) if P else G, state, group, shard)
         N.mul_(lr)
         if group["beta1"] is not None:  # averages whole steps, their learning rates too
             N = state["exp_avg"].mul_(group["beta1"]).add_(N, alpha=1 - group["beta1"])
         shard.write(group["scale"] * P.lift(N) if P else N, 1.0, lr * group["weight_decay"], self.rule.decay_first)
 
     def _learning_rate(self, shard: FullShard, group: Group, state: State) -> float | Tensor:
-        t = state["step"].item()
+        t = steps_of(state)
         lr: float | Tensor = group["lr"]
         if group["relative_step"]:
             lr = min(1e-6 * t if group["warmup_init"] else 1e-2, 1 / math.sqrt(t))

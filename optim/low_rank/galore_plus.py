@@ -23,16 +23,20 @@ an old correction take a first step three times too large. Scores of the warm-up
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ...validation import is_real, is_whole, require
-from ..core.optimizer import Group, NewState, State
+from ...validation import Check, number, require, whole
+from ..core.clock import steps_of, with_age
 from ..core.rules import adam
-from ..distributed import FullMatrix, Solving
-from ..distributed.projection import LowRankUpdate, ProjectionSide
+from ..core.types import Group, State
+from ..distributed import FullMatrix, FullShard, PendingSolve, ProjectionSide, Update, has_subspace
+from ..state.spec import INDICES, MOMENTS, Placement, StateSpec, moment_dtype
 from .galore import GaLore
 from .singular import leading_singular_vectors, orthogonal_iteration, randomized_range
 from .sparse_residual import absorb_, first_support
@@ -63,6 +67,14 @@ class GaLorePlusAdamW(GaLore):
     """
 
     subspace_methods = ("randomized", *GaLore.subspace_methods)
+    checks: ClassVar[Mapping[str, Check]] = {
+        "num_heads": whole(1, optional=True),
+        "residual_fraction": number("in [0, 1]"),
+        "residual_warmup": whole(1),
+        "oversampling": whole(0),
+        "power_iterations": whole(1),
+        "seed": whole(0),
+    }
 
     def __init__(
         self,
@@ -88,69 +100,68 @@ class GaLorePlusAdamW(GaLore):
     ) -> None:
         super().__init__(params, locals())
 
-    def validate(self, group: Group) -> None:
-        heads = group["num_heads"]
-        require(
-            heads is None or (is_whole(heads) and heads >= 1), "num_heads must be a whole number >= 1 or None", heads
-        )
-        if heads is not None:
+    def check_group(self, group: Group) -> None:
+        super().check_group(group)
+        if group["num_heads"] is not None:
             proj_type = group["proj_type"]
             require(proj_type in ("std", "right"), "proj_type must be std or right where num_heads is set", proj_type)
-        fraction = group["residual_fraction"]
-        require(is_real(fraction) and 0 <= fraction <= 1, "residual_fraction must be a number in [0, 1]", fraction)
-        for key, least in (("residual_warmup", 1), ("oversampling", 0), ("power_iterations", 1), ("seed", 0)):
-            value = group[key]
-            require(is_whole(value) and value >= least, f"{key} must be a whole number >= {least}", value)
 
-    def _check_shape(self, shape: tuple[int, ...], group: Group) -> None:
-        super()._check_shape(shape, group)
+    def check_shape(self, shape: tuple[int, ...], group: Group) -> None:
+        super().check_shape(shape, group)
         heads = group["num_heads"]
         if heads is not None:
             require(shape[0] % heads == 0, f"num_heads must divide the rows of each matrix, here {shape[0]}", heads)
 
     # ---- the cross-head, randomized subspace --------------------------------------------------------------------
 
-    def frame(self, shape: tuple[int, int], group: Group) -> ProjectionSide:
+    def projection_side(self, shape: tuple[int, int], group: Group) -> ProjectionSide:
         if group["num_heads"] is None:
-            return super().frame(shape, group)
+            return super().projection_side(shape, group)
         m, n = shape
         return ProjectionSide(shape, min(group["rank"], m // group["num_heads"], n), right=True)
 
-    def find_basis(self, shard: FullMatrix, group: Group, state: State) -> Tensor | Solving:
-        G, frame, step = shard.grad, shard.frame, int(state["step"].item())
+    def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor | PendingSolve:
+        side, step = shard.side, steps_of(state)
         seed = _mixed(group["seed"], shard.position, step)
         rows = slice(None)
         part = shard.own(G)
         if group["num_heads"] is not None:
-            size = frame.shape[0] // group["num_heads"]
+            size = side.shape[0] // group["num_heads"]
             head = torch.randint(group["num_heads"], (), generator=torch.Generator().manual_seed(seed)).item()
             rows = slice(int(head) * size, int(head + 1) * size)
             part = shard.own_rows(G, rows.start, rows.stop)
         if group["subspace_method"] == "svd":
-            return shard.solving(G, lambda whole: leading_singular_vectors(whole[rows], frame))
-        previous = None if step == 0 else self.columns(shard, group, state)
+            return shard.solve(G, lambda whole: leading_singular_vectors(whole[rows], side))
+        previous = self.previous_columns(shard, group, state)
         if group["subspace_method"] == "iterate":
-            return orthogonal_iteration(part, frame, previous, shard.sum_)
+            return orthogonal_iteration(part, side, previous, shard.all_reduce_)
         width, times = group["oversampling"], group["power_iterations"]
-        return randomized_range(part, frame, previous, seed, width, times, shard.sum_)
+        return randomized_range(part, side, previous, seed, width, times, shard.all_reduce_)
 
     # ---- the sparse residual ------------------------------------------------------------------------------------
 
-    def basis_state(self, shard: FullMatrix, group: Group) -> NewState:
-        state = super().basis_state(shard, group)
+    def basis_specs(self, shard: FullMatrix, group: Group) -> list[StateSpec]:
+        specs = super().basis_specs(shard, group)
         if group["residual_fraction"] > 0:
-            device = shard.parameter.device
-            lines, entries = shard.block_shape if shard.frame.right else reversed(shard.block_shape)
-            q = math.ceil(group["residual_fraction"] * entries - 1e-9)  # 0.07 * 100 is a little more than 7
-            state["residual_places"] = first_support(lines, q, device)
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[f"residual_{key}"] = torch.zeros(lines, q, dtype=shard.state_dtype(group), device=device)
-        return state
+            q = math.ceil(group["residual_fraction"] * shard.side.line_length - 1e-9)  # 0.07 * 100 is more than 7
+            places = StateSpec("residual_places", (shard.side.lines, q), torch.int32, Placement.LINES, kind=INDICES)
+            moments = (
+                replace(places, name=f"residual_{key}", dtype=moment_dtype(shard, group), kind=MOMENTS)
+                for key in ("exp_avg", "exp_avg_sq")
+            )
+            specs += [places, *moments]
+        return specs
 
-    def direction(self, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor | LowRankUpdate, float]:
+    def initialize(self, shard: FullShard, group: Group, state: State) -> None:
+        super().initialize(shard, group, state)
+        if has_subspace(shard) and "residual_places" in state:
+            places = state["residual_places"]
+            places.copy_(first_support(places.shape[0], places.shape[1], places.device))
+
+    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
         if group["residual_fraction"] == 0:
-            return super().direction(shard, group, state)
-        G, P = shard.grad, self.basis(shard, group, state)
+            return super().low_rank_direction(G, shard, group, state)
+        P = self.basis(shard, group, state)
         R = P.project(G)
         N, correction = self.rule.direction(R, state, group)
         U = group["scale"] * P.lift(N)
@@ -167,25 +178,25 @@ class GaLorePlusAdamW(GaLore):
         """N_E (lines x q) and its bias correction, or None during the warm-up."""
         missed = _lines(missed, shard)
         support, scores = state["residual_places"], state["residual_exp_avg"]
-        age = int(state["step"].item()) - group["residual_warmup"]
+        age = steps_of(state) - group["residual_warmup"]
         if age <= 0:
             absorb_(support, scores, missed.abs_().to(scores.dtype))
             if age == 0:
                 support.copy_(support.sort(dim=1).values)
                 scores.zero_()
             return None
-        moments = {"step": torch.tensor(float(age)), "exp_avg": scores, "exp_avg_sq": state["residual_exp_avg_sq"]}
-        return adam(missed.gather(1, support.long()), moments, group)
+        moments = {"exp_avg": scores, "exp_avg_sq": state["residual_exp_avg_sq"]}
+        return adam(missed.gather(1, support.long()), with_age(moments, age), group)
 
 
 def _lines(dense: Tensor, shard: FullMatrix) -> Tensor:
     """A view with a line in each row: rows on the right, columns on the left."""
-    return dense if shard.frame.right else dense.t()
+    return dense if shard.side.right else dense.t()
 
 
 def _mixed(*numbers: int) -> int:
     """One seed from several, the same in every process."""
     seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number + 1) % 2**62
+    for value in numbers:
+        seed = (seed * 1_000_003 + value + 1) % 2**62
     return seed

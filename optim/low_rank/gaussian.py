@@ -7,21 +7,21 @@ import math
 import torch
 from torch import Tensor
 
-from ..distributed.projection import ProjectionSide
+from ..distributed import ProjectionSide
 
 _DRAWS = 15  # numbers a seed advances by
 
 
-def gaussian_columns(frame: ProjectionSide, seed: int, device: torch.device) -> Tensor:
+def gaussian_columns(side: ProjectionSide, seed: int, device: torch.device) -> Tensor:
     """side x r normal numbers of variance 1/r in fp32, so that E |P^T g|^2 = |g|^2. Not orthonormal.
 
     Drawn on ``device``, in the order of APOLLO's code; a GPU and a CPU draw different numbers from one seed.
     """
-    side, rank = frame.basis_shape
-    shape = (rank, side) if frame.right else (side, rank)
+    length, rank = side.basis_shape
+    shape = (rank, length) if side.right else (length, rank)
     generator = torch.Generator(device=device).manual_seed(seed)
     columns = torch.randn(shape, generator=generator, device=device, dtype=torch.float32).div_(math.sqrt(rank))
-    return columns.t() if frame.right else columns
+    return columns.t() if side.right else columns
 
 
 def following(seed: int) -> int:

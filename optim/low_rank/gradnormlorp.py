@@ -21,18 +21,22 @@ means something. The paper's LoRA variant is peft's DoRA with ``GaLoreAdamW`` on
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..core.optimizer import Group, NewState, ShardedOptimizer, State
-from ..core.rules import adam
-from ..distributed import FullMatrix, FullShard, Solving, has_subspace
+from ..core.rules import MOMENTS, adam
+from ..core.types import Group, State
+from ..distributed import FullMatrix, FullShard, PendingSolve, has_subspace
+from ..state.spec import Placement, StateSpec, wide_dtype
+from .optimizer import LowRankOptimizer
 
 SHORTEST = 1e-30  # a row of this length or less has no direction
 
 
-class GradNormLoRPAdamW(ShardedOptimizer):
+class GradNormLoRPAdamW(LowRankOptimizer):
     """AdamW on weight-normalised rows: lengths in full, directions in a low-rank subspace (arXiv:2412.19616).
 
     Groups without a ``rank`` get plain AdamW.
@@ -68,39 +72,32 @@ class GradNormLoRPAdamW(ShardedOptimizer):
     ) -> None:
         super().__init__(params, locals())
 
-    def init_state(self, shard: FullShard, group: Group) -> NewState:
-        state = super().init_state(shard, group)
+    def basis_specs(self, shard: FullMatrix, group: Group) -> list[StateSpec]:
+        placement = Placement.LINES if shard.side.right else Placement.REPLICATED
+        lengths = StateSpec("length", (shard.shape[0], 1), wide_dtype(shard), placement)
+        moments = (replace(lengths, name=f"length_{key}") for key in MOMENTS)
+        return [*super().basis_specs(shard, group), lengths, *moments]
+
+    def initialize(self, shard: FullShard, group: Group, state: State) -> None:
+        super().initialize(shard, group, state)
         if has_subspace(shard):
-            W = shard.weights
-            lengths = shard.row_norms(W.to(torch.promote_types(W.dtype, torch.float32)))
-            state["length"] = lengths
-            state |= {f"length_{key}": torch.zeros_like(lengths) for key in ("exp_avg", "exp_avg_sq")}
-        return state
+            state["length"].copy_(shard.row_norms(shard.gather_weights().to(wide_dtype(shard))))
 
-    def find_basis(self, shard: FullMatrix, group: Group, state: State) -> Tensor | Solving:
-        D, _ = self._gradients(shard, shard.weights, state)
-        previous = None if state["step"].item() == 0 else self.columns(shard, group, state)
-        return self.singular_vectors(D.to(shard.parameter.dtype), previous, shard, group)
+    def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor | PendingSolve:
+        D, _ = _gradients(G, shard.gather_weights(), shard, state)
+        return self.singular_vectors(D.to(shard.dtype), self.previous_columns(shard, group, state), shard, group)
 
-    def _gradients(self, shard: FullMatrix, W: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """D (m x n) and dg (m x 1), in fp32 at least."""
-        G, g = shard.grad, state["length"]
-        per_length = torch.where(g.abs() > SHORTEST, 1 / g, 0)
-        D = torch.mul(G, g)
-        dg = shard.row_sums(D.mul_(W)) * per_length.square()
-        return torch.mul(G, g, out=D).addcmul_(W, dg, value=-1), dg  # g (G - dg c), with g c = W
-
-    def update(self, shard: FullShard, group: Group, state: State) -> None:
+    def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         if not has_subspace(shard):
-            super().update(shard, group, state)
+            super().update(G, shard, group, state)
             return
         P = self.basis(shard, group, state)
-        W, g = shard.weights, state["length"]
-        D, dg = self._gradients(shard, W, state)
+        W, g = shard.gather_weights(), state["length"]
+        D, dg = _gradients(G, W, shard, state)
         R = P.project(D)
         del D  # before the next m x n
         N, correction = adam(R, state, group)
-        moments = {"step": state["step"]} | {key: state[f"length_{key}"] for key in ("exp_avg", "exp_avg_sq")}
+        moments = {"step": state["step"]} | {key: state[f"length_{key}"] for key in MOMENTS}
         N_g, _ = adam(dg, moments, group)
         s = group["lr"] * correction
         directed = g.abs() > SHORTEST
@@ -110,3 +107,12 @@ class GradNormLoRPAdamW(ShardedOptimizer):
         g.sub_(torch.where(directed, N_g, 0), alpha=s).mul_(1 - group["lr"] * group["weight_decay"])
         c.mul_(torch.where(directed, g / size, 0))
         shard.rewrite(c)
+
+
+def _gradients(G: Tensor, W: Tensor, shard: FullMatrix, state: State) -> tuple[Tensor, Tensor]:
+    """D (m x n) and dg (m x 1), in fp32 at least."""
+    g = state["length"]
+    per_length = torch.where(g.abs() > SHORTEST, 1 / g, 0)
+    D = torch.mul(G, g)
+    dg = shard.row_sums(D.mul_(W)) * per_length.square()
+    return torch.mul(G, g, out=D).addcmul_(W, dg, value=-1), dg  # g (G - dg c), with g c = W

@@ -26,21 +26,27 @@ is never formed; a square matrix is projected from the right, as everywhere here
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ...validation import is_real, require
-from ..core.optimizer import Group, NewState, ShardedOptimizer, State
+from ...validation import Check, flag, number
+from ..core.clock import steps_of
+from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
-from ..distributed import FullMatrix
-from ..distributed.projection import Basis, LowRankUpdate, first_columns
+from ..core.types import Group, State
+from ..distributed import FullMatrix, Update
+from ..state.spec import ERRORS, Placement, StateSpec, basis_spec, wide_dtype
+from .basis import Basis
+from .optimizer import LowRankOptimizer
 from .singular import leading_singular_vectors, orthonormalized
 
 
-class LDAdamW(ShardedOptimizer):
+class LDAdamW(LowRankOptimizer):
     """AdamW with low-dimensional moments, whose subspace follows the gradient at every step (arXiv:2410.16103).
 
     Groups without a ``rank`` get AdamW as torch has it.
@@ -60,6 +66,7 @@ class LDAdamW(ShardedOptimizer):
     """
 
     rule = TORCH_ADAM
+    checks: ClassVar[Mapping[str, Check]] = {"rho": number("in [0, 1]"), "error_feedback": flag()}
 
     def __init__(
         self,
@@ -78,35 +85,28 @@ class LDAdamW(ShardedOptimizer):
     ) -> None:
         super().__init__(params, locals())
 
-    def validate(self, group: Group) -> None:
-        require(is_real(group["rho"]) and 0 <= group["rho"] <= 1, "rho must be a number in [0, 1]", group["rho"])
-        feedback = group["error_feedback"]
-        require(isinstance(feedback, bool), "error_feedback must be True or False", feedback)
+    def basis_specs(self, shard: FullMatrix, group: Group) -> list[StateSpec]:
+        dtype = wide_dtype(shard)  # transported at every step: bf16 would drift
+        error = StateSpec("error", shard.side.shape, dtype, Placement.LINES, shard.side.line_axis, ERRORS)
+        return [basis_spec(shard, dtype), *([error] if group["error_feedback"] else [])]
 
-    def basis_state(self, shard: FullMatrix, group: Group) -> NewState:
-        W = shard.parameter
-        dtype = torch.promote_types(W.dtype, torch.float32)  # transported at every step: bf16 would drift
-        state = {"basis": shard.kept(first_columns(shard.frame, dtype, W.device))}
-        if group["error_feedback"]:
-            state["error"] = torch.zeros(shard.block_shape, dtype=dtype, device=W.device)
-        return state
+    def is_due(self, group: Group, state: State) -> bool:
+        return False  # the subspace moves in ``low_rank_direction``, for the gradient and the error together
 
-    def refresh_is_due(self, group: Group, state: State) -> bool:
-        return False  # the subspace moves in ``direction``, for the gradient and the error together
-
-    def direction(self, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor | LowRankUpdate, float]:
+    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
         previous = self.columns(shard, group, state).clone()
-        A = state["error"].add_(shard.grad) if group["error_feedback"] else shard.grad.to(previous.dtype)
-        if state["step"].item() == 1:
-            columns = shard.solving(A, partial(leading_singular_vectors, frame=shard.frame)).result()
-        else:
-            columns = _next_columns(A, previous, shard, group, state)
-        state["basis"].copy_(shard.kept(columns))
-        P = Basis(columns, shard.frame)
+        A = state["error"].add_(G) if group["error_feedback"] else G.to(previous.dtype)
+        with self.phase(FIND):
+            if steps_of(state) == 1:
+                columns = shard.solve(A, partial(leading_singular_vectors, side=shard.side)).result()
+            else:
+                columns = _next_columns(A, previous, shard, group, state)
+            state["basis"].copy_(shard.shard_rows(columns))
+        P = Basis(columns, shard.side)
         R = P.project(A)
         if group["error_feedback"]:
             (-1.0 * P.lift(R)).add_to_(A)
-        if state["step"].item() > 1:
+        if steps_of(state) > 1:
             _carry(_wide(A, shard) if group["error_feedback"] else None, previous, columns, shard, group, state)
         N, correction = self.rule.direction(R, state, group)
         return P.lift(N), correction
@@ -114,23 +114,23 @@ class LDAdamW(ShardedOptimizer):
 
 def _wide(dense: Tensor, shard: FullMatrix) -> Tensor:
     """A view with the projected side first: short x long, or r x long."""
-    return dense.t() if shard.frame.right else dense
+    return dense.t() if shard.side.right else dense
 
 
 def _next_columns(A: Tensor, P: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor:
     """qr(B B^T P) for B = rho P M^ + (1 - rho) A, with A short x long and P short x r, B never formed."""
     rho, (beta1, _) = group["rho"], group["betas"]
     A, M = (_wide(shard.own(X), shard) for X in (A, state["exp_avg"]))
-    M = M.to(P.dtype) / (1 - beta1 ** (state["step"].item() - 1))
+    M = M.to(P.dtype) / (1 - beta1 ** (steps_of(state) - 1))
     Y = (P.t() @ A).mul_(1 - rho).add_(M, alpha=rho)  # (B^T P)^T, r x long
     Z = (A @ Y.t()).mul_(1 - rho).addmm_(P, M @ Y.t(), alpha=rho)
-    return orthonormalized(shard.sum_(Z), P)
+    return orthonormalized(shard.all_reduce_(Z), P)
 
 
 def _carry(E: Tensor | None, previous: Tensor, P: Tensor, shard: FullMatrix, group: Group, state: State) -> None:
     """M and V (r x long) rotated into the new subspace; what M loses goes to E (short x long)."""
     beta1, beta2 = group["betas"]
-    t = state["step"].item() - 1
+    t = steps_of(state) - 1
     C = P.t() @ previous
     held = _wide(state["exp_avg"], shard), _wide(state["exp_avg_sq"], shard)
     M, V = (moment.to(P.dtype) for moment in held)

@@ -21,26 +21,33 @@ without a rank decay after the step, as matrices do; bitsandbytes has it before.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ...validation import is_real, is_whole, require
-from ..core.moments_8bit import EightBitMoments
-from ..core.optimizer import Group, NewState, ParamStep, State
-from ..core.rules import Rule, adam, adam_state, check_adam
-from ..distributed import FullMatrix
-from ..distributed.projection import first_columns
-from ..state.blockwise_8bit import require_bitsandbytes
-from ..state.packed_rows import BITS, packed, packed_state, unpacked
+from ...validation import Check, flag, is_whole, number, require, whole
+from ..core.clock import steps_of
+from ..core.rules import Rule, adam, adam_specs, check_adam
+from ..core.types import Group, ParamStep, State
+from ..distributed import FullMatrix, FullShard, has_subspace
+from ..state.blockwise_8bit import IN_8_BITS, require_bitsandbytes
+from ..state.packed_rows import BITS, packed, packed_specs, unpacked
+from ..state.spec import PROJECTORS, Placement, StateSpec
+from .basis import first_columns
 from .galore import GaLore
 
 PACKED = ("basis", "basis_scale", "basis_minimum")
 
 
-class GaLoreAdamW8bit(EightBitMoments, GaLore):
+def _bits(key: str, value: object) -> None:
+    require(is_whole(value) and value in BITS, f"{key} must be 4 or 8", value)
+
+
+class GaLoreAdamW8bit(GaLore):
     """GaLore's AdamW with 8-bit moments; as options, Q-GaLore's packed projector and lazy refreshes.
 
     A drop-in for ``galore_torch.GaLoreAdamW8bit``, whose defaults it has. Groups without a ``rank`` get 8-bit AdamW.
@@ -62,8 +69,16 @@ class GaLoreAdamW8bit(EightBitMoments, GaLore):
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
     """
 
-    rule = Rule(check_adam, adam_state, partial(adam, torch_eps=True))
-    host_state = GaLore.host_state | {"next_refresh", "refresh_gap", "overlaps"}
+    rule = Rule(check_adam, adam_specs, partial(adam, torch_eps=True))
+    moment_codec = IN_8_BITS
+    checks: ClassVar[Mapping[str, Check]] = {
+        "quant": flag(),
+        "quant_n_bit": _bits,
+        "quant_group_size": whole(2),
+        "cos_threshold": number("in [0, 1]", optional=True),
+        "gamma_proj": number(">= 1"),
+        "queue_size": whole(1),
+    }
 
     def __init__(
         self,
@@ -89,76 +104,83 @@ class GaLoreAdamW8bit(EightBitMoments, GaLore):
         require_bitsandbytes()
         super().__init__(params, locals())
 
-    def validate(self, group: Group) -> None:
-        require(isinstance(group["quant"], bool), "quant must be True or False", group["quant"])
-        bits, size = group["quant_n_bit"], group["quant_group_size"]
-        require(is_whole(bits) and bits in BITS, "quant_n_bit must be 4 or 8", bits)
-        require(is_whole(size) and size >= 2, "quant_group_size must be a whole number >= 2", size)
-        threshold, gamma = group["cos_threshold"], group["gamma_proj"]
-        within = threshold is None or (is_real(threshold) and 0 <= threshold <= 1)
-        require(within, "cos_threshold must be a number in [0, 1] or None", threshold)
-        require(is_real(gamma) and gamma >= 1, "gamma_proj must be a number >= 1", gamma)
-        queue = group["queue_size"]
-        require(is_whole(queue) and queue >= 1, "queue_size must be a whole number >= 1", queue)
-
     # ---- the packed projector -----------------------------------------------------------------------------------
 
-    def basis_state(self, shard: FullMatrix, group: Group) -> NewState:
-        state, device = super().basis_state(shard, group), shard.parameter.device
+    def basis_specs(self, shard: FullMatrix, group: Group) -> list[StateSpec]:
+        specs = super().basis_specs(shard, group)
         if group["quant"]:
-            size, bits = group["quant_group_size"], group["quant_n_bit"]
-            columns = first_columns(shard.frame, shard.parameter.dtype, device)
-            groups = -(-columns.numel() // size)
-            first = _in_groups(columns, size)
-            state = packed_state("basis", groups, size, bits, device) if first.is_meta else packed("basis", first, bits)
-            state = {key: shard.kept(value) for key, value in state.items()}
+            size, (length, rank) = group["quant_group_size"], shard.side.basis_shape
+            rows = -(-length * rank // size)
+            specs = packed_specs("basis", rows, size, group["quant_n_bit"], Placement.BASIS, PROJECTORS)
         if group["cos_threshold"] is not None:
-            state["overlap"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["next_refresh"] = torch.zeros((), dtype=torch.int64, device=shard.host)
-            state["refresh_gap"] = torch.full((), group["update_proj_gap"], dtype=torch.int64, device=shard.host)
-            state["overlaps"] = torch.full((group["queue_size"],), torch.nan, device=shard.host)
-        return state
+            gap, queue = group["update_proj_gap"], (group["queue_size"],)
+            specs += [
+                StateSpec("overlap", ()),
+                StateSpec("next_refresh", (), torch.int64, on_host=True),
+                StateSpec("refresh_gap", (), torch.int64, on_host=True, fill=gap),
+                StateSpec("overlaps", queue, on_host=True, fill=torch.nan),
+            ]
+        return specs
+
+    def initialize(self, shard: FullShard, group: Group, state: State) -> None:
+        if has_subspace(shard):
+            self._write_basis(first_columns(shard.side, shard.dtype, shard.device), None, shard, group, state)
 
     def columns(self, shard: FullMatrix, group: Group, state: State) -> Tensor:
         if not group["quant"]:
             return super().columns(shard, group, state)
-        side, rank = shard.frame.basis_shape
+        length, rank = shard.side.basis_shape
         size = group["quant_group_size"]
-        held = {key: shard.collected(state[key], -(-side * rank // size)) for key in PACKED}
+        held = {key: shard.all_gather_rows(state[key], -(-length * rank // size)) for key in PACKED}
         rows = unpacked("basis", held, size, group["quant_n_bit"])
-        return rows.flatten()[: side * rank].view(side, rank).to(shard.parameter.dtype)
+        return rows.flatten()[: length * rank].view(length, rank).to(shard.dtype)
 
     def store_basis(self, columns: Tensor, usable: Tensor, shard: FullMatrix, group: Group, state: State) -> None:
         if group["cos_threshold"] is not None:
             rotation = self.columns(shard, group, state).t().float() @ columns.float()  # r x r
-            state["overlap"].copy_(rotation.square().sum() / shard.frame.rank)
-        if not group["quant"]:
-            super().store_basis(columns, usable, shard, group, state)
-            return
-        fresh = packed("basis", _in_groups(columns, group["quant_group_size"]), group["quant_n_bit"])
+            state["overlap"].copy_(rotation.square().sum() / shard.side.rank)
+        self._write_basis(columns, usable, shard, group, state)
+
+    def _write_basis(
+        self, columns: Tensor, usable: Tensor | None, shard: FullMatrix, group: Group, state: State
+    ) -> None:
+        """Columns into ``state`` as it keeps them, where ``usable``, if that is a question."""
+        fresh = {"basis": columns}
+        if group["quant"]:
+            fresh = packed("basis", _in_groups(columns, group["quant_group_size"]), group["quant_n_bit"])
         for key, value in fresh.items():
-            state[key].copy_(torch.where(usable, shard.kept(value), state[key]))
+            own = shard.shard_rows(value)
+            state[key].copy_(own if usable is None else torch.where(usable, own, state[key]))
 
     # ---- the lazy clock -----------------------------------------------------------------------------------------
 
-    def refresh_is_due(self, group: Group, state: State) -> bool:
+    def is_due(self, group: Group, state: State) -> bool:
         if group["cos_threshold"] is None:
-            return super().refresh_is_due(group, state)
-        return bool(state["step"].item() >= state["next_refresh"].item())
+            return super().is_due(group, state)
+        return bool(steps_of(state) >= state["next_refresh"].item())
 
-    def refreshed(self, work: list[ParamStep]) -> None:
-        lazy = [(group, state) for _, group, state in work if group["cos_threshold"] is not None]
+    def after_step(self, work: list[ParamStep]) -> None:
+        super().after_step(work)
+        lazy = [item for item in work if item.usable is not None and item.group["cos_threshold"] is not None]
         if not lazy:
             return
-        told = torch.stack([state["overlap"].to(lazy[0][1]["overlap"].device) for _, state in lazy]).cpu()  # one read
-        for (group, state), overlap in zip(lazy, told, strict=True):
-            queue, gap = state["overlaps"], state["refresh_gap"]
-            if state["step"].item() > 0 and overlap.isfinite():
-                queue.copy_(torch.cat([queue[1:], overlap.view(1)]))
-            if queue.mean() >= group["cos_threshold"]:  # NaN, so false, until the queue is full
-                gap.copy_((gap * group["gamma_proj"]).long())
-                queue.fill_(torch.nan)
-            state["next_refresh"].copy_(state["step"].long() + gap)
+        device = lazy[0].state["overlap"].device
+        overlaps = torch.stack([item.state["overlap"].to(device) for item in lazy]).cpu()  # one read for all
+        for item, overlap in zip(lazy, overlaps, strict=True):
+            _set_next_refresh(overlap, item.group, item.state)
+
+
+def _set_next_refresh(overlap: Tensor, group: Group, state: State) -> None:
+    """T_l and the next refresh of a matrix that was refreshed in this step, whose ``overlap`` with its last subspace is
+    known now."""
+    queue, gap = state["overlaps"], state["refresh_gap"]
+    refreshed_at = steps_of(state) - 1
+    if refreshed_at > 0 and overlap.isfinite():
+        queue.copy_(torch.cat([queue[1:], overlap.view(1)]))
+    if queue.mean() >= group["cos_threshold"]:  # NaN, so false, until the queue is full
+        gap.copy_((gap * group["gamma_proj"]).long())
+        queue.fill_(torch.nan)
+    state["next_refresh"].copy_(refreshed_at + gap)
 
 
 def _in_groups(columns: Tensor, size: int) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..distributed.projection import ProjectionSide
+from ..distributed import ProjectionSide
 
 Total = Callable[[Tensor], Tensor]  # in place
 
@@ -16,7 +16,7 @@ SUBSPACE_METHODS = ("svd", "iterate")
 COLD_ITERATIONS = 8  # from a random start; afterwards one from the previous subspace holds the energy
 
 
-def leading_singular_vectors(gradient: Tensor, frame: ProjectionSide) -> Tensor:
+def leading_singular_vectors(gradient: Tensor, side: ProjectionSide) -> Tensor:
     """The r leading right (n x r) or left (m x r) singular vectors of an m x n gradient, in the gradient's dtype.
 
     One thin SVD in at least fp32, as GaLore's code does (Zhao et al. 2024, arXiv:2403.03507): the signs it
@@ -33,27 +33,27 @@ def leading_singular_vectors(gradient: Tensor, frame: ProjectionSide) -> Tensor:
             RuntimeWarning,
             stacklevel=2,
         )
-        columns = _by_gram_matrix(G, frame)
+        columns = _by_gram_matrix(G, side)
     else:
-        columns = Vh[: frame.rank].t() if frame.right else U[:, : frame.rank]
+        columns = Vh[: side.rank].t() if side.right else U[:, : side.rank]
     return torch.where(finite, columns, torch.nan).to(gradient.dtype)
 
 
-def _by_gram_matrix(G: Tensor, frame: ProjectionSide) -> Tensor:
+def _by_gram_matrix(G: Tensor, side: ProjectionSide) -> Tensor:
     """The same vectors up to sign, from the eigenvectors of G^T G or G G^T, whichever is small, in fp64."""
     G = G.double()
     m, n = G.shape
     short_is_right = m >= n
     _, eigenvectors = torch.linalg.eigh(G.t() @ G if short_is_right else G @ G.t())
-    short: Tensor = eigenvectors.flip(1)[:, : frame.rank]  # eigh sorts upwards
-    if frame.right == short_is_right:
+    short: Tensor = eigenvectors.flip(1)[:, : side.rank]  # eigh sorts upwards
+    if side.right == short_is_right:
         return short
     long: Tensor = torch.linalg.qr(G @ short if short_is_right else G.t() @ short)[0]
     return long
 
 
 def orthogonal_iteration(
-    gradient: Tensor, frame: ProjectionSide, previous: Tensor | None, total: Total = lambda part: part
+    gradient: Tensor, side: ProjectionSide, previous: Tensor | None, total: Total = lambda part: part
 ) -> Tensor:
     """About the r leading singular vectors of an m x n gradient, near those of ``previous``, in the gradient's dtype.
 
@@ -65,9 +65,9 @@ def orthogonal_iteration(
     ``gradient`` may be some lines of the matrix, each process's own: ``total`` then sums over processes.
     """
     G = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    Q = random_columns(frame.basis_shape, 0, G) if previous is None else previous.to(G.dtype)
+    Q = random_columns(side.basis_shape, 0, G) if previous is None else previous.to(G.dtype)
     for _ in range(COLD_ITERATIONS if previous is None else 1):
-        Z = total(G.t() @ (G @ Q) if frame.right else G @ (G.t() @ Q))
+        Z = total(G.t() @ (G @ Q) if side.right else G @ (G.t() @ Q))
         Q = orthonormalized(Z, Q)
     return Q.to(gradient.dtype)
 
@@ -102,7 +102,7 @@ def _cholesky(gram: Tensor) -> Tensor:
 
 def randomized_range(
     gradient: Tensor,
-    frame: ProjectionSide,
+    side: ProjectionSide,
     previous: Tensor | None,
     seed: int,
     oversampling: int = 8,
@@ -121,9 +121,9 @@ def randomized_range(
     ``previous``; one that is not finite gives NaN. ``total`` as for ``orthogonal_iteration``.
     """
     G = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    A = G.t() if frame.right else G
-    short, rank = frame.basis_shape
-    width = min(rank + oversampling, *frame.shape)
+    A = G.t() if side.right else G
+    short, rank = side.basis_shape
+    width = min(rank + oversampling, *side.shape)
     if previous is None:
         Q = random_columns((short, width), seed, A)
     else:

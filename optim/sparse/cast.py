@@ -18,25 +18,29 @@ averages squares of mu and not of G, the first steps are up to 1 / (1 - b1) time
 Sources: the abstract, and a reproduction of the paper. Choices of ours, where these are silent: b2 = 0.999 and eps;
 decay, decoupled, for those who want it; beyond step T, a stays 1.
 
-Between refreshes weights move on, and a mask cannot be found again: it is state, a bit an entry, and a byte an entry
-where it travels to another layout, for engines do not cut matrices between bytes of bits. lam is less than a rounding
-of bf16: keep W in fp32, as masters of engines are.
+Between refreshes weights move on, and a mask cannot be found again: it is state, a bit an entry. lam is less than a
+rounding of bf16: keep W in fp32, as masters of engines are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.optim.optimizer import ParamsT
 
 from ...layer_registry import parts_among
-from ...validation import is_real, is_whole, require
-from ..core.optimizer import Group, NewState, ParamStep, State
+from ...validation import Check, number, whole
+from ..core.clock import every, steps_of
+from ..core.optimizer import FIND
+from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard
+from ..state.spec import INDICES, Coordinates, Placement, StateSpec
+from .mask_state import Bits, packed_bits, unpacked_bits
 from .nm_optimizer import NMOptimizer
 
 PARTS = 8
@@ -63,6 +67,8 @@ class CastAdamS(NMOptimizer):
             group with an ``n`` cannot hold, or one that needs a mask and would have none.
     """
 
+    checks: ClassVar[Mapping[str, Check]] = {"lam": number(">= 0"), "mask_every": whole(1)}
+
     def __init__(
         self,
         params: ParamsT,
@@ -79,87 +85,61 @@ class CastAdamS(NMOptimizer):
     ) -> None:
         super().__init__(params, locals())
 
-    def validate(self, group: Group) -> None:
-        super().validate(group)
-        total, lam, every = group["total_steps"], group["lam"], group["mask_every"]
+    def check_group(self, group: Group) -> None:
+        super().check_group(group)
         if group["n"] is not None:
-            require(is_whole(total) and total >= 1, "total_steps must be a whole number >= 1", total)
-        require(is_real(lam) and lam >= 0, "lam must be a number >= 0", lam)
-        require(is_whole(every) and every >= 1, "mask_every must be a whole number >= 1", every)
+            whole(1)("total_steps", group["total_steps"])
 
-    def _check_parameters(self, group: Group) -> None:
-        super()._check_parameters(group)
+    def check_parameters(self, parameters: Sequence[Tensor], group: Group) -> None:
         if group["n"] is None:
-            entries = (entry[1] if isinstance(entry, tuple) else entry for entry in group["params"])
-            for part in parts_among(entries).values():
-                if type(part.layer).__name__ == "ScaledLinear" and part.name == "weight":
+            for part in parts_among(parameters).values():
+                if part.name == "weight" and getattr(part.layer, "needs_mask", False):
                     raise ValueError(
                         f"the weight of {part.layer} needs a mask, got n=None; put it into a group with an n "
                         "(gracile.optim.param_groups does)"
                     )
 
-    def init_state(self, shard: FullShard, group: Group) -> NewState:
-        state = super().init_state(shard, group)
+    def state_specs(self, shard: FullShard, group: Group) -> list[StateSpec]:
+        specs = super().state_specs(shard, group)
+        if group["n"] is not None:
+            mask = Coordinates(shard.shape, Placement.ELEMENTS).spec("mask", torch.uint8)
+            specs.append(replace(mask, kind=INDICES, codec=Bits()))
+        return specs
+
+    def needs_mask(self, item: ParamStep) -> bool:
+        return every(item.group["mask_every"], steps_of(item.state))
+
+    def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         if group["n"] is None:
-            return state
-        bits = -(-math.prod(shard.coordinates_shape) // 8)
-        return state | {"mask_bits": torch.zeros(bits, dtype=torch.uint8, device=shard.parameter.device)}
-
-    def spread_state(self, shard: FullShard, group: Group) -> NewState:
-        state = self.new_state(shard, group)
-        if group["n"] is None:
-            return state
-        device = state.pop("mask_bits").device
-        return state | {"mask": torch.zeros(shard.coordinates_shape, dtype=torch.uint8, device=device)}
-
-    def spread(self, shard: FullShard, group: Group, state: State) -> Mapping[str, Tensor]:
-        if "mask_bits" not in state:
-            return state
-        rest = {key: value for key, value in state.items() if key != "mask_bits"}
-        return rest | {"mask": _unpacked(state["mask_bits"], shard.coordinates_shape)}
-
-    def settled(self, shard: FullShard, group: Group, spread: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if "mask" not in spread:
-            return spread
-        rest = {key: value for key, value in spread.items() if key != "mask"}
-        return rest | {"mask_bits": _packed(spread["mask"])}
-
-    def asks_for_mask(self, work: ParamStep) -> bool:
-        return _is_due(int(work.state["step"].item()), work.group)
-
-    def update(self, shard: FullShard, group: Group, state: State) -> None:
-        if group["n"] is None:
-            super().update(shard, group, state)
+            super().update(G, shard, group, state)
             return
-        t = int(state["step"].item()) - 1
-        if _is_due(t, group):
-            state["mask_bits"].copy_(_packed(self.mask(shard, group)))
+        t = steps_of(state) - 1
+        if every(group["mask_every"], t):
+            state["mask_bits"].copy_(packed_bits(self.mask(shard, group)))
         beta1, beta2 = group["betas"]
         a = min(1.0, t / group["total_steps"])
         mu, v = state["exp_avg"], state["exp_avg_sq"]
-        mu.mul_(beta1).add_(shard.grad, alpha=1 - beta1)
+        mu.mul_(beta1).add_(G, alpha=1 - beta1)
         pulled = torch.sign(shard.parameter).to(mu.dtype).mul_(a * group["lam"]).add_(mu, alpha=1 - a)
-        P = _unpacked(state["mask_bits"], shard.coordinates_shape)
+        P = unpacked_bits(state["mask_bits"], shard.coordinates_shape)
         torch.where(P.view(torch.bool), mu, pulled, out=pulled)
         v.mul_(beta2).addcmul_(pulled, pulled, value=1 - beta2)
         N = _divided_(pulled, v, 1 - beta2 ** (t + 1), group["eps"])
         step_size = group["lr"] / (1 - beta1 ** (t + 1))
         shard.write(N, step_size, group["lr"] * group["weight_decay"], decay_first=True)
 
-    def settle(self, work: list[ParamStep]) -> None:
+    def after_step(self, work: list[ParamStep]) -> None:
         over = [item for item in work if item.group["n"] is not None and _is_over(item)]
-        self.complete_groups(over)
-        for shard, group, _ in over:
-            shard.parameter.mul_(self.mask(shard, group))
+        if not over:
+            return
+        with self.phase(FIND):
+            self.complete_groups(over)
+            for item in over:
+                item.shard.parameter.mul_(self.mask(item.shard, item.group))
 
 
-def _is_due(t: int, group: Group) -> bool:
-    """Whether masks are found anew in step ``t`` (from 0)."""
-    return t % int(group["mask_every"]) == 0
-
-
-def _is_over(work: ParamStep) -> bool:
-    return int(work.state["step"].item()) == int(work.group["total_steps"])
+def _is_over(item: ParamStep) -> bool:
+    return steps_of(item.state) == int(item.group["total_steps"])
 
 
 def _divided_(mu: Tensor, v: Tensor, correction: float, eps: float) -> Tensor:
@@ -167,19 +147,3 @@ def _divided_(mu: Tensor, v: Tensor, correction: float, eps: float) -> Tensor:
     for part, squares in zip(mu.chunk(PARTS), v.chunk(PARTS), strict=True):
         part.div_(squares.sqrt().div_(math.sqrt(correction)).add_(eps))
     return mu
-
-
-def _packed(mask: Tensor) -> Tensor:
-    """Eight entries of ones and zeros in a byte, the first in its lowest bit (flat, uint8)."""
-    entries = functional.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    return (entries << _places(mask)).sum(1, dtype=torch.uint8)
-
-
-def _unpacked(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The ones and zeros (uint8) of a mask of ``shape``."""
-    entries = (bits.unsqueeze(1) >> _places(bits)).bitwise_and_(1)
-    return entries.view(-1)[: math.prod(shape)].view(shape)
-
-
-def _places(like: Tensor) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=like.device)

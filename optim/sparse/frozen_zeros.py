@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..core.optimizer import Group, State
 from ..core.rules import MOMENTS, TORCH_ADAM
+from ..core.types import Group, State
 from ..distributed import FullShard
 
 PARTS = 2  # what a gradient in fp32, its penalty and a direction need beside each other stays below one matrix
@@ -28,7 +28,7 @@ def keep_only_(weights: Tensor, kept: Tensor) -> None:
 def adamw_(shard: FullShard, group: Group, state: State, gradient: Gradient | None = None, hold: bool = False) -> None:
     """One step of AdamW on ``gradient(W, G)``, G by default; with ``hold``, what is zero stays it."""
     moments = [state[name].view(-1).chunk(PARTS) for name in MOMENTS]
-    for W, G, *own in zip(shard.parameter.view(-1).chunk(PARTS), shard.grad.reshape(-1).chunk(PARTS), *moments,
+    for W, G, *own in zip(shard.parameter.view(-1).chunk(PARTS), shard.gradient.reshape(-1).chunk(PARTS), *moments,
                           strict=True):  # fmt: skip
         kept = W != 0 if hold else None
         part = {"step": state["step"], **dict(zip(MOMENTS, own, strict=True))}

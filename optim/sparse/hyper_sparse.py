@@ -22,17 +22,20 @@ penalty is added. ``train.art`` decides when to prune, as ART does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ...validation import is_real, is_whole, require
-from ..core.optimizer import Group, NewState, ParamStep, ShardedOptimizer, State
+from ...validation import Check, number, whole
+from ..core.clock import every, steps_of
+from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.rules import TORCH_ADAM
+from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard, UnsupportedLayout
-from ..distributed.projection import Workspace
+from ..state.spec import StateSpec
 from .frozen_zeros import adamw_
 from .prune_smallest import nth_smallest, prune_smallest_, sum_over, value_of
 from .top_k import AT_ONCE
@@ -65,7 +68,16 @@ class HyperSparseAdamW(ShardedOptimizer):
     """
 
     rule = TORCH_ADAM
-    host_state = frozenset({"step", "pruned"})
+    matrix_key = "sparsity"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "sparsity": number("in [0, 1)", optional=True),
+        "hs_lambda": number(">= 0"),
+        "hs_growth": number("> 0"),
+        "interval": whole(1),
+        "quantile_every": whole(1),
+        "warmup_steps": whole(0),
+        "prune_at": whole(1, optional=True),
+    }
 
     def __init__(
         self,
@@ -86,65 +98,47 @@ class HyperSparseAdamW(ShardedOptimizer):
     ) -> None:
         super().__init__(params, locals())
 
-    def validate(self, group: Group) -> None:
-        sparsity, at = group["sparsity"], group["prune_at"]
-        share = sparsity is None or (is_real(sparsity) and 0 <= sparsity < 1)
-        require(share, "sparsity must be a number in [0, 1) or None", sparsity)
-        strength, growth = group["hs_lambda"], group["hs_growth"]
-        require(is_real(strength) and strength >= 0, "hs_lambda must be a number >= 0", strength)
-        require(is_real(growth) and growth > 0, "hs_growth must be a number > 0", growth)
-        for key in ("interval", "quantile_every"):
-            require(is_whole(group[key]) and group[key] >= 1, f"{key} must be a whole number >= 1", group[key])
-        warmup = group["warmup_steps"]
-        require(is_whole(warmup) and warmup >= 0, "warmup_steps must be a whole number >= 0", warmup)
-        late = at is None or (is_whole(at) and at >= 1)
-        require(late, "prune_at must be a whole number >= 1 or None", at)
-
-    def init_state(self, shard: FullShard, group: Group) -> NewState:
-        state = super().init_state(shard, group)
+    def state_specs(self, shard: FullShard, group: Group) -> list[StateSpec]:
+        specs = super().state_specs(shard, group)
         if group["sparsity"] is None:
-            return state
-        device = shard.parameter.device
-        found = {key: torch.zeros((), dtype=torch.float32, device=device) for key in ("sharpness", "quotient")}
-        return state | found | {"pruned": torch.zeros((), dtype=torch.float32, device=shard.host)}
-
-    @classmethod
-    def on_paper(cls, parameter: Tensor, keys: Group) -> ShardedOptimizer:
-        return super().on_paper(parameter, keys if parameter.dim() == 2 else {**keys, "sparsity": None})
+            return specs
+        return [*specs, StateSpec("sharpness", ()), StateSpec("quotient", ()), StateSpec("pruned", (), on_host=True)]
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
-    def _refresh(self, work: list[ParamStep]) -> None:
-        """s and the quotient of the sums, for groups whose clock struck."""
+    def find(self, work: list[ParamStep]) -> None:
+        """s and the quotient of the sums, for groups that are due."""
         for group in self._squeezed(work):
-            since = self._clock(work, group) - group["warmup_steps"]
-            if since >= 0 and since % group["quantile_every"] == 0 and not self.is_pruned(group):
-                self._measure(group)
+            after = self._steps(work, group) - group["warmup_steps"]
+            if after >= 0 and every(group["quantile_every"], after) and not self.is_pruned(group):
+                with self.phase(FIND):
+                    self._measure(group)
 
-    def update(self, shard: FullShard, group: Group, state: State) -> None:
+    def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         if group["sparsity"] is None:
-            super().update(shard, group, state)
+            super().update(G, shard, group, state)
         elif (lam := self._strength(group, state)) == 0:
             adamw_(shard, group, state, hold=_was_pruned(state))
         else:
 
-            def penalised(W: Tensor, G: Tensor) -> Tensor:
-                return penalty_gradient(W, state["sharpness"], state["quotient"]).mul_(lam).add_(G)
+            def penalised(W: Tensor, own: Tensor) -> Tensor:
+                return penalty_gradient(W, state["sharpness"], state["quotient"]).mul_(lam).add_(own)
 
             adamw_(shard, group, state, penalised)
 
-    def settle(self, work: list[ParamStep]) -> None:
+    def after_step(self, work: list[ParamStep]) -> None:
         for group in self._squeezed(work):
-            states = [state for _, other, state in work if other is group]
-            late = group["prune_at"] is not None and self._clock(work, group) >= group["prune_at"]
+            states = [item.state for item in work if item.group is group]
+            late = group["prune_at"] is not None and self._steps(work, group) >= group["prune_at"]
             if late and not any(map(_was_pruned, states)):
-                self._prune(group)
+                with self.phase(FIND):
+                    self._prune(group)
 
     def _strength(self, group: Group, state: State) -> float:
-        since = int(state["step"].item()) - 1 - group["warmup_steps"]
-        if since < 0 or _was_pruned(state):
+        after = steps_of(state) - 1 - group["warmup_steps"]
+        if after < 0 or _was_pruned(state):
             return 0.0
-        return float(group["hs_lambda"] * group["hs_growth"] ** (since // group["interval"]))
+        return float(group["hs_lambda"] * group["hs_growth"] ** (after // group["interval"]))
 
     # ---- groups as one vector -----------------------------------------------------------------------------------
 
@@ -162,27 +156,26 @@ class HyperSparseAdamW(ShardedOptimizer):
         return any(_was_pruned(state) for _, state in self._held(group))
 
     def _squeezed(self, work: list[ParamStep]) -> list[Group]:
-        found = {group["group_number"]: group for _, group, _ in work if group["sparsity"] is not None}
+        found = {item.group["group_number"]: item.group for item in work if item.group["sparsity"] is not None}
         return list(found.values())
 
-    def _clock(self, work: list[ParamStep], group: Group) -> int:
+    def _steps(self, work: list[ParamStep], group: Group) -> int:
         """How often the group's matrices moved; those without gradients stay behind."""
-        return max(int(state["step"].item()) for _, other, state in work if other is group)
+        return max(steps_of(item.state) for item in work if item.group is group)
 
     def _held(self, group: Group) -> list[tuple[FullShard, State]]:
         held = []
         for other, tensors in self.stepped_parameters():
             if other is group:
-                held += [found for p in tensors if p.requires_grad for found in self.shards_of(p, group, Workspace())]
-        members = self._members[group["group_number"]].values()
-        trained = [member.position for member in members if member.parameter.requires_grad]
-        if sorted(member.position for member, _, _ in held) != trained:
+                held += [found for p in tensors if p.requires_grad for found in self.shards_of(p, group)]
+        trained = [ref.position for ref in self.registry.of_group(group) if ref.parameter.requires_grad]
+        if sorted(ref.position for ref, _, _ in held) != trained:
             raise UnsupportedLayout(
                 f"{type(self).__name__} ranks the {len(trained)} parameters of a group together, but {len(held)} of "
                 "them are stepped together; under ZeRO 3 raise sub_group_size"
             )
         held.sort(key=lambda found: found[0].position)  # ties go by this order
-        return [(shard, state) for _, shard, state in held if state]
+        return [(shard, state) for _, shard, state in held if "step" in state]
 
     def _measure(self, group: Group) -> None:
         held = self._held(group)

@@ -6,12 +6,12 @@ Functions of a group's keys together with those that a method has chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from ...validation import is_real, is_whole, require
+from ..core.clock import steps_of
+from ..core.types import State
 from .layer_budgets import BY_WEIGHT, DISTRIBUTIONS, budgets
 from .masks import DROPS, GROWS, Structure, Unstructured
 from .structured_masks import Blocks, ConstantFanIn
@@ -132,9 +132,9 @@ def counts_after(step: int | None, shapes: Sequence[tuple[int, ...]], keys: Keys
     return budgets(units, shapes, density_at(step, keys), keys["distribution"])
 
 
-def is_due(state: Mapping[str, Tensor], keys: Keys) -> bool:
+def is_due(state: State, keys: Keys) -> bool:
     """Whether a matrix's mask changes after the step that its counter has counted."""
-    step, begin, end = int(state["step"].item()), keys["t_begin"], keys["t_end"]
+    step, begin, end = steps_of(state), keys["t_begin"], keys["t_end"]
     if keys["initial_sparsity"] is not None and step == end:
         return True  # the last of the ramp
     moves = keys["drop_fraction"] > 0 or keys["initial_sparsity"] is not None

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import FullShard, sum_together_
+from ..core.clock import steps_of
+from ..distributed import FullShard, all_reduce_shares_
 from .top_k import AT_ONCE, LARGEST, Choice, keys_of, largest_of_each, random_keys
 
 Keys = Callable[[int, int], Tensor]  # of weights from one place to another
@@ -42,7 +43,7 @@ class Masked:
 
     @property
     def gradient(self) -> Tensor:
-        return self.shard.grad.reshape(-1)
+        return self.shard.gradient.reshape(-1)
 
     @property
     def indices(self) -> Tensor:
@@ -109,7 +110,7 @@ class Masked:
 
     @property
     def clock(self) -> int:
-        return int(self.state["step"].item())
+        return steps_of(self.state)
 
 
 class Change(NamedTuple):
@@ -159,14 +160,14 @@ class Structure:
 def weights_held(matrices: Sequence[Masked]) -> list[int]:
     """How many weights each mask has. Collective."""
     counted = [torch.tensor([len(m.indices)], dtype=torch.int64, device=m.weights.device) for m in matrices]
-    sum_together_([(matrix.shard, count) for matrix, count in zip(matrices, counted, strict=True)])
+    all_reduce_shares_([(matrix.shard, count) for matrix, count in zip(matrices, counted, strict=True)])
     return [int(count) for count in torch.cat(counted).tolist()]
 
 
 def nonzeros(matrices: Sequence[Masked]) -> list[int]:
     """How many weights of each are not zero. Collective."""
     counted = [matrix.weights.count_nonzero().view(1) for matrix in matrices]
-    sum_together_([(matrix.shard, count) for matrix, count in zip(matrices, counted, strict=True)])
+    all_reduce_shares_([(matrix.shard, count) for matrix, count in zip(matrices, counted, strict=True)])
     return [int(count) for count in torch.cat(counted).tolist()]
 
 

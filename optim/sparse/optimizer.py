@@ -30,15 +30,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..core.optimizer import Group, NewState, ParamStep, ShardedOptimizer, State
+from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.rules import MOMENTS, TORCH_ADAM
-from ..distributed import FullShard, ProcessGroup, UnsupportedLayout, full_shape, held_shard
+from ..core.types import Group, ParamStep, State
+from ..distributed import FullShard, ProcessGroup, UnsupportedLayout, all_reduce_shares_, full_shape, held_shard
+from ..state.spec import INDICES, Coordinates, Placement, StateSpec, moment_dtype
 from .gather_scatter import Places
 from .layer_budgets import BY_SHAPE, BY_WEIGHT, budgets_by_weight
 from .mask_schedule import (
@@ -52,9 +55,9 @@ from .mask_schedule import (
     is_due,
     with_defaults,
 )
+from .mask_state import Flattened, Indices, Packed
 from .masks import Change, Masked, Structure, nonzeros, weights_held
 
-PACKED = ("indices", *MOMENTS)  # state that is as long as the mask
 INT32 = 2**31 - 1
 
 
@@ -67,12 +70,14 @@ class SparseOptimizer(ShardedOptimizer):
     """
 
     rule = TORCH_ADAM
+    matrix_key = "sparsity"
     fixed: ClassVar[Mapping[str, Any]] = {}
     _is_built = False
     _in_masks: frozenset[int] = frozenset()  # by position, matrices whose weights keep to their masks: not loaded since
 
     def __init__(self, params: ParamsT, arguments: Group) -> None:
         self._by_weight: dict[int, int] = {}  # weights left to a matrix, by position, until it has a mask
+        self._drawn: dict[int, tuple[int, Tensor]] = {}  # first masks by position, and where they begin, until taken
         super().__init__(params, arguments)
         for group in self.param_groups:
             self._mask_weights(group)
@@ -87,31 +92,35 @@ class SparseOptimizer(ShardedOptimizer):
     def structure(self, group: Group) -> Structure:
         return STRUCTURES[{**self.fixed, **group}["structure"]]
 
-    def validate(self, group: Group) -> None:
+    def is_for_matrices(self, group: Group) -> bool:
+        return density_of(group) is not None
+
+    @classmethod
+    def is_matrix(cls, shape: tuple[int, ...]) -> bool:
+        return len(shape) >= 2
+
+    def check_group(self, group: Group) -> None:
         if any(keys[key] is not None for keys in (group, self.defaults) for key in ("sparsity", "density")):
             check_masks({**self.fixed, **group})
 
-    def _check_parameters(self, group: Group) -> None:
-        super()._check_parameters(group)
+    def check_shape(self, shape: tuple[int, ...], group: Group) -> None:
         density = density_of(group)
-        if density is None:
+        if density is not None and len(shape) < 2:
+            raise ValueError(
+                f"sparsity={1 - density:g} needs matrices, got a parameter of shape {shape}; put it into a "
+                "group without a sparsity (gracile.optim.param_groups does)"
+            )
+        if math.prod(shape) > INT32:
+            raise ValueError(f"places are 32-bit numbers; a parameter of shape {shape} has more than 2^31 - 1 of them")
+        self.structure(group).check_shape(as_matrix(shape), self.settings(group))
+
+    def check_parameters(self, parameters: Sequence[Tensor], group: Group) -> None:
+        if not self.is_for_matrices(group):
             return
-        entries = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
-        parameters = [p for p in entries if isinstance(p, Tensor)]  # what is not a tensor is torch's to refuse
         shapes = [full_shape(p) for p in parameters]
         for p, shape in zip(parameters, shapes, strict=True):
-            if len(shape) < 2:
-                raise ValueError(
-                    f"sparsity={1 - density:g} needs matrices, got a parameter of shape {shape}; put it into a "
-                    "group without a sparsity (gracile.optim.param_groups does)"
-                )
             if not p.is_contiguous():
                 raise ValueError(f"a parameter of shape {shape} is not contiguous; a mask counts its places in memory")
-            if math.prod(shape) > INT32:
-                raise ValueError(
-                    f"places are 32-bit numbers; a parameter of shape {shape} has more than 2^31 - 1 of them"
-                )
-            self.structure(group).check_shape(as_matrix(shape), self.settings(group))
         if self.settings(group)["distribution"] in BY_SHAPE:
             for shape, units in zip(shapes, counts_after(None, shapes, self.settings(group)), strict=True):
                 self.structure(group).check_budget(units, as_matrix(shape))
@@ -126,42 +135,39 @@ class SparseOptimizer(ShardedOptimizer):
     def counts_at(self, group: Group, step: int | None) -> dict[int, int]:
         """How many units of each of a group's matrices stay, by position among all parameters, also of those that are
         frozen now: to freeze one leaves the others what they have. Of ``BY_SHAPE``."""
-        members = list(self._members[group["group_number"]].values())
-        counts = counts_after(step, [member.shape for member in members], self.settings(group))
-        return {member.position: count for member, count in zip(members, counts, strict=True)}
+        refs = self.registry.of_group(group)
+        counts = counts_after(step, [ref.shape for ref in refs], self.settings(group))
+        return {ref.position: count for ref, count in zip(refs, counts, strict=True)}
 
     # ---- state --------------------------------------------------------------------------------------------------
 
-    def init_state(self, shard: FullShard, group: Group) -> NewState:
-        """Empty masks: all matrices of a step are given theirs together. On the meta device, as many as will be."""
-        if density_of(group) is None:
-            return super().init_state(shard, group)
-        count = self._planned_count(shard, group) if shard.host == "meta" else 0
-        device, dtype = shard.parameter.device, shard.state_dtype(group)
-        state = {"indices": torch.zeros(count, dtype=torch.int32, device=device)}
-        state |= self.rule.state((count,), dtype, device, group)
+    def state_specs(self, shard: FullShard, group: Group) -> list[StateSpec]:
+        """Empty masks: all matrices of a step are given theirs together. In a plan, as many weights as will be."""
+        if not self.is_for_matrices(group):
+            return super().state_specs(shard, group)
+        planned, dtype = self._planned_weights(shard, group), moment_dtype(shard, group)
+        by_element = Coordinates(shard.shape, Placement.ELEMENTS)
+        mask = replace(by_element.spec("mask", torch.uint8), kind=INDICES, codec=Indices(planned))
+        moments = [spec.stored_by(Packed(planned)) for spec in self.rule.specs(by_element, dtype, group)]
+        specs = [mask, *moments]
         if self.settings(group)["grow"] == "momentum":
-            state["momentum"] = torch.zeros(shard.parameter.numel(), dtype=dtype, device=device)
-        return state
+            specs.append(by_element.spec("momentum", dtype).stored_by(Flattened()))
+        return specs
 
-    def _planned_count(self, shard: FullShard, group: Group) -> int:
-        """How many weights of a mask this process will hold: of a part of a matrix, its share of them."""
-        keys, elements = self.settings(group), math.prod(shard.shape)
-        units = round(density_at(0, keys) * self.structure(group).units(as_matrix(shard.shape), keys))
+    def _planned_weights(self, shard: FullShard, group: Group) -> int:
+        """How many weights the first mask of a matrix has."""
+        keys = self.settings(group)
+        structure = self.structure(group)
+        units = round(density_at(0, keys) * structure.units(as_matrix(shard.shape), keys))
         if keys["distribution"] in BY_SHAPE:
             units = self.counts_at(group, 0).get(shard.position, units)
         if keys["structure"] == "constant_fan_in":
             units -= units % shard.shape[0]
-        return round(self.structure(group).weights(units, keys) * shard.parameter.numel() / max(1, elements))
+        return structure.weights(units, keys)
 
-    def expected_state(self, parameter: Tensor, group: Group, saved: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
-        expected = super().expected_state(parameter, group, saved)
-        held = saved.get("indices")
-        if expected is None or "indices" not in expected or not isinstance(held, Tensor) or held.dim() != 1:
-            return expected
-        if len(held) and not 0 <= int(held.min()) <= int(held.max()) < parameter.numel():
-            raise ValueError(f"the saved mask has places outside of a parameter of shape {tuple(parameter.shape)}")
-        return {key: value.new_empty(len(held)) if key in PACKED else value for key, value in expected.items()}
+    def from_portable(self, shard: FullShard, group: Group, portable: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self._in_masks = frozenset()
+        return super().from_portable(shard, group, portable)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -171,47 +177,15 @@ class SparseOptimizer(ShardedOptimizer):
         super().__setstate__(state)
         self._is_built = True  # of what is unpickled, torch keeps groups, state and defaults alone
         if not hasattr(self, "_by_weight"):
-            self._by_weight = {}
-
-    def spread_state(self, shard: FullShard, group: Group) -> NewState:
-        if density_of(group) is None:
-            return super().spread_state(shard, group)
-        shape, device = tuple(shard.parameter.shape), shard.parameter.device
-        by_place = (*MOMENTS, "momentum") if self.settings(group)["grow"] == "momentum" else MOMENTS
-        state = {"step": torch.zeros((), dtype=torch.float32, device=shard.host)}
-        state |= {"mask": torch.zeros(shape, dtype=torch.uint8, device=device)}
-        return state | {key: torch.zeros(shape, dtype=shard.state_dtype(group), device=device) for key in by_place}
-
-    def spread(self, shard: FullShard, group: Group, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Moments as a dense tensor has them, and a mask of ones and zeros: where weights lie changes with the layout,
-        and how many a process has."""
-        if "indices" not in state:
-            return state
-        shape, at = tuple(shard.parameter.shape), state["indices"].long()
-        size, rest = math.prod(shape), {k: v for k, v in state.items() if k not in PACKED}
-        found = {"mask": torch.zeros(size, dtype=torch.uint8, device=at.device).index_fill_(0, at, 1).view(shape)}
-        for key in MOMENTS:
-            found[key] = state[key].new_zeros(size).index_copy_(0, at, state[key]).view(shape)
-        if "momentum" in rest:
-            rest["momentum"] = rest["momentum"].view(shape)
-        return rest | found
-
-    def settled(self, shard: FullShard, group: Group, spread: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if "mask" not in spread:
-            return spread
-        self._in_masks = frozenset()
-        at = spread["mask"].reshape(-1).nonzero().view(-1)
-        moments = {key: spread[key].reshape(-1)[at] for key in MOMENTS}
-        rest = {k: v.reshape(-1) if k == "momentum" else v for k, v in spread.items() if k != "mask"}
-        return rest | moments | {"indices": at.int()}
+            self._by_weight, self._drawn = {}, {}
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
-    def update(self, shard: FullShard, group: Group, state: State) -> None:
-        if density_of(group) is None:
-            super().update(shard, group, state)
+    def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
+        if not self.is_for_matrices(group):
+            super().update(G, shard, group, state)
             return
-        W, G, M = shard.parameter.view(-1), shard.grad.reshape(-1), Places(shard, group, state["indices"])
+        W, G, M = shard.parameter.view(-1), G.reshape(-1), Places(shard, group, state["indices"])
         if "momentum" in state:
             state["momentum"].lerp_(G.to(state["momentum"].dtype), 1 - group["betas"][0])
         N, correction = self.rule.direction(M.of(G), state, group)
@@ -219,28 +193,35 @@ class SparseOptimizer(ShardedOptimizer):
             W.mul_(1 - group["lr"] * group["weight_decay"])  # of all places: faster than of some, and zeros stay
         M.add_(W, N, -group["lr"] * correction)
 
-    def _refresh(self, work: list[ParamStep]) -> None:
+    def find(self, work: list[ParamStep]) -> None:
         """First masks, for matrices that have none; weights outside of masks are zero from here on."""
         loose = list(self._masked([item for item in work if item.shard.position not in self._in_masks]))
-        self._begin([matrix for matrix in loose if matrix.clock == 0])
-        for matrix in loose:
-            _keep_to_mask(matrix)
-        if loose:
-            self._in_masks |= {matrix.shard.position for matrix in loose}
+        if not loose:
+            return
+        with self.phase(FIND):
+            self._begin(self._without_drawn([matrix for matrix in loose if matrix.clock == 0]))
+            for matrix in loose:
+                _keep_to_mask(matrix)
+        self._in_masks |= {matrix.shard.position for matrix in loose}
 
     def _masked(self, work: Sequence[ParamStep]) -> Iterator[Masked]:
-        for shard, group, state in work:
-            if density_of(group) is not None:
-                yield Masked(shard, self.settings(group), state)
+        for item in work:
+            if self.is_for_matrices(item.group):
+                yield Masked(item.shard, self.settings(item.group), item.state)
 
-    def settle(self, work: list[ParamStep]) -> None:
+    def after_step(self, work: list[ParamStep]) -> None:
         """Masks change, of all matrices together that are due."""
         due = [
             item
             for item in work
-            if density_of(item.group) is not None and is_due(item.state, {**self.fixed, **item.group})
+            if self.is_for_matrices(item.group) and is_due(item.state, {**self.fixed, **item.group})
         ]
-        for lot in _alike(list(self._masked(due))):
+        if due:
+            with self.phase(FIND):
+                self._change(list(self._masked(due)))
+
+    def _change(self, matrices: list[Masked]) -> None:
+        for lot in _alike(matrices):
             structure = STRUCTURES[lot[0].group["structure"]]
             held = weights_held(lot)
             budgeted = self._budgets(lot, held)
@@ -278,21 +259,37 @@ class SparseOptimizer(ShardedOptimizer):
                 lot, structure.begin(lot, budgeted, held), budgeted, held, strict=True
             ):
                 own = structure.weights(count, matrix.group)
-                matrix.state["indices"] = indices
-                for key in MOMENTS:
-                    if key in matrix.state:
-                        matrix.state[key] = matrix.state[key].new_zeros(len(indices))
+                _give(matrix, indices)
                 if matrix.group["rescale_init"] and weights > own > 0:
                     matrix.weights.mul_(math.sqrt(math.prod(matrix.shape) / own))
+
+    def _without_drawn(self, matrices: list[Masked]) -> list[Masked]:
+        """Those that do not have the masks drawn when the optimizer was built: an engine or a loader may have replaced
+        their weights since, which shows in weights outside of the mask that are not zero. Collective."""
+        fits, left = [], []
+        for matrix in matrices:
+            begin, drawn = self._drawn.pop(matrix.shard.position, (0, None))
+            indices = None if drawn is None else _part_of(drawn, begin, matrix)
+            outside = matrix.weights.count_nonzero()
+            if indices is not None:
+                outside = outside - matrix.weights[indices.long()].count_nonzero()
+            fits.append((matrix, indices, torch.stack([outside, torch.full_like(outside, int(indices is None))])))
+        all_reduce_shares_([(matrix.shard, misfits) for matrix, _, misfits in fits])
+        for (matrix, indices, _), misfits in zip(fits, _as_lists([misfits for *_, misfits in fits]), strict=True):
+            if any(misfits) or indices is None:
+                left.append(matrix)
+            else:
+                _give(matrix, indices)
+        return left
 
     @torch.no_grad()
     def _mask_weights(self, group: Group) -> None:
         """Weights outside of first masks are zero before the first forward pass. Collective where weights are split, or
         decide how many of each matrix stay."""
-        members = [m for m in self._members[group["group_number"]].values() if m.parameter.requires_grad]
-        if density_of(group) is None or not members or members[0].parameter.is_meta:
+        refs = [ref for ref in self.registry.of_group(group) if ref.parameter.requires_grad]
+        if not self.is_for_matrices(group) or not refs or refs[0].parameter.is_meta:
             return
-        shards = [held_shard(member.parameter, member.position) for member in members]
+        shards = [held_shard(ref.parameter, ref.position) for ref in refs]
         keys = self.settings(group)
         if keys["distribution"] in BY_WEIGHT:
             if any(shard.split for shard in shards):
@@ -303,13 +300,14 @@ class SparseOptimizer(ShardedOptimizer):
             density = density_at(0, keys)
             counts = budgets_by_weight([shard.parameter for shard in shards], density, keys["distribution"])
             # replicas may have weights of their own until an engine gives all of them those of process 0
-            device = shards[0].parameter.device
-            counts = ProcessGroup.of_replicas(device).send_from(torch.tensor(counts, device=device), 0).tolist()
+            device = shards[0].device
+            counts = ProcessGroup.of_replicas(device).broadcast_(torch.tensor(counts, device=device), 0).tolist()
             self._by_weight |= {shard.position: count for shard, count in zip(shards, counts, strict=True)}
         matrices = [Masked(shard, keys, {"step": torch.zeros((), device="cpu")}) for shard in shards]
         self._begin(matrices)
         for matrix in matrices:
             _keep_to_mask(matrix)
+            self._drawn[matrix.shard.position] = matrix.begin, matrix.indices
 
 
 def _alike(matrices: Sequence[Masked]) -> list[list[Masked]]:
@@ -319,6 +317,29 @@ def _alike(matrices: Sequence[Masked]) -> list[list[Masked]]:
         kind = matrix.group["structure"], matrix.key_dtype, matrix.weights.device
         lots.setdefault(kind, []).append(matrix)
     return list(lots.values())
+
+
+def _give(matrix: Masked, indices: Tensor) -> None:
+    """A first mask, and moments for its weights."""
+    matrix.state["indices"] = indices
+    for key in MOMENTS:
+        if key in matrix.state:
+            matrix.state[key] = matrix.state[key].new_zeros(len(indices))
+
+
+def _part_of(drawn: Tensor, begin: int, matrix: Masked) -> Tensor | None:
+    """Of a mask drawn for the places of a matrix from ``begin`` on, those of this process's part now. None where it was
+    drawn for a part that this one is not in: engines only cut further what they have."""
+    if begin > matrix.begin or (begin and begin != matrix.begin):
+        return None
+    bounds = torch.tensor([matrix.begin - begin, matrix.begin - begin + matrix.size], device=drawn.device)
+    first, last = torch.searchsorted(drawn, bounds.to(drawn.dtype)).tolist()
+    return (drawn[first:last] - (matrix.begin - begin)).to(matrix.weights.device)
+
+
+def _as_lists(rows: list[Tensor]) -> list[list[int]]:
+    counted: list[list[int]] = torch.stack(rows).tolist() if rows else []  # one stop of the device for all
+    return counted
 
 
 def _keep_to_mask(matrix: Masked) -> None:
@@ -350,76 +371,3 @@ def _places_in(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(new, dtype=torch.int64), torch.zeros_like(new, dtype=torch.bool)
     place = torch.searchsorted(old, new).clamp_(max=len(old) - 1)
     return place, old[place] == new
-
-
-class SparseAdamW(SparseOptimizer):
-    """AdamW on a part of each matrix's weights, by any combination of the published choices.
-
-    Groups with a ``sparsity`` (or ``density``) hold matrices and are masked, others get plain AdamW;
-    ``gracile.optim.param_groups(model, sparsity=0.9)`` makes them. Masks are drawn, and weights outside of them set to
-    zero, when the optimizer is built, also of a model that is split already; a matrix that is as sparse as it should be
-    keeps its mask.
-
-    Args:
-        params: parameters, named parameters or groups, as for ``torch.optim.AdamW``.
-        lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
-        sparsity: the share of a group's weights that is zero; None for plain AdamW.
-        density: 1 - sparsity, in its place.
-        drop: which weights go: the smallest ``magnitude``; the smallest ``gradient_magnitude``, |w| + drop_lambda |g|
-            (MEST: Yuan et al. 2021, arXiv:2110.14032); or ``random``.
-        grow: which come: the largest ``gradient`` (RigL); the largest ``momentum`` of all gradients (SNFS: Dettmers &
-            Zettlemoyer 2019, arXiv:1907.04840), which costs a dense moment; or ``random`` (SET).
-        distribution: of the weights over a group's matrices: ``uniform``, ``er``, ``erk``, ``lamp``, ``global``.
-        schedule: how ``drop_fraction`` falls to ``t_end``: ``cosine``, ``cubic`` or ``constant``.
-        structure: ``unstructured``, ``constant_fan_in`` or ``block``.
-        update_every: steps between changes of the masks.
-        drop_fraction: the share of a mask that changes, at first; 0 keeps the first masks.
-        t_begin, t_end: steps between which masks change. RigL's t_end is three quarters of the run. None, without an
-            end, goes with ``schedule="constant"``.
-        initial_sparsity: where given, sparsity rises from it to ``sparsity`` at ``t_end`` by a cubic.
-        init: first masks are ``random``, or of the largest ``magnitude``; None: random but for lamp and global.
-        rescale_init: multiply weights that are masked for the first time by 1 / sqrt(density), as fan-in asks.
-        reinit_when_same: a weight that is dropped and grown in one update starts from zero, and does not stay.
-        drop_lambda: weight of gradients in ``gradient_magnitude``.
-        gamma_sal: of ``constant_fan_in``, the share of salient weights below which a row is ablated (0.3).
-        block_size: of ``block`` (64).
-        seed: of what is drawn.
-        state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
-
-    State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
-
-    Raises:
-        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
-        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        sparsity: float | None = None,
-        density: float | None = None,
-        drop: str = "magnitude",
-        grow: str = "gradient",
-        distribution: str = "uniform",
-        schedule: str = "cosine",
-        structure: str = "unstructured",
-        update_every: int = 100,
-        drop_fraction: float = 0.3,
-        t_begin: int = 0,
-        t_end: int | None = None,
-        initial_sparsity: float | None = None,
-        init: str | None = None,
-        rescale_init: bool = False,
-        reinit_when_same: bool = False,
-        drop_lambda: float = 1e-3,
-        gamma_sal: float | None = None,
-        block_size: int | None = None,
-        seed: int = 0,
-        state_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(params, locals())

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..distributed import FullShard, sum_together_
+from ..distributed import FullShard, all_reduce_shares_
 from .frozen_zeros import keep_only_
 from .top_k import AT_ONCE, keys_of
 
@@ -23,12 +23,12 @@ def sum_over(shards: Sequence[FullShard], parts: Sequence[Tensor]) -> Tensor:
     """The sum over all tensors and processes, where each process has a part of each sum. Collective."""
     totals: dict[int | None, tuple[FullShard, Tensor]] = {}
     for shard, part in zip(shards, parts, strict=True):
-        key = id(shard.world.group) if shard.split else None
+        key = id(shard.processes.group) if shard.split else None
         if key in totals:
             totals[key][1].add_(part)
         else:
             totals[key] = (shard, part.clone())
-    sum_together_(list(totals.values()))
+    all_reduce_shares_(list(totals.values()))
     return torch.stack([total for _, total in totals.values()]).sum(0)
 
 
@@ -60,15 +60,15 @@ def prune_smallest_(shards: Sequence[FullShard], n: Tensor) -> None:
     key, dropped = nth_smallest(shards, n)
     ties = []
     for shard in shards:
-        of_each = torch.zeros(shard.world.size if shard.split else 1, dtype=torch.int64, device=n.device)
+        of_each = torch.zeros(shard.processes.size if shard.split else 1, dtype=torch.int64, device=n.device)
         for _, keys in _keys(shard, wide):
-            of_each[shard.world.rank if shard.split else 0] += (keys == key).sum()
+            of_each[shard.processes.index if shard.split else 0] += (keys == key).sum()
         ties.append(of_each)
-    sum_together_(list(zip(shards, ties, strict=True)))
+    all_reduce_shares_(list(zip(shards, ties, strict=True)))
     staying = torch.stack([of_each.sum() for of_each in ties]).sum() - dropped
     before = torch.zeros_like(n)
     for shard, of_each in zip(shards, ties, strict=True):
-        order = before + (of_each[: shard.world.rank].sum() if shard.split else 0)
+        order = before + (of_each[: shard.processes.index].sum() if shard.split else 0)
         for weights, keys in _keys(shard, wide):
             tie = keys == key
             keep_only_(weights, (keys > key) | (tie & (order + tie.cumsum(0) <= staying)))

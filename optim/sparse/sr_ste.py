@@ -16,11 +16,15 @@ masters in fp32, P here is the masters': layers see equals where these differ by
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ...validation import is_real, require
-from ..core.optimizer import Group, ParamStep, State
+from ...validation import Check, flag, number
+from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard
 from .nm_optimizer import NMOptimizer
 
@@ -49,6 +53,8 @@ class SRSTEAdamW(NMOptimizer):
             that a group with an ``n`` cannot hold.
     """
 
+    checks: ClassVar[Mapping[str, Check]] = {"sr_lambda": number(">= 0"), "decoupled": flag()}
+
     def __init__(
         self,
         params: ParamsT,
@@ -65,26 +71,20 @@ class SRSTEAdamW(NMOptimizer):
     ) -> None:
         super().__init__(params, locals())
 
-    def validate(self, group: Group) -> None:
-        super().validate(group)
-        lam = group["sr_lambda"]
-        require(is_real(lam) and lam >= 0, "sr_lambda must be a number >= 0", lam)
-        require(isinstance(group["decoupled"], bool), "decoupled must be True or False", group["decoupled"])
-
-    def asks_for_mask(self, work: ParamStep) -> bool:
+    def needs_mask(self, item: ParamStep) -> bool:
         return True
 
-    def update(self, shard: FullShard, group: Group, state: State) -> None:
+    def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         if group["n"] is None:
-            super().update(shard, group, state)
+            super().update(G, shard, group, state)
             return
         lr, lam, decoupled = group["lr"], group["sr_lambda"], group["decoupled"]
         pruned = self.mask(shard, group).logical_not_()
         # some rows at a time: the regularised gradient and the direction would be two matrices more
-        parts = (shard.parameter, shard.grad, pruned, state["exp_avg"], state["exp_avg_sq"])
-        for W, G, gone, M, V in zip(*(tensor.chunk(PARTS) for tensor in parts), strict=True):
+        parts = (shard.parameter, G, pruned, state["exp_avg"], state["exp_avg_sq"])
+        for W, own, gone, M, V in zip(*(tensor.chunk(PARTS) for tensor in parts), strict=True):
             pull = lam * (W * gone)
-            refined = G if decoupled else G.to(M.dtype) + pull
+            refined = own if decoupled else own.to(M.dtype) + pull
             moments = {"step": state["step"], "exp_avg": M, "exp_avg_sq": V}
             N, correction = self.rule.direction(refined, moments, group)
             W.mul_(1 - lr * group["weight_decay"])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...validation import is_real, is_whole, require
-from ..distributed import FlatShard, RowShard, sum_together_
+from ...validation import number, whole
+from ..distributed import FlatShard, RowView, all_reduce_shares_
 from .masks import Change, Keys, Masked, Structure, all_of, chosen_of_masks, first_keys_of, kept_of, without
 from .top_k import AT_ONCE, LARGEST, keys_of, largest_of_each
 
@@ -26,8 +25,7 @@ class ConstantFanIn(Structure):
     """
 
     def check(self, group: dict[str, Any]) -> None:
-        least = group["gamma_sal"]
-        require(is_real(least) and least >= 0, "gamma_sal must be a number >= 0", least)
+        number(">= 0")("gamma_sal", group["gamma_sal"])
 
     def check_budget(self, units: int, shape: tuple[int, int]) -> None:
         if units < shape[0]:
@@ -62,8 +60,7 @@ class Blocks(Structure):
     """Blocks of b x b weights, each worth the norm of what is in it (BLaST: Okanovic et al. 2025, arXiv:2507.03117)."""
 
     def check(self, group: dict[str, Any]) -> None:
-        size = group["block_size"]
-        require(is_whole(size) and size >= 1, "block_size must be a whole number >= 1", size)
+        whole(1)("block_size", group["block_size"])
 
     def check_shape(self, shape: tuple[int, int], group: dict[str, Any]) -> None:
         size = group["block_size"]
@@ -81,7 +78,7 @@ class Blocks(Structure):
 
     def begin(self, matrices: Sequence[Masked], budgets: Sequence[int], held: Sequence[int]) -> list[Tensor]:
         worth = [_Blocked(matrix).sums(matrix.weights) for matrix in matrices]
-        sum_together_([(matrix.shard, sums) for matrix, sums in zip(matrices, worth, strict=True)])
+        all_reduce_shares_([(matrix.shard, sums) for matrix, sums in zip(matrices, worth, strict=True)])
         found = []
         for matrix, sums, count in zip(matrices, worth, budgets, strict=True):
             keys = _keys_of_sums(sums)
@@ -97,7 +94,7 @@ class Blocks(Structure):
         self, matrices: Sequence[Masked], budgets: Sequence[int], keep: Sequence[int], grow: Sequence[int]
     ) -> list[Change]:
         sums = [_sums_of_blocks(matrix) for matrix in matrices]
-        sum_together_([(matrix.shard, part) for matrix, part in zip(matrices, sums, strict=True)])
+        all_reduce_shares_([(matrix.shard, part) for matrix, part in zip(matrices, sums, strict=True)])
         lots = zip(matrices, sums, keep, grow, strict=True)
         return [_changed_blocks(matrix, own, kept, grown) for matrix, own, kept, grown in lots]
 
@@ -111,16 +108,15 @@ class _Rows:
     def __init__(self, matrix: Masked) -> None:
         self.matrix, shard = matrix, matrix.shard
         self.first, self.last = 0, matrix.shape[0]
-        self.split: RowShard | None = None
+        self.split: RowView | None = None
         if isinstance(shard, FlatShard):
-            piece = replace(shard.piece, shape=matrix.shape)
-            self.split = RowShard(shard.parameter, shard.parameter, piece, shard.position, shard.room)
-            self.first, self.last = self.split.touched[shard.world.rank]
+            self.split = RowView(shard.held, matrix.shape[1])
+            self.first, self.last = self.split.touched
 
     def of(self, *flats: Tensor) -> list[Tensor]:
         """Tensors that are laid out as the weights, in whole rows (rows x n). Collective where a row is cut."""
         if self.split is not None:
-            return self.split.rows_of(*flats)
+            return self.split.gather_rows(*flats)
         return [flat.view(self.matrix.shape) for flat in flats]
 
     def own(self, by_row: Tensor) -> Tensor:
@@ -174,7 +170,7 @@ def _first_rows(matrix: Masked, count: int, held: int) -> Tensor:
     active = torch.ones(matrix.shape[0], dtype=torch.int64, device=keys.device)
     if 0 < held <= count and matrix.group["gamma_sal"] > 0:  # it was trained so, and may have rows that are ablated
         active = rows.counts(matrix.weights.nonzero().view(-1))
-        sum_together_([(matrix.shard, active)])
+        all_reduce_shares_([(matrix.shard, active)])
         active.clamp_(max=1)
         if int(active.sum()) * matrix.shape[1] < count:  # no: a row cannot have that many weights
             active.fill_(1)
@@ -191,7 +187,7 @@ def _active(
         _Rows(matrix).counts(torch.unique(torch.cat([own.long(), new])))
         for matrix, own, new in zip(matrices, kept, chosen, strict=True)
     ]
-    sum_together_([(matrix.shard, count) for matrix, count in zip(matrices, salient, strict=True)])
+    all_reduce_shares_([(matrix.shard, count) for matrix, count in zip(matrices, salient, strict=True)])
     lots = zip(matrices, salient, budgets, strict=True)
     return [_salient_enough(matrix, count, budget) for matrix, count, budget in lots]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...rng import generator_of
-from ..distributed import FullShard, sum_together_
+from ..distributed import FullShard, all_reduce_shares_
 
 AT_ONCE = 2**20  # keys looked at together: they stay in a cache
 FIRST, NEXT = 11, 10  # bits of the first digit, an fp32's exponent and three of its mantissa, and of the others
@@ -135,7 +135,7 @@ def _largest(lots: Sequence[Sequence[Choice]], counts: Sequence[int]) -> list[Te
     wanted = list(counts)
     for digit in _digits(kind):
         counted = [one.histogram(digit) for one in sought]
-        sum_together_([(one.choice.shard, part) for one, part in zip(sought, counted, strict=True)])
+        all_reduce_shares_([(one.choice.shard, part) for one, part in zip(sought, counted, strict=True)])
         for number, (value, missing) in enumerate(_boundaries(sought, counted, wanted)):
             wanted[number] = missing
             for one in sought:
@@ -163,13 +163,13 @@ def _ties(sought: Sequence[_Sought], wanted: Sequence[int]) -> list[int]:
     """How many of its last candidates, which are all alike, this process's part of each choice takes."""
     held, before = [], []
     for one in sought:
-        world, places = one.choice.shard.world, one.places
+        processes, places = one.choice.shard.processes, one.places
         assert places is not None
-        of_each = torch.zeros(world.size if one.choice.shard.split else 1, dtype=torch.int64, device=places.device)
-        of_each[world.rank if one.choice.shard.split else 0] = len(places)
+        of_each = torch.zeros(processes.size if one.choice.shard.split else 1, dtype=torch.int64, device=places.device)
+        of_each[processes.index if one.choice.shard.split else 0] = len(places)
         held.append(of_each)
-        before.append(world.rank if one.choice.shard.split else 0)
-    sum_together_([(one.choice.shard, part) for one, part in zip(sought, held, strict=True)])
+        before.append(processes.index if one.choice.shard.split else 0)
+    all_reduce_shares_([(one.choice.shard, part) for one, part in zip(sought, held, strict=True)])
     left, taken = list(wanted), []
     for one, of_each, rank in zip(sought, held, before, strict=True):
         ends = list(accumulate(of_each.tolist(), initial=0))

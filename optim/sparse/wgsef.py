@@ -23,18 +23,20 @@ step has the parts of all matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.optimizer import ParamsT
 
-from ...validation import is_real, is_whole, require
-from ..core.optimizer import Group, ParamStep, ShardedOptimizer, State
+from ...validation import Check, number, one_of, whole
+from ..core.clock import steps_of
+from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.rules import TORCH_ADAM
-from ..distributed import FullShard, UnsupportedLayout, full_shape, sum_together_
+from ..core.types import Group, ParamStep, State
+from ..distributed import FullShard, UnsupportedLayout, all_reduce_shares_
 from .frozen_zeros import adamw_, keep_only_
 from .group_envelope import proximal_factors
 
@@ -65,6 +67,15 @@ class WGSEFAdamW(ShardedOptimizer):
     """
 
     rule = TORCH_ADAM
+    matrix_key = "keep"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "keep": number("in (0, 1]", optional=True),
+        "groups": one_of(*GROUPS),
+        "block_size": whole(1),
+        "ramp_steps": whole(0),
+        "wgsef_lambda": number(">= 0"),
+        "finish_at": whole(1, optional=True),
+    }
 
     def __init__(
         self,
@@ -84,69 +95,50 @@ class WGSEFAdamW(ShardedOptimizer):
     ) -> None:
         super().__init__(params, locals())
 
-    def validate(self, group: Group) -> None:
-        keep, at, strength = group["keep"], group["finish_at"], group["wgsef_lambda"]
-        share = keep is None or (is_real(keep) and 0 < keep <= 1)
-        require(share, "keep must be a number in (0, 1] or None", keep)
-        require(group["groups"] in GROUPS, f"groups must be one of {', '.join(GROUPS)}", group["groups"])
-        for key, least in (("block_size", 1), ("ramp_steps", 0)):
-            fits = is_whole(group[key]) and group[key] >= least
-            require(fits, f"{key} must be a whole number >= {least}", group[key])
-        require(is_real(strength) and strength >= 0, "wgsef_lambda must be a number >= 0", strength)
-        late = at is None or (is_whole(at) and at >= 1)
-        require(late, "finish_at must be a whole number >= 1 or None", at)
-
-    def _check_parameters(self, group: Group) -> None:
-        super()._check_parameters(group)
-        if group["keep"] is None:
-            return
-        for p in (entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]):
-            if len(full_shape(p)) != 2:
-                raise ValueError(
-                    f"keep={group['keep']} needs matrices, got a parameter of shape {full_shape(p)}; put it into a "
-                    "group without a keep"
-                )
-
-    @classmethod
-    def on_paper(cls, parameter: Tensor, keys: Group) -> ShardedOptimizer:
-        return super().on_paper(parameter, keys if parameter.dim() == 2 else {**keys, "keep": None})
+    def check_shape(self, shape: tuple[int, ...], group: Group) -> None:
+        if len(shape) != 2:
+            raise ValueError(
+                f"keep={group['keep']} needs matrices, got a parameter of shape {shape}; put it into a "
+                "group without a keep"
+            )
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
-    def update(self, shard: FullShard, group: Group, state: State) -> None:
+    def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         if group["keep"] is None:
-            super().update(shard, group, state)
+            super().update(G, shard, group, state)
         else:
             adamw_(shard, group, state, hold=_is_finished(group, state))
 
-    def settle(self, work: list[ParamStep]) -> None:
+    def after_step(self, work: list[ParamStep]) -> None:
         """The proximal map, or the last choice, of all matrices together."""
         due = [item for item in work if item.group["keep"] is not None and not _is_finished(item.group, item.state)]
+        if due:
+            with self.phase(FIND):
+                self._shrink(due)
+
+    def _shrink(self, due: list[ParamStep]) -> None:
         tiles = [Tiles.of(item.shard, item.group) for item in due]
         squares = [own.squares(item.shard) for own, item in zip(tiles, due, strict=True)]
-        sum_together_([(item.shard, part) for item, part in zip(due, squares, strict=True)])
+        all_reduce_shares_([(item.shard, part) for item, part in zip(due, squares, strict=True)])
         for own, item, part in zip(tiles, due, squares, strict=True):
             norms = part.sqrt_().float().view(-1)
             k = max(1, round(item.group["keep"] * len(norms)))
-            if _steps(item.state) == item.group["finish_at"]:
+            if steps_of(item.state) == item.group["finish_at"]:
                 keep_only_(item.shard.parameter, own.each(largest(norms, k), item.shard))
             elif (lam := _strength(item)) > 0:
                 factors = proximal_factors(norms, own.sizes(norms.device).view(-1), k, lam)
                 item.shard.parameter.mul_(own.each(factors.to(norms.dtype), item.shard))
 
 
-def _steps(state: State) -> int:
-    return int(state["step"].item())
-
-
 def _is_finished(group: Group, state: State) -> bool:
     """Whether groups were chosen in an earlier step."""
-    return group["finish_at"] is not None and _steps(state) > group["finish_at"]
+    return group["finish_at"] is not None and steps_of(state) > group["finish_at"]
 
 
 def _strength(item: ParamStep) -> float:
     group = item.group
-    risen = min(1.0, _steps(item.state) / group["ramp_steps"]) if group["ramp_steps"] else 1.0
+    risen = min(1.0, steps_of(item.state) / group["ramp_steps"]) if group["ramp_steps"] else 1.0
     return float(group["lr"] * group["wgsef_lambda"] * risen)
 
 

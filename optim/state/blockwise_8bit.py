@@ -1,21 +1,23 @@
 """8-bit state: moments as codes in blocks of 256, through bitsandbytes (Dettmers et al. 2022, arXiv:2110.02861).
 
-A storage type, not a rule: moments are opened to fp32, the rule runs, and they are closed again. The blocks are those
+A storage type, not a rule: moments are dequantized to fp32, updated, and quantized again. The blocks are those
 of the whole moment, flattened, also where a process holds a part of it: one that lies in two parts has one scale, the
 larger, and the codes are the same ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..distributed import FullShard
+from .spec import Codec, HeldTensor, State, StateSpec
 
 BLOCK = 256  # elements that share one scale
 SMALLEST = 4096  # tensors with fewer elements stay fp32, as in bitsandbytes
@@ -65,38 +67,16 @@ class Blocks:
         blocks = padded.view(self.runs.count, self.per_run, BLOCK)
         largest = blocks.new_zeros(-(-self.runs.whole // BLOCK))
         if not blocks.numel():
-            self.shard.largest_(largest)
+            self.shard.all_reduce_max_(largest)
             return
         numbers = self._begins // BLOCK + torch.arange(self.per_run, device=self.device)
         numbers.clamp_(max=len(largest) - 1)  # a run that ends early is filled up by blocks of no element
         largest.scatter_reduce_(0, numbers.view(-1), blocks.abs().amax(dim=2).view(-1), "amax")
-        scales = self.shard.largest_(largest)[numbers]
+        scales = self.shard.all_reduce_max_(largest)[numbers]
         first = self._begins % BLOCK
         begins = torch.arange(self.per_run, device=self.device) * BLOCK
         blocks[:, :, 0] = torch.where(begins < first, scales, blocks[:, :, 0])
         blocks[:, :, -1] = torch.where(begins + BLOCK > first + self.runs.width, scales, blocks[:, :, -1])
-
-
-def closed_state(moments: Mapping[str, Tensor], shard: FullShard, device: torch.device) -> dict[str, Tensor]:
-    """Zeros for moments of the shapes in ``moments``: ``exp_avg`` as uint8 codes, ``exp_avg_absmax`` as fp32 scales."""
-    blocks = Blocks(shard, device)
-    held: dict[str, Tensor] = {}
-    for key, moment in moments.items():
-        small = blocks.runs.whole < SMALLEST
-        held[key] = torch.zeros(moment.shape, dtype=torch.float32 if small else torch.uint8, device=device)
-        if not small:
-            held[f"{key}_absmax"] = torch.zeros(blocks.count, dtype=torch.float32, device=device)
-    return held
-
-
-@contextmanager
-def opened_moments(state: MutableMapping[str, Tensor], shard: FullShard) -> Iterator[dict[str, Tensor]]:
-    """``state`` with its moments in fp32; what they have become is closed at the end. Collective."""
-    closed = [key for key in state if f"{key}_absmax" in state]
-    wide = {**state, **{key: opened(state, key, shard) for key in closed}}
-    yield wide
-    for key in closed:
-        close(wide.pop(key), state, key, shard)
 
 
 def require_bitsandbytes() -> None:
@@ -118,11 +98,56 @@ def _code_of(key: str, device: torch.device) -> Tensor:
     return _code(not key.endswith("_sq"), device)  # second moments have no sign to keep
 
 
-def opened(state: Mapping[str, Tensor], key: str, shard: FullShard | None = None) -> Tensor:
+class Blockwise8bit(Codec):
+    """Moments as uint8 codes, and an fp32 scale a block under the key with ``_absmax`` behind it. Small ones stay fp32.
+
+    ``encode`` is collective.
+    """
+
+    def held(self, spec: StateSpec, shard: FullShard) -> list[HeldTensor]:
+        shape = spec.local_shape(shard)
+        if math.prod(spec.shape) < SMALLEST:
+            return [HeldTensor(spec.name, shape, torch.float32, spec.kind)]
+        scales = HeldTensor(scales_key(spec.name), (Blocks(shard, shard.device).count,), torch.float32, spec.kind)
+        return [HeldTensor(spec.name, shape, torch.uint8, spec.kind), scales]
+
+    def is_held(self, spec: StateSpec, saved: Mapping[str, Any]) -> bool:
+        return scales_key(spec.name) in saved
+
+    def decode(self, spec: StateSpec, shard: FullShard, held: Mapping[str, Tensor]) -> Tensor:
+        return held[spec.name] if math.prod(spec.shape) < SMALLEST else dequantize(held, spec.name, shard)
+
+    def encode(self, value: Tensor, spec: StateSpec, shard: FullShard, held: State) -> None:
+        if spec.name not in held:
+            held.update(self.new(spec, shard))
+        if math.prod(spec.shape) < SMALLEST:
+            held[spec.name].copy_(value)
+        else:
+            quantize_(value.to(shard.device).contiguous(), held, spec.name, shard)
+
+
+IN_8_BITS = Blockwise8bit()
+
+
+def scales_key(name: str) -> str:
+    return f"{name}_absmax"
+
+
+def without_codes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The saved state of a whole parameter with its moments in fp32."""
+    scales = {scales_key(name) for name in state} & set(state)
+    return {
+        name: dequantize(state, name) if scales_key(name) in scales else value
+        for name, value in state.items()
+        if name not in scales
+    }
+
+
+def dequantize(state: Mapping[str, Tensor], key: str, shard: FullShard | None = None) -> Tensor:
     """The moment that ``state`` holds as codes under ``key``, in fp32. Without a shard: all of it."""
     from bitsandbytes.functional import dequantize_blockwise
 
-    codes, absmax = state[key], state[f"{key}_absmax"]
+    codes, absmax = state[key], state[scales_key(key)]
     if not codes.numel():
         return codes.float()
     blocks = Blocks(shard, codes.device) if shard is not None and shard.split else None
@@ -131,7 +156,7 @@ def opened(state: Mapping[str, Tensor], key: str, shard: FullShard | None = None
     return values if blocks is None else blocks.cut_from(values, codes)
 
 
-def close(values: Tensor, state: MutableMapping[str, Tensor], key: str, shard: FullShard) -> None:
+def quantize_(values: Tensor, state: State, key: str, shard: FullShard) -> None:
     """Write ``values`` (fp32) into ``state`` as codes under ``key``. Collective."""
     from bitsandbytes.functional import quantize_blockwise
 
@@ -143,4 +168,4 @@ def close(values: Tensor, state: MutableMapping[str, Tensor], key: str, shard: F
         return
     codes, scales = quantize_blockwise(values, code=_code_of(key, values.device), blocksize=BLOCK)
     state[key].copy_(codes if blocks is None else blocks.cut_from(codes, state[key]))
-    state[f"{key}_absmax"].copy_(scales.absmax)
+    state[scales_key(key)].copy_(scales.absmax)

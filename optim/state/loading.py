@@ -12,37 +12,41 @@ from torch import Tensor
 class FaithfulLoading(torch.optim.Optimizer):
     """An optimizer whose ``load_state_dict`` keeps dtypes, copies, and checks before it changes anything."""
 
-    host_state = frozenset({"step"})  # clocks, always on the CPU so that reading them never stops a device
-
     def check_values(self, group: dict[str, Any]) -> None:
         """Refuse bad values of a group."""
         raise NotImplementedError
 
     def expected_state(
         self, parameter: Tensor, group: dict[str, Any], saved: Mapping[str, Any]
-    ) -> Mapping[str, Tensor] | None:
-        """What would fit in the place of ``saved``, on the meta device; None where it cannot be said."""
+    ) -> Mapping[str, tuple[int, ...]] | None:
+        """The shapes that would fit in the place of ``saved``; None where it cannot be said."""
         raise NotImplementedError
 
-    def held_state(self, parameter: Tensor, group: dict[str, Any], saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def loaded_state(
+        self, parameter: Tensor, group: dict[str, Any], saved: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
         """The part of ``saved`` that this process holds."""
         return saved
 
     def saved_state(self, parameter: Tensor, group: dict[str, Any], held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """``held`` as ``state_dict`` tells of it."""
+        """``held`` as ``state_dict`` saves it."""
         return held
+
+    def host_keys(self, parameter: Tensor, group: dict[str, Any]) -> set[str]:
+        """The keys of a parameter's state that are kept on the CPU."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``; where FSDP2 splits a parameter, what is split of its state is a
         DTensor, which torch.distributed.checkpoint can load on any number of processes."""
 
-        def tell(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+        def convert(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
             owners = [(p, group) for group in self.param_groups for p in group["params"]]
             for number, (p, group) in enumerate(owners):
                 if saved["state"].get(number):
                     saved["state"][number] = self.saved_state(p, group, saved["state"][number])
 
-        hook = self.register_state_dict_post_hook(tell, prepend=True)  # runs before the user's own
+        hook = self.register_state_dict_post_hook(convert, prepend=True)  # runs before the user's own
         try:
             return super().state_dict()
         finally:
@@ -73,10 +77,10 @@ class FaithfulLoading(torch.optim.Optimizer):
             owners = [(p, group) for group in self.param_groups for p in group["params"]]
             for number, state in saved_state.items():
                 p, group = owners[number]
+                on_host = self.host_keys(p, group)
                 self.state[p] = {
-                    # where a flat tensor holds several members, keys begin with a member's position
-                    k: v.to("cpu" if k.split(".")[-1] in self.host_state else p.device, copy=True)
-                    for k, v in self.held_state(p, group, state).items()
+                    key: value.to("cpu" if key in on_host else p.device, copy=True)
+                    for key, value in self.loaded_state(p, group, state).items()
                 }
 
         before = self.register_load_state_dict_pre_hook(withhold)  # runs after the user's own
@@ -88,7 +92,7 @@ class FaithfulLoading(torch.optim.Optimizer):
             after.remove()
 
     def _check_state(self, saved_state: dict[int, dict[str, Tensor]], saved_groups: list[dict[str, Any]]) -> None:
-        """Compare saved tensors with those this optimizer would create, on the meta device: nothing is allocated."""
+        """Compare saved tensors with those this optimizer would create: nothing is allocated."""
         for group in saved_groups:
             self.check_values(group)
         # The saved rank counts: loading restores the saved groups too.
@@ -105,10 +109,9 @@ class FaithfulLoading(torch.optim.Optimizer):
             if expected is None:
                 continue
             saved = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in state.items()}
-            wanted = {k: tuple(v.shape) for k, v in expected.items()}
-            if saved != wanted:
+            if saved != expected:
                 raise ValueError(
                     f"the saved state of parameter {number} does not fit {type(self).__name__} on a parameter of "
-                    f"shape {tuple(p.shape)}: it holds {saved}, expected {wanted}; load it into the optimizer and "
+                    f"shape {tuple(p.shape)}: it holds {saved}, expected {expected}; load it into the optimizer and "
                     "model that saved it"
                 )

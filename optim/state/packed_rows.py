@@ -7,22 +7,25 @@ from collections.abc import Mapping, MutableMapping
 import torch
 from torch import Tensor
 
+from .spec import Placement, StateSpec
+
 BITS = (4, 8)
 PARTS = 8
 TINY = torch.finfo(torch.float32).tiny
 
 
-def packed_state(name: str, rows: int, width: int, bits: int, device: torch.device) -> dict[str, Tensor]:
-    """Zeros, packed: ``name`` (rows x bytes, uint8), ``name_scale`` and ``name_minimum`` (rows x 1, fp32)."""
-    return {
-        name: torch.zeros(rows, -(-width * bits // 8), dtype=torch.uint8, device=device),
-        f"{name}_scale": torch.zeros(rows, 1, dtype=torch.float32, device=device),
-        f"{name}_minimum": torch.zeros(rows, 1, dtype=torch.float32, device=device),
-    }
+def packed_specs(name: str, rows: int, width: int, bits: int, placement: Placement, kind: str) -> list[StateSpec]:
+    """``rows`` of ``width`` numbers, packed: ``name`` (rows x bytes, uint8), ``name_scale`` and ``name_minimum``
+    (rows x 1, fp32). They travel packed: a row is never split."""
+    shapes = {name: -(-width * bits // 8), f"{name}_scale": 1, f"{name}_minimum": 1}
+    return [
+        StateSpec(key, (rows, size), torch.uint8 if key == name else torch.float32, placement, kind=kind)
+        for key, size in shapes.items()
+    ]
 
 
 def packed(name: str, values: Tensor, bits: int) -> dict[str, Tensor]:
-    """``values`` (rows x width) as ``packed_state`` holds them.
+    """``values`` (rows x width) as ``packed_specs`` declares them.
 
     Off by at most half a step, (max - min) / (2^bits - 1) / 2, where a step is a normal number of fp32; a constant row
     is exact. The minimum is stored as it is: a zero point among the codes cannot reach rows far from zero. Two 4-bit

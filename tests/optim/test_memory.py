@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from gracile.optim import DCTAdamW, GaLoreAdamW, GaLorePlusAdamW, LDAdamW, Lion
-from gracile.optim.distributed import as_one, by_rows, each
-from gracile.optim.memory import kind_of, planned_state_by_kind, state_by_kind, state_bytes
+from gracile.optim.distributed import as_one_buffer, by_rows, each_alone
+from gracile.optim.memory import planned_state_by_kind, state_by_kind, state_bytes
 
-CUTS = {"ZeRO 1 and 2": as_one, "ZeRO 3": each, "FSDP2": by_rows}
+CUTS = {"ZeRO 1 and 2": as_one_buffer, "ZeRO 3": each_alone, "FSDP2": by_rows}
 
 
 def model():
@@ -21,17 +21,34 @@ def groups_of(module, rank=7):
     return [{"params": matrices, "rank": rank}, {"params": [p for p in module.parameters() if p.dim() != 2]}]
 
 
-KEYS = {
-    "projectors": ("basis", "3.basis_scale"),
-    "error buffers": ("error", "12.error_minimum"),
-    "indices": ("indices", "0.residual_places"),
-    "moments": ("residual_exp_avg", "exp_avg_sq", "step", "7.length"),
+KINDS = {
+    GaLoreAdamW: ({}, {"projectors": {"basis"}, "moments": {"step", "exp_avg", "exp_avg_sq"}}),
+    GaLorePlusAdamW: (
+        {},
+        {
+            "projectors": {"basis"},
+            "indices": {"residual_places"},
+            "moments": {"step", "exp_avg", "exp_avg_sq", "residual_exp_avg", "residual_exp_avg_sq"},
+        },
+    ),
+    DCTAdamW: (
+        {"error_feedback": "8bit"},
+        {
+            "error buffers": {"error", "error_scale", "error_minimum"},
+            "indices": {"indices"},
+            "moments": {"step", "exp_avg", "exp_avg_sq"},
+        },
+    ),
 }
 
 
-@pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, keys in KEYS.items() for key in keys])
-def test_the_kind_of_a_key(kind, key):
-    assert kind_of(key) == kind
+@pytest.mark.parametrize("cls", KINDS, ids=lambda cls: cls.__name__)
+def test_the_kinds_of_a_matrix_are_as_declared(cls):
+    keys, wanted = KINDS[cls]
+    optimizer = cls([{"params": [nn.Parameter(torch.empty(37, 53, device="meta"))], "rank": 7}], **keys)
+    (held,) = optimizer.held_by_position().values()
+    found = {kind: {own.name for own in held if own.kind == kind} for kind in {own.kind for own in held}}
+    assert found == wanted
 
 
 @pytest.mark.parametrize(
@@ -96,7 +113,7 @@ def test_torch_optimizers_are_planned_in_the_parts_of_an_engine():
     numel = sum(p.numel() for p in empty.parameters())
     optimizer = torch.optim.AdamW(empty.parameters(), fused=True)
     assert planned_state_by_kind(optimizer)["moments"] == 2 * 4 * numel + 4 * 4
-    halves = [planned_state_by_kind(optimizer, as_one, rank, 2, torch.float32).total() for rank in range(2)]
+    halves = [planned_state_by_kind(optimizer, as_one_buffer, rank, 2, torch.float32).total() for rank in range(2)]
     padded = -(-numel // 4) * 4
     assert padded > numel
     assert sum(halves) == 2 * 4 * padded + 2 * 4  # one flat tensor, one clock

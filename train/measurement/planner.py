@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...optim.distributed import as_one, each, flat_length
+from ...optim.distributed import as_one_buffer, each_alone, flat_length
 from ...optim.memory import ERRORS, INDICES, MOMENTS, PROJECTORS, planned_state_by_kind
 from ..build import layers
 from ..build import model as building
@@ -271,7 +271,7 @@ class Planner:
         division = self.division
         if division.stage == 0:
             return dict(planned_state_by_kind(built))
-        cut = each if division.stage == 3 else as_one
+        cut = each_alone if division.stage == 3 else as_one_buffer
         ranks = {0, division.processes - 1, division.processes // 2}
         plans = [planned_state_by_kind(built, cut, rank, division.processes, torch.float32) for rank in sorted(ranks)]
         fullest = max(plans, key=Counter.total)

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...optim.distributed import FullShard
-from ...optim.distributed.projection import Workspace
+from ...optim.distributed import FullShard, Workspace
 from ...optim.sparse.hyper_sparse import how_many
 from ...optim.sparse.prune_smallest import prune_smallest_
 from ...validation import is_whole

@@ -49,9 +49,9 @@ class Watched(optim.GaLoreAdamW8bit):
     def __init__(self, params, **keys):
         super().__init__(params, **{"subspace_method": "svd", **keys})
 
-    def find_basis(self, shard, group, state):
+    def find_basis(self, G, shard, group, state):
         self.refreshes = [*getattr(self, "refreshes", []), int(state["step"].item())]
-        return super().find_basis(shard, group, state)
+        return super().find_basis(G, shard, group, state)
 
 
 def orthonormal(side, count, seed):

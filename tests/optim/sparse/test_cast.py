@@ -10,6 +10,7 @@ from gracile.models.convert import convert, merge
 from gracile.models.layers import ScaledLinear
 from gracile.nm_pattern import largest
 from gracile.optim import CastAdamS, full_state, load_full_state, param_groups, state_bytes
+from gracile.optim.state.spec import to_portable
 from tests.oracle.cast import adams, mask_of
 
 SHAPES = {"tall": (20, 12), "wide": (3, 48), "square": (12, 12), "row": (1, 24)}
@@ -37,8 +38,8 @@ def follow(optimizer, W, sequence):
 def bits_of(optimizer, W):
     """The mask in force."""
     (group,) = optimizer.param_groups
-    ((_, shard, state),) = optimizer.shards_of(W, group, None)
-    return optimizer.spread(shard, group, state)["mask"].bool()
+    ((_, shard, state),) = optimizer.shards_of(W, group)
+    return to_portable(optimizer.specs(shard, group), shard, state)["mask"].bool()
 
 
 @by_shape

@@ -8,7 +8,7 @@ from torch import nn
 
 from gracile.optim import HyperSparseAdamW
 from gracile.optim.distributed import FullShard
-from gracile.optim.distributed.projection import Workspace
+from gracile.optim.distributed.workspace import Workspace
 from gracile.optim.sparse.hyper_sparse import BEND, penalty_gradient
 from gracile.optim.sparse.prune_smallest import nth_smallest, prune_smallest_, value_of
 

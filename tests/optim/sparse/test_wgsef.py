@@ -7,7 +7,7 @@ from torch import nn
 from gracile.optim import WGSEFAdamW
 from gracile.optim.distributed import FlatShard, FullShard, ShardRange
 from gracile.optim.distributed.process_group import FakeGroup
-from gracile.optim.distributed.projection import Workspace
+from gracile.optim.distributed.workspace import Workspace
 from gracile.optim.sparse.group_envelope import proximal_factors
 from gracile.optim.sparse.wgsef import Tiles, largest
 

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gracile.optim.distributed.full import Runs
-from gracile.optim.state.blockwise_8bit import BLOCK, close, closed_state, opened
+from gracile.optim.distributed import Runs
+from gracile.optim.state.blockwise_8bit import BLOCK, IN_8_BITS, dequantize, quantize_
+from gracile.optim.state.spec import Placement, StateSpec
 
 pytest.importorskip("bitsandbytes")
 
@@ -22,7 +23,7 @@ class Part:
         padded = torch.nn.functional.pad(whole.flatten(), (0, -whole.numel() % BLOCK))
         self.largest = padded.abs().view(-1, BLOCK).amax(dim=1)
 
-    def largest_(self, tensor):
+    def all_reduce_max_(self, tensor):
         assert (tensor <= self.largest).all(), "a part cannot exceed the whole"
         return torch.maximum(tensor, self.largest)
 
@@ -34,11 +35,17 @@ def moment(rows, columns, seed=0):
     return values * torch.exp(3 * torch.randn(rows, columns, generator=generator))
 
 
+def codes_for(key, own, shard):
+    """Zeros for a moment of which a process holds ``own``."""
+    shard.parameter, shard.device = own, own.device
+    return IN_8_BITS.new(StateSpec(key, (shard.runs.whole,), placement=Placement.ELEMENTS), shard)
+
+
 def whole_codes(values, key):
     shard = SimpleNamespace(split=False, runs=Runs(1, values.numel(), 0, 0, values.numel()))
-    state = closed_state({key: values.to("meta")}, shard, torch.device("cpu"))
-    close(values, state, key, shard)
-    return state[key], opened(state, key, shard)
+    state = codes_for(key, values, shard)
+    quantize_(values, state, key, shard)
+    return state[key], dequantize(state, key, shard)
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
@@ -53,10 +60,10 @@ def test_ranges_of_a_moment_hold_its_codes(rows, columns, bounds, key):
     for begin, end in itertools.pairwise(ends):
         part = Part(Runs(1, end - begin, begin, 0, values.numel()), values)
         own = values.flatten()[begin:end]
-        state = closed_state({key: own.to("meta")}, part, torch.device("cpu"))
-        close(own, state, key, part)
+        state = codes_for(key, own, part)
+        quantize_(own, state, key, part)
         assert torch.equal(state[key], codes.flatten()[begin:end])
-        assert torch.equal(opened(state, key, part), dequantized.flatten()[begin:end])
+        assert torch.equal(dequantize(state, key, part), dequantized.flatten()[begin:end])
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(12, 401), (20, 512), (30, 300)])
@@ -69,15 +76,14 @@ def test_columns_of_a_moment_hold_its_codes(rows, columns, share):
         begin, end = min(first, columns), min(first + share, columns)
         part = Part(Runs(rows, end - begin, begin, columns, values.numel()), values)
         own = values[:, begin:end].contiguous()
-        state = closed_state({"exp_avg": own.to("meta")}, part, torch.device("cpu"))
-        close(own, state, "exp_avg", part)
+        state = codes_for("exp_avg", own, part)
+        quantize_(own, state, "exp_avg", part)
         assert torch.equal(state["exp_avg"], codes[:, begin:end])
-        assert torch.equal(opened(state, "exp_avg", part), dequantized[:, begin:end])
+        assert torch.equal(dequantize(state, "exp_avg", part), dequantized[:, begin:end])
 
 
 def test_the_size_of_the_whole_decides_what_is_held_in_8_bits():
     small = Part(Runs(1, 4000, 0, 0, 4095), torch.ones(4095))
     large = Part(Runs(1, 10, 0, 0, 4096), torch.ones(4096))
-    cpu = torch.device("cpu")
-    assert closed_state({"x": torch.empty(4000, device="meta")}, small, cpu)["x"].dtype == torch.float32
-    assert closed_state({"x": torch.empty(10, device="meta")}, large, cpu)["x"].dtype == torch.uint8
+    assert codes_for("x", torch.empty(4000), small)["x"].dtype == torch.float32
+    assert codes_for("x", torch.empty(10), large)["x"].dtype == torch.uint8

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gracile.optim.state.packed_rows import packed, packed_state, unpacked
+from gracile.optim.state.packed_rows import packed, packed_specs, unpacked
+from gracile.optim.state.spec import ERRORS, Placement, new_tensor
 
 WIDTHS = [1, 2, 3, 7, 64, 257]
 
@@ -130,7 +131,8 @@ def test_codes_take_their_bits_and_eight_bytes_a_row_more(bits, width):
 @by_bits
 @by_width
 def test_the_empty_state_is_zeros_in_the_form_of_packed_values(bits, width):
-    empty = packed_state("x", 6, width, bits, torch.device("cpu"))
+    specs = packed_specs("x", 6, width, bits, Placement.LINES, ERRORS)
+    empty = {spec.name: new_tensor(spec.shape, spec.dtype, "cpu", spec) for spec in specs}
     full = packed("x", normal(6, width), bits)
     form = {key: (value.shape, value.dtype) for key, value in full.items()}
     assert {key: (value.shape, value.dtype) for key, value in empty.items()} == form

@@ -1,0 +1,52 @@
+"""What every parameter group is checked for, before an optimizer takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ...validation import Check, nearest, number, require
+from .types import Group
+
+# Keys beside the constructor's: torch's named parameters, its LR schedulers, a label for humans, and our own number.
+FOREIGN_KEYS = {"params", "param_names", "initial_lr", "name", "group_number"}
+
+# Keys of which one marks the groups of matrices that a method is for; other groups get the plain rule.
+MATRIX_KEYS = ("rank", "sparsity", "density", "n", "keep")
+
+
+def _floating_dtype(key: str, dtype: object) -> None:
+    floating = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    require(floating, f"{key} must be a floating point torch.dtype or None", dtype)
+
+
+COMMON_CHECKS: dict[str, Check] = {"weight_decay": number(">= 0"), "state_dtype": _floating_dtype}
+
+
+def check_keys(group: Group, defaults: Mapping[str, object]) -> None:
+    """Refuse keys that no constructor argument of the optimizer has."""
+    for key in group.keys() - defaults.keys() - FOREIGN_KEYS:
+        raise ValueError(f"unknown parameter group key {key!r} = {group[key]!r}; {nearest(key, defaults)}")
+
+
+def check_declared(group: Group, checks: Mapping[str, Check]) -> None:
+    """Refuse values that declared checks refuse."""
+    for key, check in checks.items():
+        if key in group:
+            check(key, group[key])
+
+
+def parameters_in(group: Group) -> list[Tensor]:
+    """The parameters of a group, named ones too; what is no tensor is torch's to refuse."""
+    entries: Iterable[object] = (entry[1] if isinstance(entry, tuple) else entry for entry in group["params"])
+    return [p for p in entries if isinstance(p, Tensor)]
+
+
+def check_tensors(parameters: list[Tensor]) -> None:
+    """Refuse parameters that come twice, or of a dtype that no optimizer here trains."""
+    once = len({id(p) for p in parameters}) == len(parameters)
+    require(once, "params must hold each parameter once", len(parameters))
+    for p in parameters:
+        require(p.is_floating_point(), "parameters must be real floating point tensors", p.dtype)

@@ -1,0 +1,169 @@
+"""The optimizer of methods whose moments live in a subspace of rank r of each matrix.
+
+For a matrix W (m x n) with gradient G, the picture for m >= n (right; transpose it for left):
+
+    every T steps    P  <-  find_basis(G)                                     n x r    store_basis
+                     P   =  basis()                                           n x r    columns
+                     W  <-  W - lr * direction(G, P, moments)                 m x n    the method's
+
+A matrix's lines are gathered once a step: a new basis is found, and the matrix moved, before the next one's are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...validation import Check, finite, one_of, require, whole
+from ..core.clock import every, steps_of
+from ..core.optimizer import FIND, ShardedOptimizer
+from ..core.types import Group, ParamStep, State
+from ..distributed import PROJ_TYPES, FullMatrix, FullShard, PendingSolve, ProjectionSide, Update, has_subspace
+from ..state.spec import StateSpec, basis_spec
+from .basis import Basis, first_columns
+from .singular import SUBSPACE_METHODS, leading_singular_vectors, orthogonal_iteration
+
+
+def _optional_flag(key: str, value: object) -> None:
+    require(value is None or isinstance(value, bool), f"{key} must be True, False or None", value)
+
+
+class LowRankOptimizer(ShardedOptimizer):
+    """Base of the methods with a subspace: groups with a ``rank`` hold matrices, others get the plain rule.
+
+    A method says by ``low_rank_direction`` where a matrix goes, and where its subspace is not GaLore's, by
+    ``find_basis`` what it is, by ``basis_specs``, ``store_basis`` and ``columns`` how it is kept, and by ``is_due``
+    when it is found anew.
+    """
+
+    matrix_key = "rank"
+    subspace_methods: ClassVar[tuple[str, ...]] = SUBSPACE_METHODS
+    checks: ClassVar[Mapping[str, Check]] = {
+        "rank": whole(1, optional=True),
+        "proj_type": one_of(*PROJ_TYPES),
+        "update_proj_gap": whole(1),
+        "scale": finite(),
+        "shard_basis": _optional_flag,
+    }
+    _warned_non_finite = False  # a class attribute: torch's __getstate__ keeps no others through pickle
+
+    def check_group(self, group: Group) -> None:
+        if "subspace_method" in group:
+            one_of(*self.subspace_methods)("subspace_method", group["subspace_method"])
+
+    def check_shape(self, shape: tuple[int, ...], group: Group) -> None:
+        if len(shape) != 2:
+            raise ValueError(
+                f"rank={group['rank']} needs matrices, got a parameter of shape {shape}; "
+                "put it into a group without a rank (gracile.optim.param_groups does)"
+            )
+
+    # ---- what a method says -----------------------------------------------------------------------------------------
+
+    def projection_side(self, shape: tuple[int, int], group: Group) -> ProjectionSide:
+        return ProjectionSide.of(shape, group["rank"], group["proj_type"])
+
+    def state_specs(self, shard: FullShard, group: Group) -> list[StateSpec]:
+        moments = self.moment_specs(shard, group)
+        return [*self.basis_specs(shard, group), *moments] if has_subspace(shard) else moments
+
+    def basis_specs(self, shard: FullMatrix, group: Group) -> list[StateSpec]:
+        """What a matrix keeps beside the rule's moments: its basis, by default in the parameter's dtype."""
+        return [basis_spec(shard)]
+
+    def initialize(self, shard: FullShard, group: Group, state: State) -> None:
+        if has_subspace(shard) and "basis" in state:
+            columns = first_columns(shard.side, state["basis"].dtype, shard.device)
+            self.store_basis(columns, torch.ones((), dtype=torch.bool, device=shard.device), shard, group, state)
+
+    def is_due(self, group: Group, state: State) -> bool:
+        """Whether a matrix needs a new basis before it moves: at its steps 0, T, 2T, ..."""
+        return every(group["update_proj_gap"], steps_of(state))
+
+    def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor | PendingSolve:
+        """The new columns of one matrix (side x r). Non-finite ones are not taken over. Collective."""
+        return self.singular_vectors(G, self.previous_columns(shard, group, state), shard, group)
+
+    def store_basis(self, columns: Tensor, usable: Tensor, shard: FullMatrix, group: Group, state: State) -> None:
+        """Write new columns into ``state`` where ``usable``, a flag on the device."""
+        state["basis"].copy_(torch.where(usable, shard.shard_rows(columns), state["basis"]))
+
+    def columns(self, shard: FullMatrix, group: Group, state: State) -> Tensor:
+        """P of one matrix (side x r), from how the state keeps it. Collective where each process keeps a part."""
+        return shard.all_gather_rows(state["basis"], shard.side.basis_shape[0])
+
+    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
+        """The method's direction for one matrix (m x n) and the factor on the learning rate. Collective."""
+        raise NotImplementedError
+
+    # ---- what methods use -------------------------------------------------------------------------------------------
+
+    def basis(self, shard: FullMatrix, group: Group, state: State) -> Basis:
+        """P of one matrix, to project onto and lift from. Collective, as ``columns``."""
+        return Basis(self.columns(shard, group, state), shard.side)
+
+    def previous_columns(self, shard: FullMatrix, group: Group, state: State) -> Tensor | None:
+        """P of an earlier refresh; None before the first."""
+        return None if steps_of(state) == 0 else self.columns(shard, group, state)
+
+    def singular_vectors(
+        self, dense: Tensor, previous: Tensor | None, shard: FullMatrix, group: Group
+    ) -> Tensor | PendingSolve:
+        """The leading singular vectors of a matrix of which ``dense`` is this process's lines."""
+        if group["subspace_method"] == "svd":
+            return shard.solve(dense, partial(leading_singular_vectors, side=shard.side))
+        return orthogonal_iteration(shard.own(dense), shard.side, previous, shard.all_reduce_)
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def portions(self, work: list[ParamStep]) -> Iterator[list[ParamStep]]:
+        """Gradients that are gathered for a new basis are kept until their matrix has moved: only as many as
+        processes can solve at the same time."""
+        portion: list[ParamStep] = []
+        due = 0
+        for item in work:
+            portion.append(item)
+            if has_subspace(item.shard) and self.is_due(item.group, item.state):
+                due += 1
+                solved_apart = "svd" in (item.group.get("subspace_method"), item.group.get("proj"))
+                if due >= (item.shard.solvers if solved_apart else 1):
+                    yield portion
+                    portion, due = [], 0
+        if portion:
+            yield portion
+
+    def find(self, work: list[ParamStep]) -> None:
+        due = [item for item in work if has_subspace(item.shard) and self.is_due(item.group, item.state)]
+        if due:
+            with self.phase(FIND):
+                self.refresh(due)
+
+    def refresh(self, due: list[ParamStep]) -> None:
+        """New bases for some matrices: each process solves one before any of them is waited for. Collective."""
+        found = [self.find_basis(item.gather_grad(), item.matrix, item.group, item.state) for item in due]
+        for columns in found:
+            if isinstance(columns, PendingSolve):
+                columns.solve()
+        for item, pending in zip(due, found, strict=True):
+            columns = pending.result() if isinstance(pending, PendingSolve) else pending
+            # A non-finite gradient has no singular vectors: keep the old ones, without asking the device.
+            item.usable = torch.isfinite(columns).all()
+            self.store_basis(columns, item.usable, item.matrix, item.group, item.state)
+
+    def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> tuple[Update, float]:
+        if has_subspace(shard):
+            return self.low_rank_direction(G, shard, group, state)
+        return super().direction(G, shard, group, state)
+
+    def after_step(self, work: list[ParamStep]) -> None:
+        usable = [item.usable for item in work if item.usable is not None]
+        if not usable or self._warned_non_finite:
+            return
+        if not torch.stack([flag.to(usable[0].device) for flag in usable]).all():  # one host read for all matrices
+            self._warned_non_finite = True
+            warnings.warn("a gradient was not finite at a refresh; its matrix keeps its old subspace", stacklevel=6)

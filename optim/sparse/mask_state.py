@@ -1,0 +1,123 @@
+"""How masks and what is packed by them are held: by place, and in their portable form laid out as the parameter.
+
+A mask is held as ``indices`` (int32), the ascending places of its weights in this process's part; how many of them lie
+there changes with the mask. It travels as ``mask`` (uint8), ones and zeros, and moments travel as a dense tensor has
+them: where weights lie depends on the layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..distributed import FullShard
+from ..state.spec import Codec, HeldTensor, State, StateSpec
+
+
+class Packed(Codec):
+    """Values of the weights in a mask, one after the other. Empty at first: masks of all matrices are drawn together.
+
+    Args:
+        planned: how many weights of the whole matrix a first mask has.
+    """
+
+    def __init__(self, planned: int) -> None:
+        self.planned = planned
+
+    def held(self, spec: StateSpec, shard: FullShard) -> list[HeldTensor]:
+        share = shard.parameter.numel() / max(1, math.prod(shard.shape))
+        count = round(self.planned * share) if shard.host == "meta" else 0
+        return [HeldTensor(spec.name, (count,), spec.dtype, spec.kind)]
+
+    def is_held(self, spec: StateSpec, saved: Mapping[str, Any]) -> bool:
+        return "indices" in saved
+
+    def accept(self, spec: StateSpec, shard: FullShard, saved: Mapping[str, Any]) -> list[HeldTensor]:
+        """As many values as the saved mask has places."""
+        (held,) = self.held(spec, shard)
+        at = saved.get("indices")
+        return [held._replace(shape=(len(at),))] if isinstance(at, Tensor) and at.dim() == 1 else [held]
+
+    def decode(self, spec: StateSpec, shard: FullShard, held: Mapping[str, Tensor]) -> Tensor:
+        at, values = held["indices"].long(), held[spec.name]
+        shape = spec.local_shape(shard)
+        return values.new_zeros(math.prod(shape)).index_copy_(0, at, values).view(shape)
+
+    def encode(self, value: Tensor, spec: StateSpec, shard: FullShard, held: State) -> None:
+        held[spec.name] = value.reshape(-1)[held["indices"].to(value.device).long()]
+
+
+class Indices(Packed):
+    """The mask itself."""
+
+    def held(self, spec: StateSpec, shard: FullShard) -> list[HeldTensor]:
+        return [own._replace(name="indices", dtype=torch.int32) for own in super().held(spec, shard)]
+
+    def accept(self, spec: StateSpec, shard: FullShard, saved: Mapping[str, Any]) -> list[HeldTensor]:
+        at = saved.get("indices")
+        if isinstance(at, Tensor) and at.dim() == 1 and len(at):
+            inside = 0 <= int(at.min()) <= int(at.max()) < shard.parameter.numel()
+            if not inside:
+                raise ValueError(f"the saved mask has places outside of a parameter of shape {shard.shape}")
+        return super().accept(spec, shard, saved)
+
+    def decode(self, spec: StateSpec, shard: FullShard, held: Mapping[str, Tensor]) -> Tensor:
+        at, shape = held["indices"].long(), spec.local_shape(shard)
+        return torch.zeros(math.prod(shape), dtype=torch.uint8, device=at.device).index_fill_(0, at, 1).view(shape)
+
+    def encode(self, value: Tensor, spec: StateSpec, shard: FullShard, held: State) -> None:
+        held["indices"] = value.reshape(-1).nonzero().view(-1).int()
+
+
+class Flattened(Codec):
+    """Laid out as the parameter, but held flat."""
+
+    def held(self, spec: StateSpec, shard: FullShard) -> list[HeldTensor]:
+        return [HeldTensor(spec.name, (shard.parameter.numel(),), spec.dtype, spec.kind)]
+
+    def is_held(self, spec: StateSpec, saved: Mapping[str, Any]) -> bool:
+        return "indices" in saved
+
+    def decode(self, spec: StateSpec, shard: FullShard, held: Mapping[str, Tensor]) -> Tensor:
+        return held[spec.name].view(spec.local_shape(shard))
+
+    def encode(self, value: Tensor, spec: StateSpec, shard: FullShard, held: State) -> None:
+        held[spec.name] = value.reshape(-1)
+
+
+class Bits(Codec):
+    """A mask as a bit an entry, held as ``mask_bits``; it travels as a byte an entry, for engines do not cut matrices
+    between bytes of bits."""
+
+    def held(self, spec: StateSpec, shard: FullShard) -> list[HeldTensor]:
+        return [HeldTensor("mask_bits", (-(-shard.parameter.numel() // 8),), torch.uint8, spec.kind)]
+
+    def is_held(self, spec: StateSpec, saved: Mapping[str, Any]) -> bool:
+        return "mask_bits" in saved
+
+    def decode(self, spec: StateSpec, shard: FullShard, held: Mapping[str, Tensor]) -> Tensor:
+        return unpacked_bits(held["mask_bits"], spec.local_shape(shard))
+
+    def encode(self, value: Tensor, spec: StateSpec, shard: FullShard, held: State) -> None:
+        held["mask_bits"] = packed_bits(value)
+
+
+def packed_bits(mask: Tensor) -> Tensor:
+    """Eight entries of ones and zeros in a byte, the first in its lowest bit (flat, uint8)."""
+    entries = functional.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (entries << _places(mask)).sum(1, dtype=torch.uint8)
+
+
+def unpacked_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The ones and zeros (uint8) of a mask of ``shape``."""
+    entries = (bits.unsqueeze(1) >> _places(bits)).bitwise_and_(1)
+    return entries.view(-1)[: math.prod(shape)].view(shape)
+
+
+def _places(like: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=like.device)

@@ -1,0 +1,82 @@
+"""AdamW on a part of each matrix's weights, by any combination of the published choices; optim/sparse/optimizer.py has
+the steps."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from .optimizer import SparseOptimizer
+
+
+class SparseAdamW(SparseOptimizer):
+    """AdamW on a part of each matrix's weights, by any combination of the published choices.
+
+    Groups with a ``sparsity`` (or ``density``) hold matrices and are masked, others get plain AdamW;
+    ``gracile.optim.param_groups(model, sparsity=0.9)`` makes them. Masks are drawn, and weights outside of them set to
+    zero, when the optimizer is built, also of a model that is split already; a matrix that is as sparse as it should be
+    keeps its mask.
+
+    Args:
+        params: parameters, named parameters or groups, as for ``torch.optim.AdamW``.
+        lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
+        sparsity: the share of a group's weights that is zero; None for plain AdamW.
+        density: 1 - sparsity, in its place.
+        drop: which weights go: the smallest ``magnitude``; the smallest ``gradient_magnitude``, |w| + drop_lambda |g|
+            (MEST: Yuan et al. 2021, arXiv:2110.14032); or ``random``.
+        grow: which come: the largest ``gradient`` (RigL); the largest ``momentum`` of all gradients (SNFS: Dettmers &
+            Zettlemoyer 2019, arXiv:1907.04840), which costs a dense moment; or ``random`` (SET).
+        distribution: of the weights over a group's matrices: ``uniform``, ``er``, ``erk``, ``lamp``, ``global``.
+        schedule: how ``drop_fraction`` falls to ``t_end``: ``cosine``, ``cubic`` or ``constant``.
+        structure: ``unstructured``, ``constant_fan_in`` or ``block``.
+        update_every: steps between changes of the masks.
+        drop_fraction: the share of a mask that changes, at first; 0 keeps the first masks.
+        t_begin, t_end: steps between which masks change. RigL's t_end is three quarters of the run. None, without an
+            end, goes with ``schedule="constant"``.
+        initial_sparsity: where given, sparsity rises from it to ``sparsity`` at ``t_end`` by a cubic.
+        init: first masks are ``random``, or of the largest ``magnitude``; None: random but for lamp and global.
+        rescale_init: multiply weights that are masked for the first time by 1 / sqrt(density), as fan-in asks.
+        reinit_when_same: a weight that is dropped and grown in one update starts from zero, and does not stay.
+        drop_lambda: weight of gradients in ``gradient_magnitude``.
+        gamma_sal: of ``constant_fan_in``, the share of salient weights below which a row is ablated (0.3).
+        block_size: of ``block`` (64).
+        seed: of what is drawn.
+        state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+
+    State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        sparsity: float | None = None,
+        density: float | None = None,
+        drop: str = "magnitude",
+        grow: str = "gradient",
+        distribution: str = "uniform",
+        schedule: str = "cosine",
+        structure: str = "unstructured",
+        update_every: int = 100,
+        drop_fraction: float = 0.3,
+        t_begin: int = 0,
+        t_end: int | None = None,
+        initial_sparsity: float | None = None,
+        init: str | None = None,
+        rescale_init: bool = False,
+        reinit_when_same: bool = False,
+        drop_lambda: float = 1e-3,
+        gamma_sal: float | None = None,
+        block_size: int | None = None,
+        seed: int = 0,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, locals())
