@@ -43,8 +43,7 @@ from gracile import optim
 from gracile.models import layers
 from gracile.models.convert import convert
 from gracile.optim.core.optimizer import ShardedOptimizer
-from gracile.optim.distributed.process_group import _host_group
-from gracile.optim.distributed.projection import Workspace
+from gracile.optim.distributed.process_group import _gloo_group
 from gracile.train.engines.deepspeed_ops import skip_inference_reduce
 from gracile.train.engines.process_exit import leave
 from gracile.train.measurement.comm_bytes import Traffic
@@ -379,8 +378,8 @@ class Replay:
         for group, tensors in now if stepped_now else split.stepped_parameters():
             for p in tensors:
                 if p.grad is not None or (p.requires_grad and not stepped_now):
-                    for member, shard, _ in split.shards_of(p, group, Workspace()):
-                        yield member, shard, getattr(shard, "gradient", p.grad)
+                    for member, shard, _ in split.shards_of(p, group):
+                        yield member, shard, (shard.gradient if shard.split else p.grad)
 
     def told(self, split):
         """The largest difference of a parameter, relative to it and to its movement."""
@@ -395,10 +394,10 @@ class Replay:
 
 def together(shard, own):
     """A whole tensor at rank 0 from each rank's part."""
-    if not hasattr(shard, "piece"):
+    if not hasattr(shard, "held"):
         return own.detach().float()
-    bounds = shard.piece.bounds
-    whole = shard.piece.world.gather(own.contiguous(), [b - a for a, b in itertools.pairwise(bounds)], 0)
+    bounds = shard.held.bounds
+    whole = shard.held.processes.gather(own.contiguous(), [b - a for a, b in itertools.pairwise(bounds)], 0)
     return None if whole is None else whole.view(shard.shape).float()
 
 
@@ -454,8 +453,8 @@ def replicas_agree(full, optimizer, cell):
 def run(cell, reference):
     full, optimizer, watch = replicated(cell) if cell["layout"] in ("ddp", "fsdp2") else zero(cell)
     agree = replicas_agree(full, optimizer, cell)
-    assert bool(cell.get("nccl")) == bool(_host_group.cache_info().currsize)
-    _host_group.cache_clear()
+    assert bool(cell.get("nccl")) == bool(_gloo_group.cache_info().currsize)
+    _gloo_group.cache_clear()
     if dist.get_world_size() == 1:
         torch.save((weights_of(build(cell)), full, optim.state_bytes(optimizer)), cell["alone"])
         return None

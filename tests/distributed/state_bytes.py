@@ -10,7 +10,7 @@ from cells import LAYERS, OPTIMIZERS, convert, deepspeed, dist, skip_inference_r
 
 from gracile.models import build_llama
 from gracile.optim import param_groups, state_bytes
-from gracile.optim.distributed import as_one, each
+from gracile.optim.distributed import as_one_buffer, each_alone
 from gracile.optim.memory import planned_state_by_kind
 from gracile.train.engines.process_exit import leave
 
@@ -49,7 +49,7 @@ def planned_bytes(cell):
     """What this process will hold, known before there is an engine."""
     with torch.device("meta"):
         optimizer = made(llama(cell), cell)
-    cut = each if cell["stage"] == 3 else as_one
+    cut = each_alone if cell["stage"] == 3 else as_one_buffer
     return planned_state_by_kind(optimizer, cut, dist.get_rank(), dist.get_world_size(), torch.float32).total()
 
 
