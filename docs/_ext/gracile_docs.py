@@ -1,36 +1,20 @@
 """What the pages take from the code: tables from the registry, and the loop of a paper from a module's docstring.
 
-    ```{table-of} optimizers
-    ```                             optimizers, layers or recipes
+```{table-of} optimizers
+```                             optimizers, layers or recipes
 
-    ```{paper-loop} gracile.optim.GaLoreAdamW
-    ```                             what the docstring of the module that defines the class says
+```{paper-loop} gracile.optim.GaLoreAdamW
+```                             what the docstring of the module that defines the class says
 """
 
 import inspect
 import re
 from importlib import import_module
-from pathlib import Path
 
 from docutils import nodes
 from docutils.statemachine import StringList
+from registry_tables import table
 from sphinx.util.docutils import SphinxDirective
-
-try:
-    from gracile import registry
-except ImportError:  # AFTER-MERGE: remove this branch and the fallback folder, when gracile.registry exists
-    registry = None
-
-TABLES = {"optimizers": "optimizer_table", "layers": "layer_table", "recipes": "recipe_table"}
-FALLBACK = Path(__file__).parent / "fallback"
-
-
-def table(kind: str) -> str:
-    """The Markdown table of optimizers, layers or recipes."""
-    if registry is None:
-        return (FALLBACK / f"{kind}.md").read_text(encoding="utf-8").strip()
-    text: str = getattr(registry, TABLES[kind])()
-    return text.strip()
 
 
 class TableOf(SphinxDirective):
@@ -96,7 +80,7 @@ def _links(text: str) -> list[nodes.Node]:
     return made
 
 
-def literal_docstrings(app, what, name, obj, options, lines: list[str]) -> None:  # noqa: PLR0913 - Sphinx's signature
+def literal_docstrings(app, what, name, obj, options, lines: list[str]) -> None:
     """Docstrings are plain text with ``code``: what reStructuredText would read into |x|, W* or x_ is escaped."""
     _join_names(lines)
     inside = False

@@ -1,4 +1,4 @@
-"""Every example runs as its docstring says. Each asserts what it shows: a falling loss, a resumed run that is equal, ..."""
+"""Every example runs as its docstring says. Each asserts what it shows: a falling loss, an equal resumed run, ..."""
 
 import os
 import re
