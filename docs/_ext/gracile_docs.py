@@ -15,6 +15,7 @@ from docutils import nodes
 from docutils.statemachine import StringList
 from registry_tables import table
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.inspect import stringify_signature
 
 
 class TableOf(SphinxDirective):
@@ -83,15 +84,16 @@ def _links(text: str) -> list[nodes.Node]:
 def literal_docstrings(app, what, name, obj, options, lines: list[str]) -> None:
     """Docstrings are plain text with ``code``: what reStructuredText would read into |x|, W* or x_ is escaped."""
     _join_names(lines)
-    inside = False
+    inside = example = False
     for i, line in enumerate(lines):
         stripped = line.strip()
+        example = bool(stripped) and (example or stripped.startswith(">>>"))  # with what it prints, to an empty line
         if inside and stripped and not line.startswith(" "):
             inside = False
         if line.rstrip().endswith("::"):
             inside = True
             continue
-        if inside or stripped.startswith((":", ".. ", ">>>", "...")):
+        if inside or example or stripped.startswith((":", ".. ")):
             continue
         pieces = re.split(r"(``.+?``|:\w+:`[^`]+`|\*\*.+?\*\*)", line)
         lines[i] = "".join(
@@ -114,8 +116,18 @@ def _join_names(lines: list[str]) -> None:
         i += 1
 
 
+def constructor_signature(app, what, name, obj, options, signature, annotation):
+    """Layers define ``__new__`` for any arguments; what a reader wants is that of ``__init__``."""
+    if what != "class" or obj.__new__ is object.__new__ or not inspect.isfunction(obj.__init__):
+        return None
+    found = inspect.signature(obj.__init__)
+    own = found.replace(parameters=list(found.parameters.values())[1:], return_annotation=found.empty)
+    return stringify_signature(own, unqualified_typehints=True), annotation
+
+
 def setup(app):
     app.add_directive("table-of", TableOf)
     app.add_directive("paper-loop", PaperLoop)
+    app.connect("autodoc-process-signature", constructor_signature)
     app.connect("autodoc-process-docstring", literal_docstrings, priority=400)  # before napoleon, at 500
     return {"parallel_read_safe": True}
