@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help pretrain test test-distributed lint kill clean
+.PHONY: help pretrain test test-distributed lint docs kill clean
 
 help:
 	@echo "make pretrain           train a small LLaMA with GaLore (runs/quickstart); ARGS='--key value ...' changes it"
 	@echo "make test               the test suite"
 	@echo "make test-distributed   every optimizer in every layout, each pair of options, as a table; and what make test leaves out"
 	@echo "make lint               ruff and mypy"
+	@echo "make docs               the documentation (build/docs), warnings as errors; needs Python 3.11"
 	@echo "make kill               kill a run ten times at random and compare it with an undisturbed one"
 
 pretrain: $(VENV)/.run
@@ -30,6 +31,10 @@ lint: $(VENV)/.dev
 	@link=$$(mktemp -d) && ln -s "$(CURDIR)" $$link/gracile && MYPYPATH=$$link $(BIN)/mypy -p gracile; \
 	status=$$?; rm -r $$link; exit $$status
 
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
+
 kill: $(VENV)/.dev
 	$(BIN)/python tests/train/kill_and_resume.py --kills 10
 
@@ -45,6 +50,10 @@ $(VENV)/.run: $(VENV)/.torch setup.cfg pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[dev]' -c constraints.txt
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.run
+	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[docs]' -c constraints.txt
 	touch $@
 
 clean:

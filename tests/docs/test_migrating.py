@@ -1,0 +1,169 @@
+"""Each row of the tables in docs/migrating.md, against the packages it speaks of."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gracile import optim
+from gracile.models.convert import convert
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "migrating.md"
+TABLE = re.compile(r"<!-- check: (\S+) -> (\S+) -->\n\n((?:\|.*\n)+)")
+# What their groups hold beside what their constructors take, and values other than the defaults.
+GROUP_KEYS = {
+    "galore_torch": {"rank": 4, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
+    "apollo_torch": {
+        "rank": 4,
+        "update_proj_gap": 200,
+        "scale": 1.0,
+        "proj_type": "std",
+        "proj": "random",
+        "scale_type": "channel",
+    },
+    "fira": {"rank": 4, "update_proj_gap": 200, "alpha": 0.25, "proj_type": "std"},
+}
+LORA = {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "target_modules": ["0"]}
+# Fields of LoraConfig for other methods, for its own bookkeeping or for single layers: the page leaves them out.
+LORA_LEFT_OUT = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "exclude_modules", "fan_in_fan_out", "bias", "layers_to_transform", "layers_pattern", "megatron_config",
+    "megatron_core", "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "velora_config", "alora_invocation_tokens", "use_qalora", "qalora_group_size", "monteclora_config",
+    "layer_replication", "runtime_config", "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
+    "ensure_weight_tying",
+}  # fmt: skip
+
+
+def named(path):
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def rows():
+    for theirs, ours, table in TABLE.findall(PAGE.read_text(encoding="utf-8")):
+        for line in table.splitlines()[2:]:
+            key, here, _ = (cell.strip() for cell in line.strip("|").split("|"))
+            yield theirs, ours, key.strip("`"), here
+
+
+ROWS = list(rows())
+TABLES = sorted({(theirs, ours) for theirs, ours, _, _ in ROWS})
+
+
+def keyword(key, theirs):
+    """A name and a value: the one in the row, that of their groups, or their default."""
+    if "=" in key:
+        name, value = key.split("=")
+        return name, value.strip('"')
+    held = LORA if theirs.startswith("peft") else GROUP_KEYS[theirs.partition(".")[0]]
+    if key in held:
+        return key, held[key]
+    return key, inspect.signature(named(theirs)).parameters[key].default
+
+
+def build(ours, theirs, name, value):
+    """An optimizer with the keyword where it belongs, or a converted model."""
+    if theirs.startswith("peft"):
+        keys = {"rank": 4, "target_modules": ["0"], name: value}
+        return convert(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)), named(ours), **keys)
+    group = {"params": [nn.Parameter(torch.randn(16, 8))], "rank": 4}
+    held = GROUP_KEYS[theirs.partition(".")[0]]
+    in_group = name in held or name in ("scale", "alpha")
+    return named(ours)([{**group, name: value} if in_group else group], **({} if in_group else {name: value}))
+
+
+@pytest.mark.parametrize(("theirs", "ours", "key", "here"), ROWS, ids=[f"{row[0]}-{row[2]}" for row in ROWS])
+def test_a_row_says_what_happens(theirs, ours, key, here):
+    if key == "params":
+        assert here == "same"
+        return
+    name, value = keyword(key, theirs)
+    if here == "same":
+        build(ours, theirs, name, value)
+        return
+    with pytest.raises((TypeError, ValueError), match=name):
+        build(ours, theirs, name, value)
+    if here.startswith("renamed to"):
+        build(ours, theirs, re.search(r"`(\w+)`", here)[1], value)
+    else:
+        assert here == "refused"
+
+
+@pytest.mark.parametrize(("theirs", "ours"), TABLES)
+def test_a_table_has_every_keyword_of_theirs(theirs, ours):
+    listed = {key.split("=")[0] for one, _, key, _ in ROWS if one == theirs}
+    if theirs.startswith("peft"):
+        fields = {field.name for field in dataclasses.fields(named(theirs))}
+        assert listed <= fields
+        assert fields - listed <= LORA_LEFT_OUT
+        return
+    parameters = set(inspect.signature(named(theirs)).parameters)
+    assert listed == parameters | GROUP_KEYS[theirs.partition(".")[0]].keys()
+
+
+def test_every_package_of_the_page_has_its_tables():
+    assert {theirs.partition(".")[0] for theirs, _ in TABLES} == {*GROUP_KEYS, "peft"}
+
+
+# ---- what the page says of numbers ----------------------------------------------------------------------------------
+
+
+def trained(cls, group, **keys):
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(24, 16)), nn.Parameter(torch.randn(16, 24))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = cls([{"params": weights, "rank": 4, "update_proj_gap": 5, "proj_type": "std", **group}], **keys)
+    for t in range(12):
+        torch.manual_seed(100 + t)
+        for p in weights:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return weights
+
+
+def test_galore_with_exact_vectors_is_theirs_to_the_bit():
+    theirs = trained(named("galore_torch.GaLoreAdamW"), {"scale": 0.25}, lr=0.01)
+    ours = trained(optim.GaLoreAdamW, {"scale": 0.25, "subspace_method": "svd"}, lr=0.01)
+    assert all(torch.equal(p, q) for p, q in zip(theirs, ours, strict=True))
+
+
+def test_apollo_agrees_with_theirs():
+    group = {"scale": 1.0, "proj": "random", "scale_type": "channel"}
+    theirs = trained(named("apollo_torch.APOLLOAdamW"), group, lr=0.01)
+    ours = trained(optim.APOLLOAdamW, group, lr=0.01)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_fira_agrees_with_theirs():
+    theirs = trained(named("fira.FiraAdamW"), {"alpha": 0.25}, lr=0.01)
+    ours = trained(optim.FiraAdamW, {"scale": 0.25, "subspace_method": "svd"}, lr=0.01)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_relora_layers_compute_what_pefts_do_and_merge_to_the_same():
+    from peft import LoraConfig, get_peft_model
+
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 8))
+
+    theirs = get_peft_model(model(), LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"]))
+    ours = convert(model(), named("gracile.models.layers.ReLoRALinear"), ["0", "2"], rank=4, alpha=8.0)
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            layer, _, part = name.rpartition(".")
+            if part in ("A", "B"):
+                theirs.get_parameter(f"base_model.model.{layer}.lora_{part}.default.weight").copy_(p.normal_())
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(ours(x), theirs(x))
+    frozen = [name for name, p in ours.named_parameters() if not p.requires_grad]
+    assert frozen == ["0.weight", "2.weight"]
+    torch.testing.assert_close(named("gracile.models.convert.merge")(ours)(x), theirs.merge_and_unload()(x))
