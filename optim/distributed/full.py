@@ -220,8 +220,8 @@ class FullMatrix(FullShard):
         on."""
         return self.side.shape
 
-    def gather_weights(self) -> Tensor:
-        """The lines of the weights. Collective."""
+    def gather_weights(self, keep: bool = False) -> Tensor:
+        """The lines of the weights. Collective, but where they were kept for this call by the one before."""
         return self.parameter
 
     def rewrite(self, weights: Tensor) -> None:

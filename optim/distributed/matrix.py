@@ -53,6 +53,7 @@ class MatrixShard(FullMatrix):
         self.shard_basis = many if shard_basis is None else shard_basis
         self.view = RowView(held, side.shape[1])
         self.completed: Tensor | None = None  # the cut rows of the gradient (cut x n), where there are any
+        self._kept_weights: Tensor | None = None
 
     @property
     def gradient(self) -> Tensor:
@@ -124,8 +125,13 @@ class MatrixShard(FullMatrix):
     def gather_grad(self) -> Tensor:
         return self._lines(self.gradient, self.completed)
 
-    def gather_weights(self) -> Tensor:
-        return self._lines(self.parameter, complete_rows([self.view], [self.parameter])[0])
+    def gather_weights(self, keep: bool = False) -> Tensor:
+        weights, self._kept_weights = self._kept_weights, None
+        if weights is None:
+            weights = self._lines(self.parameter, complete_rows([self.view], [self.parameter])[0])
+        if keep:
+            self._kept_weights = weights
+        return weights
 
     def _lines(self, own: Tensor, completed: Tensor | None) -> Tensor:
         rows = self.view.rows(own, completed)

@@ -84,7 +84,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
             state["length"].copy_(shard.row_norms(shard.gather_weights().to(wide_dtype(shard))))
 
     def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor | PendingSolve:
-        D, _ = _gradients(G, shard.gather_weights(), shard, state)
+        D, _ = _gradients(G, shard.gather_weights(keep=True), shard, state)
         return self.singular_vectors(D.to(shard.dtype), self.previous_columns(shard, group, state), shard, group)
 
     def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
