@@ -63,6 +63,7 @@ class DeclaredState(FaithfulLoading):
     moment_codec: ClassVar[Codec] = PLAIN
     registry: ParamRegistry
     _key_names: dict[int, tuple[str, ...]]  # by position, the keys of a parameter's state
+    _moments: dict[int, list[StateSpec]]  # by position, its moments: declared once, where every step asks
 
     # ---- what a method declares -------------------------------------------------------------------------------------
 
@@ -89,6 +90,12 @@ class DeclaredState(FaithfulLoading):
         coordinates = Coordinates.of(shard, self.rule.needs_rows)
         specs = self.rule.specs(coordinates, moment_dtype(shard, group), group)
         return [spec.stored_by(self.moment_codec) for spec in specs]
+
+    def stored_moments(self, shard: FullShard, group: Group) -> list[StateSpec]:
+        """``moment_specs``, declared once a parameter."""
+        if shard.position not in self._moments:
+            self._moments[shard.position] = self.moment_specs(shard, group)
+        return self._moments[shard.position]
 
     def initialize(self, shard: FullShard, group: Group, state: State) -> None:
         """Give new state values that no fill says. Called once for each parameter, in their order. Collective."""
@@ -274,4 +281,5 @@ class DeclaredState(FaithfulLoading):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._key_names.clear()  # a loaded rank may have other keys
+        self._key_names.clear()  # a loaded rank may have other keys and shapes
+        self._moments.clear()

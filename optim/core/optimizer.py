@@ -58,7 +58,7 @@ class ShardedOptimizer(DeclaredState):
         defaults = {key: value for key, value in arguments.items() if key in names and key not in ("self", "params")}
         self.defaults = defaults  # what the checks of groups look at; torch sets it again
         self.registry = ParamRegistry()
-        self._key_names = {}
+        self._key_names, self._moments = {}, {}
         self.check_values(defaults)
         super().__init__(params, defaults)
 
@@ -191,7 +191,7 @@ class ShardedOptimizer(DeclaredState):
         if self.moment_codec is PLAIN:
             yield state
             return
-        specs = self.moment_specs(shard, group)
+        specs = self.stored_moments(shard, group)
         moments = to_portable(specs, shard, state)
         wide = {**state, **moments}
         yield wide
@@ -203,7 +203,7 @@ class ShardedOptimizer(DeclaredState):
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # which torch puts there, and no constructor of ours takes
         if not hasattr(self, "registry"):  # unpickled: torch keeps nothing but groups, state and defaults
-            self.registry, self._key_names = ParamRegistry(), {}
+            self.registry, self._key_names, self._moments = ParamRegistry(), {}, {}
             for group in self.param_groups:
                 self.register(group)
         for group in self.param_groups:

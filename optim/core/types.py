@@ -14,13 +14,14 @@ Group = dict[str, Any]
 State = MutableMapping[str, Tensor]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class ParamStep:
     """One parameter of this step: what this process holds of it, its group and its state."""
 
     shard: FullShard
     group: Group
     state: State
+    is_due: bool = False  # for a new subspace, in this step
     usable: Tensor | None = None  # of a subspace found in this step: a flag on the device, whether it is finite
     _grad: Tensor | None = None
 

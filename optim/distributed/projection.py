@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class ProjectionSide:
     right: bool
 
     @classmethod
+    @lru_cache(maxsize=1024)  # asked for each matrix in each step
     def of(cls, shape: tuple[int, int], rank: int, proj_type: str) -> ProjectionSide:
         m, n = shape
         right = {"std": m >= n, "reverse_std": m < n, "left": False, "right": True}[proj_type]

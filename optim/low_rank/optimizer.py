@@ -128,17 +128,18 @@ class LowRankOptimizer(ShardedOptimizer):
         due = 0
         for item in work:
             portion.append(item)
-            if has_subspace(item.shard) and self.is_due(item.group, item.state):
+            item.is_due = has_subspace(item.shard) and self.is_due(item.group, item.state)
+            if item.is_due:
                 due += 1
                 solved_apart = "svd" in (item.group.get("subspace_method"), item.group.get("proj"))
-                if due >= (item.shard.solvers if solved_apart else 1):
+                if due >= (item.matrix.solvers if solved_apart else 1):
                     yield portion
                     portion, due = [], 0
         if portion:
             yield portion
 
     def find(self, work: list[ParamStep]) -> None:
-        due = [item for item in work if has_subspace(item.shard) and self.is_due(item.group, item.state)]
+        due = [item for item in work if item.is_due]
         if due:
             with self.phase(FIND):
                 self.refresh(due)

@@ -390,8 +390,8 @@ def reads_of_a_step(method, matrices, t):
     advance(optimizer, 0, t)
     held = held_by(optimizer)
     give_gradients(held, t)
-    group = optimizer.param_groups[0]
-    state = [v for p in held for k, v in optimizer.state[p].items() if k not in optimizer.host_keys(p, group)]
+    owners = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    state = [v for p, group in owners for k, v in optimizer.state[p].items() if k not in optimizer.host_keys(p, group)]
     with HostReads([*held, *(p.grad for p in held), *state]) as reads:
         optimizer.step()
     return reads.count
