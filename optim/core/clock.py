@@ -18,7 +18,7 @@ def every(period: int, steps: int) -> bool:
 
 
 def since(steps: int, period: int) -> int:
-    """Steps since a clock of ``period`` last struck, this one included: 1 to ``period``."""
+    """Steps since a clock of ``period`` last came round, this one included: 1 to ``period``."""
     return (steps - 1) % period + 1
 
 

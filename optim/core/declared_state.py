@@ -119,7 +119,7 @@ class DeclaredState(FaithfulLoading):
         flat = local_flat(p.detach())
         grad = flat if p.grad is None else local_flat(p.grad)
         for ref, held in self.registry.ranges(p, group, own):
-            shard = self._split_shard(held.of(flat), held.of(grad), held, ref, group, workspace)
+            shard = self.shard_on(held.of(flat), held.of(grad), held, ref, group, workspace)
             yield ref, shard, self.state[p] if ref is own else self._prefixed(self.state[p], shard, group)
 
     def _ref(self, p: Tensor, group: Group) -> ParamRef | None:
@@ -137,9 +137,11 @@ class DeclaredState(FaithfulLoading):
         side = self._side(tuple(p.shape), group)
         return FullShard(p, position, workspace) if side is None else FullMatrix(p, position, workspace, side)
 
-    def _split_shard(
-        self, p: Tensor, grad: Tensor, held: ShardRange, ref: ParamRef, group: Group, workspace: Workspace
+    def shard_on(
+        self, p: Tensor, grad: Tensor, held: ShardRange, ref: ParamRef, group: Group, workspace: Workspace | None = None
     ) -> FullShard:
+        """The part ``held`` of a parameter, by its weights ``p`` and its gradient ``grad``, both flat."""
+        workspace = workspace or Workspace()
         side = self._side(ref.shape, group)
         if side is not None:
             return MatrixShard(p, grad, held, ref.position, workspace, side, group.get("shard_basis"))
@@ -234,7 +236,7 @@ class DeclaredState(FaithfulLoading):
         own = self._ref(parameter, group)
         ((ref, held),) = self.registry.ranges(parameter, group, own)
         flat = local_flat(parameter.detach())
-        shard = self._split_shard(flat, flat, held, ref, group, Workspace())
+        shard = self.shard_on(flat, flat, held, ref, group)
         return DTensorState(parameter.device_mesh, shard, self.specs(shard, group))
 
     # ---- state before it exists -------------------------------------------------------------------------------------
@@ -272,7 +274,7 @@ class DeclaredState(FaithfulLoading):
                 shards: Iterable[FullShard] = (self.on_meta(ref, group) for ref in trained)
             else:
                 shards = (
-                    self._split_shard(flat, flat, held, ref, group, Workspace())
+                    self.shard_on(flat, flat, held, ref, group)
                     for ref, held in cut(trained, index, size)
                     for flat in [torch.empty(held.numel, dtype=dtype or ref.parameter.dtype, device="meta")]
                 )

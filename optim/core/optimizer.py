@@ -29,7 +29,7 @@ from .declared_state import DeclaredState
 from .group_checks import COMMON_CHECKS, check_declared, check_keys, check_tensors, parameters_in
 from .types import Group, ParamStep, State
 
-# Phases of a step, as a listener is told of them.
+# Phases of a step, by the names that a listener gets.
 FIND, UPDATE, AFTER = "find", "update", "after"
 PhaseListener = Callable[[str], AbstractContextManager[Any]]
 
@@ -45,7 +45,7 @@ class ShardedOptimizer(DeclaredState):
 
     Attributes:
         checks: a check for each key of the class's own.
-        phase_listener: None, or what is called with the name of each phase and gives a context manager around it; set
+        phase_listener: None, or what is called with the name of each phase and returns a context manager for it; set
             it to see where the time of a step goes. ``find`` comes only where a subspace or a mask is due, also inside
             the other two.
     """
@@ -54,7 +54,7 @@ class ShardedOptimizer(DeclaredState):
     phase_listener: PhaseListener | None = None
 
     def __init__(self, params: ParamsT, arguments: Group) -> None:
-        names = inspect.signature(arguments["__class__"].__init__).parameters
+        names = inspect.signature(arguments.get("__class__", type(self)).__init__).parameters
         defaults = {key: value for key, value in arguments.items() if key in names and key not in ("self", "params")}
         self.defaults = defaults  # what the checks of groups look at; torch sets it again
         self.registry = ParamRegistry()
@@ -156,7 +156,7 @@ class ShardedOptimizer(DeclaredState):
             self.after_step(work)
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
-        """A phase of the step, which the listener is told of."""
+        """A phase of the step, announced to the listener."""
         return nullcontext() if self.phase_listener is None else self.phase_listener(name)
 
     def _is_blank(self, work: list[ParamStep]) -> bool:

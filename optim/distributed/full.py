@@ -1,6 +1,6 @@
 """A parameter that this process holds entirely: one process, or a replica under DistributedDataParallel.
 
-Methods speak to a shard in its verbs. A matrix comes as its lines: a line is what belongs to one row of coordinates, a
+Methods use a shard by its verbs. A matrix comes as its lines: a line is what belongs to one row of coordinates, a
 row of the matrix where the right side is projected, a column where the left is. What is one line's business needs no
 other process; ``all_reduce_``, ``norm``, ``mean``, ``row_sums`` and ``solve`` are what lines have in common.
 

@@ -114,8 +114,8 @@ class APOLLOAdamW(LowRankOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if group["rank"] == 1 and group["scale_type"] == "channel":
-            told = "rank=1 with scale_type='channel' is known to train badly; APOLLO-Mini is scale_type='tensor'"
-            warnings.warn(told, stacklevel=4)
+            advice = "rank=1 with scale_type='channel' is known to train badly; APOLLO-Mini is scale_type='tensor'"
+            warnings.warn(advice, stacklevel=4)
 
     def basis_specs(self, shard: FullMatrix, group: Group) -> list[StateSpec]:
         norm = StateSpec("update_norm", (), wide_dtype(shard))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..distributed import FullShard
 from ..state.spec import Codec, HeldTensor, State, StateSpec
 
 
+@dataclass(frozen=True)
 class Packed(Codec):
     """Values of the weights in a mask, one after the other. Empty at first: masks of all matrices are drawn together.
 
@@ -26,8 +28,7 @@ class Packed(Codec):
         planned: how many weights of the whole matrix a first mask has.
     """
 
-    def __init__(self, planned: int) -> None:
-        self.planned = planned
+    planned: int
 
     def held(self, spec: StateSpec, shard: FullShard) -> list[HeldTensor]:
         share = shard.parameter.numel() / max(1, math.prod(shard.shape))
@@ -74,6 +75,7 @@ class Indices(Packed):
         held["indices"] = value.reshape(-1).nonzero().view(-1).int()
 
 
+@dataclass(frozen=True)
 class Flattened(Codec):
     """Laid out as the parameter, but held flat."""
 
@@ -90,6 +92,7 @@ class Flattened(Codec):
         held[spec.name] = value.reshape(-1)
 
 
+@dataclass(frozen=True)
 class Bits(Codec):
     """A mask as a bit an entry, held as ``mask_bits``; it travels as a byte an entry, for engines do not cut matrices
     between bytes of bits."""

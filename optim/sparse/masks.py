@@ -175,8 +175,8 @@ class Unstructured(Structure):
     """Single weights, wherever they are."""
 
     def begin(self, matrices: Sequence[Masked], budgets: Sequence[int], held: Sequence[int]) -> list[Tensor]:
-        lots = zip(matrices, budgets, held, strict=True)
-        choices = [all_of(matrix, first_keys_of(matrix, own <= budget)) for matrix, budget, own in lots]
+        items = zip(matrices, budgets, held, strict=True)
+        choices = [all_of(matrix, first_keys_of(matrix, own <= budget)) for matrix, budget, own in items]
         return [chosen.int() for chosen in largest_of_each(choices, budgets)]
 
     def change(
@@ -202,8 +202,8 @@ def kept_of(matrices: Sequence[Masked], counts: Sequence[int]) -> list[Tensor]:
 
 def chosen_of_masks(matrices: Sequence[Masked], keys: Sequence[Keys], counts: Sequence[int]) -> list[Tensor]:
     """The ``counts`` weights of each mask with the largest of ``keys``, which count within the mask."""
-    lots = zip(matrices, keys, strict=True)
-    chosen = largest_of_each([Choice(matrix.shard, len(matrix.indices), own) for matrix, own in lots], counts)
+    items = zip(matrices, keys, strict=True)
+    chosen = largest_of_each([Choice(matrix.shard, len(matrix.indices), own) for matrix, own in items], counts)
     return [matrix.indices[places] for matrix, places in zip(matrices, chosen, strict=True)]
 
 

@@ -221,25 +221,25 @@ class SparseOptimizer(ShardedOptimizer):
                 self._change(list(self._masked(due)))
 
     def _change(self, matrices: list[Masked]) -> None:
-        for lot in _alike(matrices):
-            structure = STRUCTURES[lot[0].group["structure"]]
-            held = weights_held(lot)
-            budgeted = self._budgets(lot, held)
+        for batch in _alike(matrices):
+            structure = STRUCTURES[batch[0].group["structure"]]
+            held = weights_held(batch)
+            budgeted = self._budgets(batch, held)
             keep, grow = [], []
-            for matrix, weights, budget in zip(lot, held, budgeted, strict=True):
+            for matrix, weights, budget in zip(batch, held, budgeted, strict=True):
                 units = weights // structure.weights(1, matrix.group)
                 fraction = drop_fraction_at(matrix.clock, matrix.group)
                 kept, grown = structure.amounts(units, budget, fraction)
                 keep.append(kept)
                 grow.append(grown)
-            for matrix, change in zip(lot, structure.change(lot, budgeted, keep, grow), strict=True):
+            for matrix, change in zip(batch, structure.change(batch, budgeted, keep, grow), strict=True):
                 _take(matrix, change)
 
-    def _budgets(self, lot: Sequence[Masked], held: Sequence[int]) -> list[int]:
-        """How many units each mask of a lot has after this step; where weights decide, as many as it has."""
+    def _budgets(self, batch: Sequence[Masked], held: Sequence[int]) -> list[int]:
+        """How many units each mask of a batch has after this step; where weights decide, as many as it has."""
         counts: dict[tuple[int, int], dict[int, int]] = {}  # by group and clock
         found = []
-        for matrix, weights in zip(lot, held, strict=True):
+        for matrix, weights in zip(batch, held, strict=True):
             now, position = (matrix.group["group_number"], matrix.clock), matrix.shard.position
             if matrix.group["distribution"] in BY_WEIGHT:
                 found.append(self._by_weight.get(position, weights) if matrix.clock == 0 else weights)
@@ -251,12 +251,12 @@ class SparseOptimizer(ShardedOptimizer):
 
     def _begin(self, matrices: Sequence[Masked]) -> None:
         """Draw first masks into the state of matrices that have none."""
-        for lot in _alike(matrices):
-            structure = STRUCTURES[lot[0].group["structure"]]
-            held = nonzeros(lot)
-            budgeted = self._budgets(lot, held)
+        for batch in _alike(matrices):
+            structure = STRUCTURES[batch[0].group["structure"]]
+            held = nonzeros(batch)
+            budgeted = self._budgets(batch, held)
             for matrix, indices, count, weights in zip(
-                lot, structure.begin(lot, budgeted, held), budgeted, held, strict=True
+                batch, structure.begin(batch, budgeted, held), budgeted, held, strict=True
             ):
                 own = structure.weights(count, matrix.group)
                 _give(matrix, indices)
@@ -311,12 +311,12 @@ class SparseOptimizer(ShardedOptimizer):
 
 
 def _alike(matrices: Sequence[Masked]) -> list[list[Masked]]:
-    """Matrices in lots that are chosen from together, in one order on every process."""
-    lots: dict[tuple[str, torch.dtype, torch.device], list[Masked]] = {}
+    """Matrices in batches that are chosen from together, in one order on every process."""
+    batches: dict[tuple[str, torch.dtype, torch.device], list[Masked]] = {}
     for matrix in matrices:
         kind = matrix.group["structure"], matrix.key_dtype, matrix.weights.device
-        lots.setdefault(kind, []).append(matrix)
-    return list(lots.values())
+        batches.setdefault(kind, []).append(matrix)
+    return list(batches.values())
 
 
 def _give(matrix: Masked, indices: Tensor) -> None:

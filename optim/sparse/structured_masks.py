@@ -39,7 +39,7 @@ class ConstantFanIn(Structure):
         return held - dropped, dropped
 
     def begin(self, matrices: Sequence[Masked], budgets: Sequence[int], held: Sequence[int]) -> list[Tensor]:
-        return [_first_rows(*lot) for lot in zip(matrices, budgets, held, strict=True)]
+        return [_first_rows(*item) for item in zip(matrices, budgets, held, strict=True)]
 
     def change(
         self, matrices: Sequence[Masked], budgets: Sequence[int], keep: Sequence[int], grow: Sequence[int]
@@ -48,8 +48,8 @@ class ConstantFanIn(Structure):
         active = _active(matrices, kept, grow, budgets)
         left = torch.stack([rows.sum() for rows in active]).tolist()
         if any(matrix.group["gamma_sal"] > 0 for matrix in matrices):  # rows that stay keep what ablated ones had
-            lots = zip(matrices, active, strict=True)
-            kept = chosen_of_masks(matrices, [_keys_in(matrix, rows) for matrix, rows in lots], keep)
+            items = zip(matrices, active, strict=True)
+            kept = chosen_of_masks(matrices, [_keys_in(matrix, rows) for matrix, rows in items], keep)
         return [
             _filled(matrix, own, rows, budget // count)
             for matrix, own, rows, budget, count in zip(matrices, kept, active, budgets, left, strict=True)
@@ -95,8 +95,8 @@ class Blocks(Structure):
     ) -> list[Change]:
         sums = [_sums_of_blocks(matrix) for matrix in matrices]
         all_reduce_shares_([(matrix.shard, part) for matrix, part in zip(matrices, sums, strict=True)])
-        lots = zip(matrices, sums, keep, grow, strict=True)
-        return [_changed_blocks(matrix, own, kept, grown) for matrix, own, kept, grown in lots]
+        items = zip(matrices, sums, keep, grow, strict=True)
+        return [_changed_blocks(matrix, own, kept, grown) for matrix, own, kept, grown in items]
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -188,8 +188,8 @@ def _active(
         for matrix, own, new in zip(matrices, kept, chosen, strict=True)
     ]
     all_reduce_shares_([(matrix.shard, count) for matrix, count in zip(matrices, salient, strict=True)])
-    lots = zip(matrices, salient, budgets, strict=True)
-    return [_salient_enough(matrix, count, budget) for matrix, count, budget in lots]
+    items = zip(matrices, salient, budgets, strict=True)
+    return [_salient_enough(matrix, count, budget) for matrix, count, budget in items]
 
 
 def _salient_enough(matrix: Masked, salient: Tensor, budget: int) -> Tensor:

@@ -6,9 +6,9 @@ the highest on, by one histogram a digit:
     H  <-  how many candidates have each value of the digit          summed over processes
     d  <-  the digit of the k-th largest: sure are those above it, candidates those that have it
 
-Each round speaks of all matrices in one message of a few thousand counts, whatever their size; a last one says how many
-processes before this one hold of the ties. Slices are ranges of indices in the order of processes, so that the choice
-is the same however a matrix is split. All keys are looked at twice, some at a time, and never kept.
+Each round sums the counts of all matrices in one message of a few thousand, whatever their size; a last one says how
+many processes before this one hold of the ties. Slices are ranges of indices in the order of processes, so that the
+choice is the same however a matrix is split. All keys are looked at twice, some at a time, and never kept.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def largest_of_all(choices: Sequence[Choice], count: int) -> list[Tensor]:
 class _Sought:
     """One choice on its way: ``sure`` are chosen, of the candidates at ``places`` the ``keys`` are left to compare."""
 
-    def __init__(self, choice: Choice, lot: int) -> None:
-        self.choice, self.lot = choice, lot
+    def __init__(self, choice: Choice, pool: int) -> None:
+        self.choice, self.pool = choice, pool
         self.places: Tensor | None = None  # None: all of them
         self.keys = choice.keys(0, 0)
         self.sure: list[Tensor] = []
@@ -127,8 +127,8 @@ def _digits(dtype: torch.dtype) -> list[_Digit]:
     return digits
 
 
-def _largest(lots: Sequence[Sequence[Choice]], counts: Sequence[int]) -> list[Tensor]:
-    sought = [_Sought(choice, number) for number, lot in enumerate(lots) for choice in lot]
+def _largest(pools: Sequence[Sequence[Choice]], counts: Sequence[int]) -> list[Tensor]:
+    sought = [_Sought(choice, number) for number, pool in enumerate(pools) for choice in pool]
     if not sought:
         return []
     kind = sought[0].choice.keys(0, 0).dtype
@@ -139,17 +139,17 @@ def _largest(lots: Sequence[Sequence[Choice]], counts: Sequence[int]) -> list[Te
         for number, (value, missing) in enumerate(_boundaries(sought, counted, wanted)):
             wanted[number] = missing
             for one in sought:
-                if one.lot == number:
+                if one.pool == number:
                     one.narrow(digit, value)
     return [one.chosen(ties) for one, ties in zip(sought, _ties(sought, wanted), strict=True)]
 
 
 def _boundaries(sought: Sequence[_Sought], counted: Sequence[Tensor], wanted: Sequence[int]) -> list[tuple[int, int]]:
-    """For each lot the digit of its last chosen one, and how many of those that have it are still to be found."""
+    """For each pool the digit of its last chosen one, and how many of those that have it are still to be found."""
     tails = []
     for number in range(len(wanted)):
-        lot = torch.stack([part for one, part in zip(sought, counted, strict=True) if one.lot == number]).sum(0)
-        at_least = lot.flip(0).cumsum(0).flip(0)  # how many have this value or a larger one
+        pool = torch.stack([part for one, part in zip(sought, counted, strict=True) if one.pool == number]).sum(0)
+        at_least = pool.flip(0).cumsum(0).flip(0)  # how many have this value or a larger one
         tails.append(torch.cat([at_least, at_least.new_zeros(1)]))
     wants = torch.tensor(wanted, dtype=torch.int64, device=tails[0].device)
     at_least = torch.stack([tail.to(wants.device) for tail in tails])
@@ -171,10 +171,10 @@ def _ties(sought: Sequence[_Sought], wanted: Sequence[int]) -> list[int]:
         before.append(processes.index if one.choice.shard.split else 0)
     all_reduce_shares_([(one.choice.shard, part) for one, part in zip(sought, held, strict=True)])
     left, taken = list(wanted), []
-    for one, of_each, rank in zip(sought, held, before, strict=True):
+    for one, of_each, index in zip(sought, held, before, strict=True):
         ends = list(accumulate(of_each.tolist(), initial=0))
-        taken.append(max(0, min(left[one.lot], ends[rank + 1]) - ends[rank]))
-        left[one.lot] -= min(left[one.lot], ends[-1])
+        taken.append(max(0, min(left[one.pool], ends[index + 1]) - ends[index]))
+        left[one.pool] -= min(left[one.pool], ends[-1])
     return taken
 
 
