@@ -66,6 +66,9 @@ class FactoredLinear(nn.Module, ABC):
             bound = self.in_features**-0.5
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def finish(self) -> None:
+        """What is left to do when training is over, before the layer is merged: nothing, for most."""
+
     def merge(self) -> nn.Linear:
         """A plain layer that computes the same, on the same device and in the same dtype."""
         weight = self.dense()

@@ -78,15 +78,15 @@ def sparsify(model: nn.Module, form: str = AUTO, tokens: Sequence[int] = (1,)) -
             f"no layer can be held in the form {form!r} in {where.dtype} on {where.device}; auto finds one"
         )
     ms = {number: medians(layers, number) for number in tokens}
-    told, chosen = {}, {}
+    exported, chosen = {}, {}
     for name, linear in found.items():
         of_layer = {number: ms[number][name] for number in tokens}
         fastest = min(of_layer[tokens[0]], key=of_layer[tokens[0]].__getitem__)
         own = fastest if form == AUTO else form if form in layers[name] else DENSE
-        told[name] = Exported(own, zeros(linear.weight), (linear.out_features, linear.in_features), of_layer)
+        exported[name] = Exported(own, zeros(linear.weight), (linear.out_features, linear.in_features), of_layer)
         chosen[name] = layers[name][own]
     put(model, chosen)
-    return told
+    return exported
 
 
 def put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

@@ -16,15 +16,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..validation import is_whole, require
 from .measurement import measure
-from .measurement.planner import GRADIENTS
+from .measurement.kinds import GRADIENTS
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 PEAK = "peak"
 
@@ -63,6 +65,8 @@ class MemoryWatch:
         if self._unhook is not None:
             raise RuntimeError("this MemoryWatch is at work already; make another")
         if self._log_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
             self._writer = SummaryWriter(log_dir=str(self._log_dir))
         self._unhook = measure.around_steps(self.optimizer, self._before_step, self._after_step)
         return self

@@ -65,6 +65,16 @@ class GradientAnnealing:
             layer.annealed.fill_(factor)
             layer.counts = number % self.check_every == 0
 
+    def end(self, step: int, total: int) -> None:
+        """Nothing is left to do after a step."""
+
+    def loss(self) -> None:
+        """Nothing is added to a loss."""
+
+    def metrics(self) -> dict[str, float]:
+        """``density``, that of all layers together."""
+        return {"density": self.densities()[""]}
+
     def densities(self) -> dict[str, float]:
         """The share of each layer's weights that was not zero when it was last counted, by name; ``""`` is that of all
         layers together."""

@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from ..config.arguments import RunArguments
 from ..errors import BadInput
 
 # Where a key of DeepSpeed's configuration lies, the values that are refused, and why.
@@ -43,23 +43,29 @@ REFUSED: list[tuple[tuple[str, ...], Any, str]] = [
 ]
 
 
-def _chosen(run: RunArguments) -> Any:
+def _chosen(run: TrainingArguments) -> Any:
     """DeepSpeed's configuration as transformers holds it, or None without one."""
     return getattr(run, "hf_deepspeed_config", None)
 
 
-def prepare(run: RunArguments) -> None:
+def settings_of(run: TrainingArguments) -> dict[str, Any] | None:
+    """The run's DeepSpeed configuration, or None without one."""
+    chosen = _chosen(run)
+    return None if chosen is None else chosen.config
+
+
+def prepare(run: TrainingArguments) -> None:
     """Let DeepSpeed know the processes, so that ZeRO 3 can split the model while it is built.
 
     Raises:
         BadInput: for a configuration that cannot work with our optimizers.
     """
-    chosen = _chosen(run)
-    if chosen is None:
+    settings = settings_of(run)
+    if settings is None:
         return
     if find_spec("deepspeed") is None:
         raise BadInput("deepspeed is not installed; install it with: pip install 'gracile[deepspeed]'")
-    refuse(chosen.config)
+    refuse(settings)
     import deepspeed
 
     deepspeed.init_distributed("gloo" if run.use_cpu else None)
@@ -87,7 +93,7 @@ def refuse(settings: dict[str, Any]) -> None:
 
 
 @contextmanager
-def unpartitioned(run: RunArguments) -> Iterator[None]:
+def unpartitioned(run: TrainingArguments) -> Iterator[None]:
     """Models built inside are not split by ZeRO 3."""
     chosen = _chosen(run)
     if chosen is None:

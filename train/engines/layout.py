@@ -1,4 +1,7 @@
-"""How a run is spread over processes, and whether a checkpoint of another spreading must be split anew."""
+"""The layout of a run: which process holds what. And checkpoints made in one layout, resumed in another.
+
+``Layout`` is what there is, read from a run or from a checkpoint; ``division.Division`` is what is planned.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from ...optim.core.optimizer import ShardedOptimizer
 from ...optim.full_state import full_state, full_state_of, load_full_state
-from ..config.arguments import RunArguments
+from ..atomic_write import write_atomically
 from ..errors import BadInput
-from ..run import checkpoints
+from .deepspeed import settings_of
 
 LAYOUT, FULL_STATE = "layout.json", "full_state.pt"
 PLAIN, DEEPSPEED, FSDP = "plain", "deepspeed", "fsdp"  # plain: every process holds everything, if there are several
@@ -21,7 +25,7 @@ PLAIN, DEEPSPEED, FSDP = "plain", "deepspeed", "fsdp"  # plain: every process ho
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides who holds which part of an optimizer's state, and how many examples a step takes."""
+    """What decides which process holds which part of an optimizer's state, and how many examples a step takes."""
 
     engine: str
     processes: int
@@ -29,36 +33,50 @@ class Layout:
     examples_per_step: int
 
     @classmethod
-    def of(cls, run: RunArguments) -> Layout:
+    def of(cls, run: TrainingArguments) -> Layout:
         engine, settings = PLAIN, {}
-        chosen = getattr(run, "hf_deepspeed_config", None)
+        chosen = settings_of(run)
         if chosen is not None:
-            engine, settings = DEEPSPEED, _zero_settings(chosen.config, run)
+            engine, settings = DEEPSPEED, _zero_settings(chosen, run)
         elif run.fsdp:
             engine = FSDP
         examples = run.per_device_train_batch_size * run.gradient_accumulation_steps * run.world_size
         return cls(engine, run.world_size, settings, examples)
 
-    def holds(self, other: Layout) -> bool:
-        """Whether a process here holds what it held there: then the engine's own checkpoint goes on to the bit."""
+    def places_state_as(self, other: Layout) -> bool:
+        """Whether each process holds the same state in both: then the engine's own checkpoint resumes to the bit."""
         same = (self.engine, self.settings) == (other.engine, other.settings)
         return same and (self.engine == PLAIN or self.processes == other.processes)
 
     @property
+    def stage(self) -> int:
+        """Of ZeRO; 0 without DeepSpeed."""
+        stage: int = self.settings.get("stage", 0)
+        return stage
+
+    @property
+    def splits_weights(self) -> bool:
+        return self.engine == FSDP or self.stage == 3
+
+    @property
     def state_parts(self) -> int:
         """Over how many processes DeepSpeed splits an optimizer's state. FSDP splits the parameters themselves."""
-        return self.processes if self.settings.get("stage", 0) >= 1 else 1
+        return self.processes if self.stage >= 1 else 1
 
     @property
     def gradient_parts(self) -> int:
-        return self.processes if self.settings.get("stage", 0) >= 2 else 1
+        return self.processes if self.stage >= 2 else 1
 
     def __str__(self) -> str:
-        names = {PLAIN: "", FSDP: "FSDP on ", DEEPSPEED: f"DeepSpeed ZeRO {self.settings.get('stage')} on "}
-        return f"{names[self.engine]}{self.processes} process{'es' if self.processes > 1 else ''}"
+        names = {PLAIN: "", FSDP: "FSDP on ", DEEPSPEED: f"DeepSpeed ZeRO {self.stage} on "}
+        return names[self.engine] + count_of(self.processes)
 
 
-def _zero_settings(config: dict[str, Any], run: RunArguments) -> dict[str, Any]:
+def count_of(processes: int) -> str:
+    return f"{processes} process{'es' if processes > 1 else ''}"
+
+
+def _zero_settings(config: dict[str, Any], run: TrainingArguments) -> dict[str, Any]:
     zero = config.get("zero_optimization", {})
     offload = zero.get("offload_optimizer") or {}
     bf16 = config.get("bf16", {}).get("enabled", False)
@@ -70,6 +88,9 @@ def _zero_settings(config: dict[str, Any], run: RunArguments) -> dict[str, Any]:
         "bf16": run.bf16 if bf16 == "auto" else bf16,
         "data_types": config.get("data_types"),
     }
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def saved(checkpoint: Path) -> Layout | None:
@@ -87,17 +108,17 @@ def save(checkpoint: Path, layout: Layout, optimizer: torch.optim.Optimizer, is_
         if is_main:
             torch.save(state, checkpoint / FULL_STATE)
     if is_main:
-        checkpoints.write_atomically(checkpoint / LAYOUT, json.dumps(asdict(layout)))
+        write_atomically(checkpoint / LAYOUT, json.dumps(asdict(layout)))
 
 
-def must_be_split_anew(checkpoint: Path, layout: Layout) -> bool:
-    """Whether a run in ``layout`` cannot take the checkpoint as its engine left it.
+def needs_resharding(checkpoint: Path, layout: Layout) -> bool:
+    """Whether a run in ``layout`` cannot load the checkpoint as its engine saved it.
 
     Raises:
         BadInput: where it cannot, and there is nothing that fits any layout.
     """
     other = saved(checkpoint)
-    if other is None or layout.holds(other):
+    if other is None or layout.places_state_as(other):
         return False
     found = [checkpoint / FULL_STATE] if other.engine != PLAIN else [checkpoint / "optimizer.pt"]
     found += [next(checkpoint.glob("model*.safetensors"), checkpoint / "model.safetensors")]
@@ -110,7 +131,7 @@ def must_be_split_anew(checkpoint: Path, layout: Layout) -> bool:
     return True
 
 
-def take_over(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+def load_resharded(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Give ``optimizer``, in its present layout, the state of a checkpoint of any layout.
 
     Raises:

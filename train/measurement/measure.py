@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._C._profiler import _EventType
 
 from ...optim.memory import state_by_kind
-from ..engines import deepspeed as zero
+from ..engines import deepspeed
 from .fake_pass import AtPeak, Pass
-from .planner import BUFFERS, GRADIENTS, MASTER, WEIGHTS
+from .kinds import BUFFERS, GRADIENTS, MASTER, WEIGHTS
 
 # Marks in a profiled step: a forward pass, and the moment when the last gradient has come.
 FORWARD, ALL_GRADIENTS = "gracile: forward", "gracile: all gradients"
@@ -62,10 +62,10 @@ def held(model: nn.Module, optimizer: Any) -> dict[str, int]:
     """
     found = {WEIGHTS: storage_bytes(weights_of(model)), GRADIENTS: storage_bytes(gradients_of(model))}
     *outer, given = layers_of(optimizer)
-    for engine in filter(zero.is_zero, outer):
-        found[BUFFERS] = storage_bytes(zero.buckets(engine))
-        found[MASTER] = storage_bytes(zero.masters(engine))
-        found[GRADIENTS] += storage_bytes(zero.gradients(engine))
+    for engine in filter(deepspeed.is_zero, outer):
+        found[BUFFERS] = storage_bytes(deepspeed.buckets(engine))
+        found[MASTER] = storage_bytes(deepspeed.masters(engine))
+        found[GRADIENTS] += storage_bytes(deepspeed.gradients(engine))
     return found | dict(state_by_kind(given))
 
 
@@ -78,7 +78,7 @@ def around_steps(
     the engine's step.
     """
     *outer, given = layers_of(optimizer)
-    engine = next(filter(zero.is_zero, outer), None)
+    engine = next(filter(deepspeed.is_zero, outer), None)
     if engine is None:
         handles = [given.register_step_pre_hook(lambda *_: before())] if before is not None else []
         handles += [given.register_step_post_hook(lambda *_: after())] if after is not None else []
@@ -93,10 +93,10 @@ def around_steps(
     def call(*arguments: Any, **keywords: Any) -> Any:
         if before is not None:
             before()
-        told = step(*arguments, **keywords)
+        result = step(*arguments, **keywords)
         if after is not None:
             after()
-        return told
+        return result
 
     def restore() -> None:
         vars(engine).pop("step", None)

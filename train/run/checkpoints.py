@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
+
+from ..atomic_write import write_atomically
 
 MANIFEST = "complete.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -53,10 +54,3 @@ def newest_whole(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
             return checkpoint, skipped
         skipped[checkpoint] = reason
     return None, skipped
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` in one step, so that a reader or a kill never sees half of it."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)

@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ...validation import is_real
-from ..config.arguments import Config
-from ..config.checks import DTYPES
-from ..engines import deepspeed as zero
+from ..config.arguments import DTYPES, Config
+from ..engines.deepspeed import unpartitioned
 from ..errors import BadInput
 
 
@@ -76,7 +75,7 @@ def teacher(config: Config, device: torch.device) -> Teacher | None:
     name, trusted = config.optimizer.teacher, config.model.trust_remote_code
     if name is None:
         return None
-    with zero.unpartitioned(config.run):
+    with unpartitioned(config.run):
         dtype = DTYPES[config.model.dtype]
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trusted)
     model.config.use_cache = False

@@ -1,4 +1,4 @@
-"""What a run tells when it ends: metrics.json, loss.png and a table."""
+"""What a run reports when it ends: metrics.json, loss.png and a table."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from torch import nn
 from transformers import TrainerState
 
 from ...optim.memory import adamw_state_bytes, state_bytes
+from ..atomic_write import write_atomically
 from ..engines.layout import Layout
 from ..measurement.measure import peak_memory
-from .checkpoints import write_atomically
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 
 def elements(model: nn.Module) -> int:
@@ -71,7 +67,10 @@ def write_metrics(output_dir: Path, metrics: dict[str, Any]) -> None:
 
 def plot_losses(output_dir: Path, history: list[dict[str, float]], tokens_per_step: int, title: str) -> None:
     """loss.png: training and validation loss over steps, with tokens along the top."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    from matplotlib.figure import Figure  # takes half a second, which most of the package need not wait for
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
@@ -83,7 +82,6 @@ def plot_losses(output_dir: Path, history: list[dict[str, float]], tokens_per_st
     top = axes.secondary_xaxis("top", functions=(partial(operator.mul, millions), partial(operator.mul, 1 / millions)))
     top.set_xlabel("million tokens")
     figure.savefig(output_dir / "loss.png", dpi=120)
-    pyplot.close(figure)
 
 
 def closing_table(metrics: dict[str, Any]) -> str:

@@ -5,16 +5,16 @@ from importlib import resources
 import pytest
 import yaml
 
-from gracile.train.build.optimizer import OPTIMIZERS
+from gracile.registry import OPTIMIZERS
 from gracile.train.cli import main as gracile
 from gracile.train.config.arguments import (
     DataArguments,
     ModelArguments,
     OptimizerArguments,
     RunArguments,
-    load_config,
 )
 from gracile.train.config.help_text import COMMON, usage
+from gracile.train.config.parser import load_config
 from gracile.train.errors import BadInput
 
 EMBEDDED = sorted(
