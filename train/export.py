@@ -181,7 +181,7 @@ def by_form(layers: dict[str, Exported], tokens: int) -> dict[str, dict[str, Any
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report, to be read."""
+    """The report as text."""
     one, other = report["bytes"]["dense"], report["bytes"]["sparse"]
     losses, forms = report["perplexity"], [layer["form"] for layer in report["layers"].values()]
     count = ", ".join(f"{forms.count(form)} {form}" for form in dict.fromkeys(forms))

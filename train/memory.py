@@ -1,4 +1,4 @@
-"""``gracile memory``: what each process of a run will need, before anything is allocated."""
+"""``gracile memory``: the memory of each process of a run, planned before anything is allocated."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GIB = 2**30
 
 
 class Card(NamedTuple):
-    """A size of GPU: what a program can have of it in GiB, as drivers tell, and some of that size."""
+    """A size of GPU: the GiB that a program can use, as drivers report it, and cards of that size."""
 
     gib: float
     names: tuple[str, ...]

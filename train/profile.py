@@ -104,13 +104,13 @@ class Watched:
         self.held = measure.held(self._trainer.model, self._optimizer)
 
     def close(self) -> Pass:
-        """Stop watching: what the pass needed beside what is held."""
+        """Stop watching; returns what the pass allocated beside what is held."""
         self.profiler.stop()
         self._gradients.close()
         self._unhook()
         if self._trainer.layout.stage >= 2:  # their gradients are views into buckets
             return measure.passed(self.profiler, self._device, set(), self.weights)
-        self.held[GRADIENTS] = max(self.held[GRADIENTS], self._gradients.bytes)  # those that ZeRO 1 takes away
+        self.held[GRADIENTS] = max(self.held[GRADIENTS], self._gradients.bytes)  # which ZeRO 1 frees before the step
         return measure.passed(self.profiler, self._device, self._gradients.addresses, self.weights)
 
 
@@ -170,12 +170,12 @@ def compared(trainer: ProfiledTrainer, planner: Planner) -> dict[str, Any]:
     plan = planner.plan(optimizer, run.per_device_train_batch_size, checkpoints_activations(run))
     found = watched.held | {ACTIVATIONS: moment.activations, TEMPORARY: moment.at_peak.temporary}
     planned = {kind: plan.held[kind] + plan.offloaded[kind] for kind in KINDS}
-    for bytes_of in (planned, found):  # DeepSpeed's come and go; DistributedDataParallel's cannot be seen
+    for bytes_of in (planned, found):  # DeepSpeed's are temporary; DistributedDataParallel's cannot be seen
         buffers = bytes_of.pop(BUFFERS, 0)
         bytes_of[TEMPORARY] += buffers if planner.division.stage else 0
     at_peak = asdict(moment.at_peak)
     if planner.division.stage >= 2 or run.gradient_accumulation_steps > 1:
-        at_peak[GRADIENTS] += watched.held[GRADIENTS]  # there before the last pass
+        at_peak[GRADIENTS] += watched.held[GRADIENTS]  # which exist before the last pass
     return {
         "model": planner.config.model.model,
         "optimizer": optimizer,
@@ -190,7 +190,7 @@ def compared(trainer: ProfiledTrainer, planner: Planner) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any], steps: int) -> str:
-    """What ``compared`` found, to be read."""
+    """The result of ``compared`` as text."""
     rows = [("each process", "planned", "measured", "")]
     for kind, planned in result["planned"].items():
         measured = result["measured"][kind]

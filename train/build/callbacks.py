@@ -40,6 +40,6 @@ class EvaluateAt(TrainerCallback):
         if state.global_step in self.steps:
             control.should_evaluate = True
         if control.should_save:
-            # A logged loss is a mean since the last log: starting anew at each save, a resumed run logs the same.
+            # A logged loss is the mean since the last log. Logged at each save too, it is the same in a resumed run.
             control.should_log = True
         return control

@@ -1,4 +1,4 @@
-"""From a configuration to a model: its architecture, an empty one, and the one that is trained."""
+"""From a configuration to a model: its architecture, an empty model, and the one that is trained."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def untrained(
     config: Config, architecture: PreTrainedConfig, dtype: torch.dtype | None = None, device: str = "meta"
 ) -> PreTrainedModel:
     """The model with new weights, whole; on the meta device without memory."""
-    # layers are not drawn where tensors have no memory, on the meta device; elsewhere they may only pretend to have it
+    # on the meta device layers skip their initialisation, which fake tensors of another device could not run
     layered = config.model.layer is not None
     with torch.device("meta" if layered else device), unpartitioned(config.run):
         trusted = config.model.trust_remote_code
@@ -55,7 +55,7 @@ def untrained(
 
 
 def _moved(model: PreTrainedModel, device: str) -> PreTrainedModel:
-    """``model``, of the meta device, on another. ``Module.to_empty`` does not do it for tensors that only pretend."""
+    """``model``, of the meta device, empty on another. ``Module.to_empty`` does not work under fake tensors."""
     new: dict[int, Any] = {}  # tied ones stay tied
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
@@ -72,7 +72,7 @@ def checkpoints_activations(run: RunArguments) -> bool:
 
 
 def checkpoint_activations(model: PreTrainedModel, run: RunArguments) -> None:
-    """As the Trainer does it when ``run`` says so."""
+    """Turn on activation checkpointing, as the Trainer does it when ``run`` says so."""
     new = hasattr(model, "activation_checkpointing_enable")
     name = "activation_checkpointing" if new else "gradient_checkpointing"
     keywords = dict(getattr(run, f"{name}_kwargs") or {})
@@ -81,7 +81,7 @@ def checkpoint_activations(model: PreTrainedModel, run: RunArguments) -> None:
 
 
 def build_model(config: Config, checkpoint: Path | None) -> PreTrainedModel:
-    """The model, with a checkpoint's weights where one is given: engines copy them when they take the model over."""
+    """The model, with a checkpoint's weights where one is given: engines copy them when they wrap the model."""
     if config.model.layer is None:
         return _loaded(config.model, config.model.model if checkpoint is None else str(checkpoint))
     with unpartitioned(config.run):  # layers are made from whole weights

@@ -155,7 +155,7 @@ class OptimizerArguments:
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """``TrainingArguments`` with the defaults of a run that reports: TensorBoard on, bad losses never hidden."""
+    """``TrainingArguments`` with other defaults: TensorBoard on, non-finite losses never hidden."""
 
     # HfArgumentParser reads unions by position: None must come first here.
     report_to: None | str | list[str] = field(  # noqa: RUF036
@@ -176,12 +176,10 @@ class RunArguments(TrainingArguments):
         return Path(self.output_dir)
 
     def __post_init__(self) -> None:
-        # Without this, processes launched together on CPUs would each train alone, into one folder.
+        # Without this, processes that were launched together on CPUs would each train alone, into one folder.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.use_cpu:
-            os.environ.setdefault(
-                "DS_ACCELERATOR", "cpu"
-            )  # DeepSpeed, once imported, would say on stdout that it guesses
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints that it guesses
         if self.deepspeed is not None and self.use_cpu:
             skip_inference_reduce()
         super().__post_init__()

@@ -25,7 +25,7 @@ Command-line values override the file's.
   torchrun --nproc-per-node 2 -m gracile.train.pretrain my.yaml
 """
 
-# The keys of TrainingArguments that nearly every run sets, in our words.
+# The keys of TrainingArguments that nearly every run sets, with help of our own.
 COMMON = {
     "output_dir": "Folder of the run: model, checkpoints, logs, report.",
     "max_steps": "Optimizer steps; or num_train_epochs.",

@@ -1,4 +1,4 @@
-"""A configuration read: flat keys from a YAML file, overridden from the command line, in one parser."""
+"""Reads a configuration: flat keys from a YAML file, overridden from the command line, by one parser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..errors import BadInput
 from .arguments import Config, DataArguments, Keywords, ModelArguments, OptimizerArguments, RunArguments
 
 GROUPS: Any = (ModelArguments, DataArguments, OptimizerArguments, RunArguments)
-# What a message tells of a type, and of mappings an example by key.
+# What an error message calls a type; and, by key, its example of a mapping.
 KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 EXAMPLES = {
     "model_overrides": '{"num_hidden_layers": 2}',
@@ -34,7 +34,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     @classmethod
     def of(cls, command: str, text: str) -> OneLineParser:
-        """For ``gracile COMMAND``, whose other keys are those of a configuration."""
+        """A parser of ``gracile COMMAND``, which takes the keys of a configuration besides its own."""
         return cls(
             prog=f"gracile {command}",
             description=text,

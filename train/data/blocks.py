@@ -151,7 +151,7 @@ def _text_only(documents: Any, data: DataArguments) -> Any:
 def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[dict[str, list[int]]]:
     """Blocks of exactly ``block_size`` token ids from the documents laid end to end, each closed by the end token.
 
-    No token is lost where documents meet; only what is left at the very end, less than one block, is.
+    Only the end of the last document, less than one block, is left out.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rest: list[int] = []
@@ -181,8 +181,8 @@ def _features() -> datasets.Features:
 
 
 def _packed_blocks(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> Blocks:
-    """Documents in a fixed shuffled order; the last blocks are the validation set, so that at most the one document
-    on the border is in both."""
+    """Documents in a fixed shuffled order; the last blocks are the validation set, which shares at most one document
+    with the training set."""
     import datasets
 
     assert isinstance(corpus.documents, datasets.Dataset)

@@ -1,4 +1,4 @@
-"""DeepSpeed: what a run needs before its model is built, and which of DeepSpeed's ways no optimizer of ours can go."""
+"""DeepSpeed: what a run needs before its model is built, which options are refused, and what ZeRO holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from ..errors import BadInput
 
-# Where a key of DeepSpeed's configuration lies, the values that are refused, and why.
+# Path of a key in DeepSpeed's configuration, the values that are refused, and why.
 REFUSED: list[tuple[tuple[str, ...], Any, str]] = [
     (
         ("zero_optimization", "elastic_checkpoint"),
@@ -55,7 +55,7 @@ def settings_of(run: TrainingArguments) -> dict[str, Any] | None:
 
 
 def prepare(run: TrainingArguments) -> None:
-    """Let DeepSpeed know the processes, so that ZeRO 3 can split the model while it is built.
+    """Start DeepSpeed's process group, so that ZeRO 3 can split the model while it is built.
 
     Raises:
         BadInput: for a configuration that cannot work with our optimizers.
@@ -94,7 +94,7 @@ def refuse(settings: dict[str, Any]) -> None:
 
 @contextmanager
 def unpartitioned(run: TrainingArguments) -> Iterator[None]:
-    """Models built inside are not split by ZeRO 3."""
+    """Models built in the block are not split by ZeRO 3."""
     chosen = _chosen(run)
     if chosen is None:
         yield
@@ -106,7 +106,7 @@ def unpartitioned(run: TrainingArguments) -> Iterator[None]:
         set_hf_deepspeed_config(chosen)
 
 
-# ---- what DeepSpeed's ZeRO optimizer holds in this process, beside what it was given --------------------------------
+# ---- what ZeRO's optimizer holds in this process, beside the optimizer that it was given ----------------------------
 
 
 def is_zero(optimizer: Any) -> bool:
@@ -121,7 +121,7 @@ def masters(zero: Any) -> list[Tensor]:
 
 
 def gradients(zero: Any) -> list[Tensor]:
-    """Parts of averaged gradients, between the backward pass and the step; offloaded, they lie beside the copies."""
+    """Partitions of averaged gradients, between the backward pass and the step; of the masters, where offloaded."""
     parts = [part for part in (zero.averaged_gradients or {}).values() if part is not None]
     lists = [part if isinstance(part, (list, tuple)) else [part] for part in parts]
     lists.append([flat.grad for flat in masters(zero)])
@@ -129,7 +129,7 @@ def gradients(zero: Any) -> list[Tensor]:
 
 
 def buckets(zero: Any) -> list[Tensor]:
-    """The buffers of gradients that are kept from step to step."""
+    """The communication buffers that are kept from step to step."""
     held = [bucket.buffer for bucket in getattr(zero, "ipg_buckets", {}).values()]
     lists = [buffer if isinstance(buffer, list) else [buffer] for buffer in held if buffer is not None]
     return [tensor for buffer in lists for tensor in buffer]

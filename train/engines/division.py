@@ -1,4 +1,4 @@
-"""How a run is going to be split, for a plan: what one process holds of what all of them hold together."""
+"""How a planned run will be split: the share of each process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Division:
     stage: int = 0
     processes: int = 1
     offload: bool = False
-    # DeepSpeed's own, in elements, with its defaults
+    # DeepSpeed's own keys, in elements, with its defaults
     reduce_bucket: int = 500_000_000
     prefetch_bucket: int = 50_000_000
     persistence_threshold: int = 100_000
@@ -72,7 +72,7 @@ class Division:
         )
 
     def part(self, count: int, from_stage: int) -> int:
-        """What one process holds of ``count`` elements that are split from a stage of ZeRO on."""
+        """How many of ``count`` elements one process holds, where they are split from a stage of ZeRO on."""
         return -(-count // self.processes) if self.stage >= from_stage else count
 
     def __str__(self) -> str:

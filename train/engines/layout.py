@@ -1,6 +1,6 @@
-"""The layout of a run: which process holds what. And checkpoints made in one layout, resumed in another.
+"""The layout of a run, which process holds what; and checkpoints made in one layout and resumed in another.
 
-``Layout`` is what there is, read from a run or from a checkpoint; ``division.Division`` is what is planned.
+``Layout`` describes a run that exists, or a checkpoint; ``division.Division`` one that is planned.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import BadInput
 from .deepspeed import settings_of
 
 LAYOUT, FULL_STATE = "layout.json", "full_state.pt"
-PLAIN, DEEPSPEED, FSDP = "plain", "deepspeed", "fsdp"  # plain: every process holds everything, if there are several
+PLAIN, DEEPSPEED, FSDP = "plain", "deepspeed", "fsdp"  # plain: one process, or DistributedDataParallel's replicas
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Layout:
 
     @property
     def stage(self) -> int:
-        """Of ZeRO; 0 without DeepSpeed."""
+        """Stage of ZeRO; 0 without DeepSpeed."""
         stage: int = self.settings.get("stage", 0)
         return stage
 
@@ -60,7 +60,7 @@ class Layout:
 
     @property
     def state_parts(self) -> int:
-        """Over how many processes DeepSpeed splits an optimizer's state. FSDP splits the parameters themselves."""
+        """How many processes DeepSpeed splits an optimizer's state over. (FSDP splits the parameters themselves.)"""
         return self.processes if self.stage >= 1 else 1
 
     @property
@@ -94,7 +94,7 @@ def _zero_settings(config: dict[str, Any], run: TrainingArguments) -> dict[str, 
 
 
 def saved(checkpoint: Path) -> Layout | None:
-    """The layout that a checkpoint was made in; None for one that does not say."""
+    """The layout that a checkpoint was made in; None if it does not say."""
     try:
         return Layout(**json.loads((checkpoint / LAYOUT).read_text()))
     except FileNotFoundError:
@@ -102,7 +102,7 @@ def saved(checkpoint: Path) -> Layout | None:
 
 
 def save(checkpoint: Path, layout: Layout, optimizer: torch.optim.Optimizer, is_main: bool) -> None:
-    """Beside an engine's own checkpoint: its layout, and the state that fits any other. Collective."""
+    """Write, beside an engine's own checkpoint, its layout and the state in a form for any other layout. Collective."""
     if layout.engine != PLAIN and isinstance(optimizer, ShardedOptimizer):
         state = full_state(optimizer)
         if is_main:
@@ -115,7 +115,7 @@ def needs_resharding(checkpoint: Path, layout: Layout) -> bool:
     """Whether a run in ``layout`` cannot load the checkpoint as its engine saved it.
 
     Raises:
-        BadInput: where it cannot, and there is nothing that fits any layout.
+        BadInput: if it cannot, and the checkpoint has no state for other layouts.
     """
     other = saved(checkpoint)
     if other is None or layout.places_state_as(other):
@@ -135,7 +135,7 @@ def load_resharded(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Give ``optimizer``, in its present layout, the state of a checkpoint of any layout.
 
     Raises:
-        BadInput: for an optimizer that is not ours.
+        BadInput: for an optimizer that is not one of gracile.
     """
     if not isinstance(optimizer, ShardedOptimizer):
         raise BadInput(

@@ -23,16 +23,16 @@ from ..errors import BadInput
 from .fake_pass import FakePass, Pass
 from .kinds import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, MASTER, STATE, TEMPORARY, WEIGHTS
 
-# Beyond these nothing runs, and counting takes forever.
+# Limits on what is planned: nothing larger runs, and planning it would take forever.
 MOST_EXAMPLES, MOST_TOKENS = 2**24, 2**40
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of one process, the fullest, by kind.
+    """Bytes of the process that needs most, by kind.
 
-    ``held`` is the most of each kind, ``at_peak`` what there is of it at the moment of the most, ``offloaded`` what
-    lies in the CPU's memory instead.
+    ``held`` is the most of each kind, ``at_peak`` its part of the peak of all kinds together, ``offloaded`` what lies
+    in the CPU's memory instead.
     """
 
     held: dict[str, int]
@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def weights_and_state(self) -> int:
-        """What papers on these methods print as memory."""
+        """What papers on these methods report as memory."""
         both = (self.held, self.offloaded)
         return sum(held.get(kind, 0) for held in both for kind in (WEIGHTS, *STATE))
 
@@ -90,7 +90,7 @@ class Planner:
         model, fixed = self._model(layer), dict(self._fixed(optimizer))
         one = self._pass(micro_batch, checkpointing, layer)
         kept = _nbytes(model, trained=True)
-        if self.division.stage >= 2:  # DeepSpeed averages in fp32, unless it is told that the run is in bf16
+        if self.division.stage >= 2:  # DeepSpeed averages in fp32, unless its configuration says bf16
             width = self.dtype.itemsize if self.config.run.bf16 else 4
             kept = width * self.division.part(_count(model, trained=True), from_stage=2)
         offloaded = {}
@@ -98,7 +98,7 @@ class Planner:
             offloaded = {kind: fixed.pop(kind) for kind in (MASTER, *STATE) if kind in fixed}
             offloaded[GRADIENTS] = 4 * self.division.part(_count(model, trained=True), from_stage=1)
             kept = 0 if self.division.stage >= 2 else kept
-        # Parts are there from the start, and so are gradients of earlier passes; else they grow as activations go.
+        # Partitions, and gradients of earlier passes, exist throughout; else gradients grow as activations are freed.
         throughout = self.division.stage >= 2 or self._accumulates
         moment = one.at_peak
         passing = {ACTIVATIONS: moment.activations, TEMPORARY: moment.temporary}
@@ -112,7 +112,7 @@ class Planner:
         return sum(fixed.get(kind, 0) for kind in (WEIGHTS, *STATE))
 
     def largest_micro_batch(self, optimizer: str, checkpointing: bool, budget: int) -> int:
-        """The most examples of a pass with which a process stays within ``budget`` bytes; 0 where none does."""
+        """The most examples of a pass with which a process stays within ``budget`` bytes; 0 if one is too many."""
 
         def peak(batch: int) -> int:
             return self.plan(optimizer, batch, checkpointing).peak
@@ -122,7 +122,7 @@ class Planner:
         fits, fails = 1, 2
         while peak(fails) <= budget and fails < MOST_EXAMPLES:
             fits, fails = fails, 2 * fails
-        while fails - fits > 1:  # nearly a straight line, bent upwards: where the chord fits, so does the batch
+        while fails - fits > 1:  # the peak is convex and nearly linear: a batch under the chord fits
             rise = (peak(fails) - peak(fits)) / (fails - fits)
             guess = min(fails - 1, fits + max(1, int((budget - peak(fits)) / rise)))
             fits, fails = (guess, fails) if peak(guess) <= budget else (fits, guess)
@@ -172,7 +172,7 @@ class Planner:
         counts = [p.numel() for p in model.parameters()]
         buffers = sum(b.numel() * b.element_size() for b in model.buffers())
         weights = _nbytes(model)
-        if division.stage == 3:  # small ones stay whole besides, for they would be gathered all the time
+        if division.stage == 3:  # small parameters also stay whole on each process
             small = [count for count in counts if count <= division.persistence_threshold]
             whole = sum(small) if division.processes > 1 else 0
             weights = width * (sum(division.part(count, 3) for count in counts) + whole)

@@ -31,13 +31,13 @@ from ...optim.sparse.hyper_sparse import how_many
 from ...optim.sparse.prune_smallest import prune_smallest_
 from ..data.blocks import collate
 
-WINDOW = 3  # looks that are averaged
+WINDOW = 3  # evaluations that are averaged
 BLOCKS = 32
 DENSE, PRUNED = "art_dense_loss", "art_pruned_loss"
 
 
 def is_time(pruned: Sequence[float], dense: Sequence[float]) -> bool:
-    """Whether a model is to be pruned after these losses, one of each a look."""
+    """Whether a model is to be pruned after these losses, a pair from each evaluation."""
     if len(pruned) < WINDOW:
         return False
     means = [fmean(pruned[i : i + WINDOW]) for i in range(len(pruned) - WINDOW + 1)]
@@ -46,7 +46,7 @@ def is_time(pruned: Sequence[float], dense: Sequence[float]) -> bool:
 
 @contextmanager
 def without_smallest(weights: Sequence[Tensor], share: float) -> Iterator[None]:
-    """``weights``, as one vector, without a share of them for a while. FullShard tensors only."""
+    """In the block, the smallest share of ``weights``, seen as one vector, is zero. For weights held whole."""
     held = [W.detach().clone() for W in weights]
     shards = [FullShard(W.detach(), i, Workspace()) for i, W in enumerate(weights)]
     prune_smallest_(shards, how_many(shards, share))
@@ -58,12 +58,12 @@ def without_smallest(weights: Sequence[Tensor], share: float) -> Iterator[None]:
 
 
 class ART(TrainerCallback):
-    """Looks at the pruned model, and tells the optimizer when to prune it."""
+    """Evaluates the pruned model now and then, and sets the optimizer's ``prune_at`` when it is good enough."""
 
     def __init__(self, trainer: Trainer, every: int) -> None:
         self.trainer, self.every = trainer, every
         self.optimizer: torch.optim.Optimizer | None = None
-        self.matrices: list[tuple[list[Tensor], float]] = []  # of each group, and the share of them that goes
+        self.matrices: list[tuple[list[Tensor], float]] = []  # of each group, and the share to prune
         self.blocks: list[Any] = []
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
@@ -118,7 +118,7 @@ class ART(TrainerCallback):
 
 
 def _squeezed(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Asked for each time: loading puts other groups in their place."""
+    """The groups to be pruned; not cached, for loading a checkpoint replaces them."""
     return [group for group in optimizer.param_groups if group["sparsity"] is not None]
 
 

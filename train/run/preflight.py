@@ -1,4 +1,4 @@
-"""Everything of a run built once on the meta device, without memory: bad values show before any data is read."""
+"""A run built once on the meta device, which takes no memory: bad values show before any data is read."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from ..errors import BadInput
 from . import checkpoints
 
 RUN_FILE = "run.yaml"
-# What a run writes into its output directory and would overwrite in another's.
+# Files that a run writes into its output directory, and must not overwrite in another run's.
 TRACES = (RUN_FILE, "metrics.json", "config.json", "model.safetensors", "model.safetensors.index.json")
 
 
@@ -91,7 +91,7 @@ def check_same_run(config: Config, output_dir: Path, data_identity: str) -> None
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Also for mappings, which are JSON text, if they are spaced otherwise."""
+    """Equal values; mappings, which are JSON text here, may differ in spaces."""
     try:
         return one == other or bool(json.loads(one) == json.loads(other))
     except (TypeError, ValueError):

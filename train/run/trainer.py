@@ -33,7 +33,7 @@ class PretrainTrainer(Trainer):
         self.config, self.layout, self.weights_are_loaded = config, layout, weights_are_loaded
         self.given_optimizer: torch.optim.Optimizer | None = None  # before an engine wrapped it
         if config.model.layer is not None and config.run.ddp_broadcast_buffers is None:
-            config.run.ddp_broadcast_buffers = False  # places of weights never change
+            config.run.ddp_broadcast_buffers = False  # the buffers of layers, places of weights, never change
         super().__init__(**kwargs)
         self.schedule = schedule_of(self.model, config)
         if self.schedule is not None:
@@ -67,7 +67,7 @@ class PretrainTrainer(Trainer):
         if (self.schedule is None and self.teacher is None) or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        # which of the two divides by the passes of a step is the Trainer's rule for its own loss
+        # whether the loss is already divided by the passes of a step; as the Trainer decides it for its own
         divided = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         if self.teacher is not None:
             tokens = num_items_in_batch / self._loss_factor() if divided else None
@@ -78,7 +78,7 @@ class PretrainTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _loss_factor(self) -> int:
-        """By what the Trainer multiplies a loss that is divided by the tokens of all processes, which averages them."""
+        """The Trainer's factor on a loss divided by the tokens of all processes, over which gradients are averaged."""
         if not self.args.average_tokens_across_devices:
             return 1
         return self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu
@@ -87,7 +87,7 @@ class PretrainTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        # Remembered on the device and read where the Trainer reads it anyway: no stop of a GPU per step.
+        # Kept on the device, and read where the Trainer reads the loss anyway: no synchronisation per step.
         bad = ~torch.isfinite(loss) & (self._first_bad_step < 0)
         self._first_bad_step = torch.where(bad, self.state.global_step + 1, self._first_bad_step)
         return loss
@@ -104,7 +104,7 @@ class PretrainTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _refuse_broken_weights(self) -> None:
-        """A finite loss can still be followed by an update that breaks the weights: never save those."""
+        """Never save non-finite weights: an update can make them after a finite loss."""
         broken = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
         if broken:
             step = self.state.global_step
@@ -165,8 +165,8 @@ class PretrainTrainer(Trainer):
     def export(self, folder: str) -> None:
         """The trained model as one that loads without gracile: layers merged into plain ones. Collective.
 
-        Of layers that are not linear there is none: a model.safetensors of theirs would load as a LLaMA with weights
-        drawn anew. The last checkpoint holds it.
+        Layers that are not linear have no plain form: their model.safetensors would load as a LLaMA of random weights.
+        Such a model is in the last checkpoint only.
         """
         if self.config.model.layer is None:
             self.save_model(folder)
@@ -191,14 +191,14 @@ class PretrainTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
     def is_finished(self, checkpoint: Path) -> bool:
-        """Whether the checkpoint is the end of this run: the Trainer's loop would train one step more."""
+        """Whether the checkpoint is the end of this run, after which the Trainer's loop would train one step more."""
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.args.max_steps > 0:
             return state.global_step >= self.args.max_steps
         return state.global_step >= state.max_steps and state.num_train_epochs >= self.args.num_train_epochs
 
     def load_finished(self, checkpoint: Path) -> None:
-        """Take weights, optimizer state and history of a finished run; there is nothing left to train."""
+        """Load weights, optimizer state and history of a finished run; there is nothing left to train."""
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.is_fsdp_enabled:  # loads into a model that is split already
             self._prepare_for_training(self.state.max_steps, None, str(checkpoint))
