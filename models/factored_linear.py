@@ -56,7 +56,7 @@ class FactoredLinear(nn.Module, ABC):
         """Draw everything anew."""
 
     def parts(self) -> dict[str, Tensor]:
-        """The layer's own parameters and buffers. Methods that change a layer accept others in their place: the optimizer
+        """The layer's parameters and buffers. Methods that change a layer accept others in their place: an optimizer
         gathers them, where an engine splits parameters or keeps fp32 copies."""
         own = chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False))
         return {name: tensor.detach() for name, tensor in own}
@@ -118,7 +118,7 @@ class FactoredWeight(FactoredLinear):
 
 
 class DenseWeight(FactoredLinear):
-    """A layer that trains a dense weight, a given one or drawn as ``nn.Linear``'s, and computes with a function of it."""
+    """Trains a dense weight, a given one or drawn as ``nn.Linear``'s, and computes with a function of it."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, **placed: Any) -> None:
         super().__init__(in_features, out_features, bias, **placed)

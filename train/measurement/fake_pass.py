@@ -152,8 +152,8 @@ class FakePass:
 
 @contextmanager
 def _one_document() -> Iterator[None]:
-    """In the block, transformers takes each row for one document: it would read that from position ids, but fake tensors
-    cannot be read, and then it builds a mask."""
+    """In the block, transformers takes each row for one document. It would read that from position ids; of fake tensors
+    it cannot, and builds a mask."""
     if not hasattr(masking_utils, "find_packed_sequence_indices"):
         yield
         return
