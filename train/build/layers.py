@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ...models.convert import convert
 from ...models.layer_schedules.mask_decay import DECAYS, MaskDecay
 from ...models.layer_schedules.protocol import LayerSchedule
-from ...models.layers import FactoredLinear, IsoFlopLinear
+from ...models.layers import FactoredLinear
 from ...registry import LAYERS, OPTIMIZERS
 from ..config.arguments import Config
 from ..config.checks import accepted_keywords, optimizer_entry
@@ -67,7 +67,7 @@ def converted(model: PreTrainedModel, config: Config) -> PreTrainedModel:
     keywords = {key: value for key, value in (config.model.layer_args or {}).items() if key in accepted}
     if "rank" in accepted and not entry.own_rank:
         keywords.setdefault("rank", config.optimizer.rank)
-    if issubclass(entry.cls, IsoFlopLinear):
+    if entry.takes_masks:
         keywords["sparsity"] = config.optimizer.sparsity
     if "seed" in accepted:
         keywords.setdefault("seed", config.run.seed)

@@ -7,7 +7,6 @@ from inspect import signature
 from accelerate.state import DistributedType
 from transformers.training_args import ParallelMode
 
-from ...models.layers import IsoFlopLinear
 from ...optim import HyperSparseAdamW
 from ...registry import LAYERS, OPTIMIZERS, LayerEntry, OptimizerEntry
 from ...validation import is_whole, nearest
@@ -98,11 +97,10 @@ def check_layer(config: Config) -> None:
     entry = LAYERS[name]
     if entry.optimizers and optimizer not in entry.optimizers:
         raise BadInput(f"layer {name} needs optimizer: {' or '.join(entry.optimizers)}, got {optimizer}")
-    if entry.takes_masks:
-        _check_first_masks(config)
     known = accepted_keywords(entry.cls) | (accepted_keywords(entry.schedule) if entry.schedule else set())
-    if issubclass(entry.cls, IsoFlopLinear):
+    if entry.takes_masks:
         known -= {"sparsity"}  # the optimizer's: one number for both
+        _check_first_masks(config)
     for key in given or {}:
         if key not in known:
             raise BadInput(f"layer_args: {name} takes no {key!r}; {nearest(key, known)}")
