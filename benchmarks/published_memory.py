@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from gracile.train.config.arguments import load_config
+from gracile.train.config.parser import load_config
 from gracile.train.measurement.planner import Planner
 
 BF16 = '{"state_dtype": "bfloat16"}'

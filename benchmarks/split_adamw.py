@@ -12,10 +12,9 @@ import os
 
 from gracile.layer_registry import parts_among
 from gracile.optim import param_groups
+from gracile.registry import OPTIMIZERS
 from gracile.train import pretrain
 from gracile.train.build import optimizer as optimizers
-from gracile.train.build.optimizer import OPTIMIZERS
-from gracile.train.config.arguments import mapping
 from gracile.train.engines.process_exit import leave
 from gracile.train.run import trainer
 
@@ -43,8 +42,8 @@ def build_optimizer(model, chosen, run):
             params = [p for p in group["params"] if (id(p) in targets) is part]
             if params:
                 groups.append({**group, "params": params, "lr": rate})
-    recipe = OPTIMIZERS[chosen.optimizer]
-    return recipe.optimizer(groups, **{**recipe.keys(run), **mapping("optimizer_args", chosen.optimizer_args, "")})
+    entry = OPTIMIZERS[chosen.optimizer]
+    return entry.cls(groups, **{**optimizers.run_keys(entry, run), **(chosen.optimizer_args or {})})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Linear layers of a model swapped for layers that store less, and back."""
+"""Replaces a model's linear layers by layers of ``gracile.models.layers``, and back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def convert(
         )
 
     def made(name: str, module: nn.Module) -> nn.Module:
-        own = {"name": name} if "name" in signature(layer).parameters else {}  # what is drawn is a function of it
+        own = {"name": name} if "name" in signature(layer).parameters else {}  # seeds what the layer draws
         new = layer.from_linear(_plain(module), **own, **keywords)
         new.replaced = type(module)
         return new
@@ -77,7 +77,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _plain(module: nn.Module) -> nn.Linear:
-    """``nn.Linear`` as it is; GPT-2's Conv1D, whose weight is in x out, turned."""
+    """``nn.Linear`` as it is; GPT-2's Conv1D, whose weight is in x out, transposed."""
     if isinstance(module, nn.Linear):
         return module
     turned: Any = module
@@ -88,7 +88,7 @@ def _plain(module: nn.Module) -> nn.Linear:
 
 
 def _swap(model: nn.Module, chosen: Mapping[str, Any], made: Callable[[str, Any], nn.Module]) -> None:
-    new: dict[int, nn.Module] = {}  # all are made before any is put in: a value that is refused changes nothing
+    new: dict[int, nn.Module] = {}  # all are made before any is put in, so that a refused value changes nothing
     for name, module in chosen.items():
         if id(module) not in new:
             new[id(module)] = made(name, module)

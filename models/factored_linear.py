@@ -1,4 +1,4 @@
-"""What linear layers have in common whose weight is made of other parameters."""
+"""Base classes of linear layers whose weight is computed from other parameters."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class FactoredLinear(nn.Module, ABC):
         bias: whether there is one, as ``nn.Linear`` draws it.
     """
 
-    replaced: type[nn.Module] = nn.Linear  # what it stands in place of, where that is another class
-    is_linear: bool = True  # else there is no W, and nothing to merge into
+    replaced: type[nn.Module] = nn.Linear  # the class of the layer that it replaces
+    is_linear: bool = True  # False where no W computes the same: such a layer cannot be merged
 
     def __new__(cls, *_: Any, **__: Any) -> FactoredLinear:
-        layer = super().__new__(cls)  # here and not in __init__: copies and pickles do not pass there
+        layer = super().__new__(cls)  # here, for copies and pickles do not call __init__
         register(layer)
         return layer
 
@@ -49,15 +49,15 @@ class FactoredLinear(nn.Module, ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """W (out x in), made anew: a tensor without a graph."""
+        """W (out x in), computed now; detached."""
 
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw everything anew."""
 
     def parts(self) -> dict[str, Tensor]:
-        """The layer's own parameters and buffers. What changes a layer at times takes others in their place: where an
-        engine splits parameters, or keeps wider ones, an optimizer puts them together."""
+        """The layer's parameters and buffers. Methods that change a layer accept others in their place: an optimizer
+        gathers them, where an engine splits parameters or keeps fp32 copies."""
         own = chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False))
         return {name: tensor.detach() for name, tensor in own}
 
@@ -65,6 +65,9 @@ class FactoredLinear(nn.Module, ABC):
         if self.bias is not None:
             bound = self.in_features**-0.5
             nn.init.uniform_(self.bias, -bound, bound)
+
+    def finish(self) -> None:
+        """The last change when training is over, before the layer is merged; none for most layers."""
 
     def merge(self) -> nn.Linear:
         """A plain layer that computes the same, on the same device and in the same dtype."""
@@ -79,7 +82,7 @@ class FactoredLinear(nn.Module, ABC):
 
     @classmethod
     def from_linear(cls: type[Layer], linear: nn.Linear, **keywords: Any) -> Layer:
-        """A layer in place of ``linear``: its shape, dtype, device and bias. See the class for what becomes of W."""
+        """A layer in place of ``linear``, of its shape, dtype, device and bias; the class says what becomes of W."""
         keys: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, **keys, **keywords)
         layer.take(linear)
@@ -87,7 +90,7 @@ class FactoredLinear(nn.Module, ABC):
 
     @torch.no_grad()
     def take(self, linear: nn.Linear) -> None:
-        """What of a plain layer is kept: the bias."""
+        """Copy what is kept of a plain layer: the bias."""
         if self.bias is not None:
             self.bias.copy_(linear.bias)
 
@@ -96,11 +99,11 @@ class FactoredLinear(nn.Module, ABC):
 
 
 class FactoredWeight(FactoredLinear):
-    """A layer that begins as a weight taken apart: a given one, or one drawn as ``nn.Linear``'s."""
+    """A layer that starts from the factors of a weight: a given one, or one drawn as ``nn.Linear``'s."""
 
     @abstractmethod
     def factor(self, weight: Tensor) -> None:
-        """Take ``weight`` (out x in) apart; nothing on the meta device."""
+        """Factor ``weight`` (out x in); does nothing on the meta device."""
 
     def reset_parameters(self) -> None:
         bound, like = self.in_features**-0.5, next(self.parameters())
@@ -115,8 +118,7 @@ class FactoredWeight(FactoredLinear):
 
 
 class DenseWeight(FactoredLinear):
-    """A layer that trains a whole weight, drawn as ``nn.Linear``'s or a given one, and computes with what it makes of
-    it."""
+    """Trains a dense weight, a given one or drawn as ``nn.Linear``'s, and computes with a function of it."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, **placed: Any) -> None:
         super().__init__(in_features, out_features, bias, **placed)
@@ -134,5 +136,5 @@ class DenseWeight(FactoredLinear):
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """... x n as N x n, also where N is zero."""
+    """A tensor (... x n) as a matrix (N x n), also where N is zero."""
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

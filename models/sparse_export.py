@@ -5,7 +5,7 @@
     measured at the given number of tokens                        all layers in one form, then all in the next, in turns
     the fastest form takes the layer's place                      by medians
 
-Going through all layers before coming back to one, as a token does, finds weights in the caches where the model would.
+Measuring goes through all layers in turn, as a token does, so that weights are in a cache only if they would be in use.
 
 A folder holds ``config.json`` (transformers), ``sparse.json`` (which layer has which form) and ``sparse.safetensors``:
 values in the model's dtype, places in the smallest whole numbers that hold them.
@@ -78,15 +78,15 @@ def sparsify(model: nn.Module, form: str = AUTO, tokens: Sequence[int] = (1,)) -
             f"no layer can be held in the form {form!r} in {where.dtype} on {where.device}; auto finds one"
         )
     ms = {number: medians(layers, number) for number in tokens}
-    told, chosen = {}, {}
+    exported, chosen = {}, {}
     for name, linear in found.items():
         of_layer = {number: ms[number][name] for number in tokens}
         fastest = min(of_layer[tokens[0]], key=of_layer[tokens[0]].__getitem__)
         own = fastest if form == AUTO else form if form in layers[name] else DENSE
-        told[name] = Exported(own, zeros(linear.weight), (linear.out_features, linear.in_features), of_layer)
+        exported[name] = Exported(own, zeros(linear.weight), (linear.out_features, linear.in_features), of_layer)
         chosen[name] = layers[name][own]
     put(model, chosen)
-    return told
+    return exported
 
 
 def put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -181,7 +181,7 @@ def _seconds(layer: nn.Module, x: Tensor) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until a GPU has done what it was given."""
+    """Wait until a GPU has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -15,7 +15,9 @@ COMMANDS = {
     "memory": "plan the memory of a run, before anything is allocated",
     "profile": "measure the memory and the time of a run's first steps",
     "export": "write a sparse model without its zeros, for inference",
+    "list": "list every optimizer, layer and embedded configuration",
 }
+MODULES = {"list": "listing"}  # where a module is not called as its command
 
 
 def main() -> int:
@@ -23,7 +25,7 @@ def main() -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: gracile COMMAND ...\n")
         print("\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items()))
-        print("\n`gracile COMMAND --help` explains one; `gracile --version` tells the version")
+        print("\n`gracile COMMAND --help` explains one; `gracile --version` prints the version")
         return 0
     if arguments[0] == "--version":
         print(f"gracile {__version__}")
@@ -31,7 +33,8 @@ def main() -> int:
     if arguments[0] not in COMMANDS:
         print(f"gracile: unknown command {arguments[0]!r}; {nearest(arguments[0], COMMANDS)}", file=sys.stderr)
         return 2
-    chosen = import_module(f".{arguments[0]}", __package__)  # here: help and typos need not wait for transformers
+    name = MODULES.get(arguments[0], arguments[0])
+    chosen = import_module(f".{name}", __package__)  # here: help and typos need not wait for transformers
     code: int = chosen.main(arguments[1:])
     return code
 

@@ -24,13 +24,14 @@ from transformers.utils import logging
 
 from ..models import sparse_export
 from ..models.sparse_export import AUTO, CHOICES, DENSE, FORMS, Exported
-from .config.arguments import DataArguments, OneLineParser
-from .config.checks import RUN_FILE
+from .atomic_write import write_atomically
+from .config.arguments import DataArguments
+from .config.parser import OneLineParser
 from .data.blocks import Blocks, collate, make_blocks, open_corpus
 from .engines.process_exit import leave
 from .errors import BadInput
-from .run.checkpoints import write_atomically
 from .run.report import perplexity, size
+from .run.resume import RUN_FILE
 
 REPORT = "report.json"
 BATCH = 8  # validation blocks a pass
@@ -87,7 +88,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     sparse_bytes = sparse_export.save(model, output_dir)
     tokenizer.save_pretrained(output_dir)
     after = loss(sparse_export.load(output_dir, device), blocks)
-    told = {
+    report = {
         "checkpoint": str(checkpoint),
         "output_dir": str(output_dir),
         "sparse": options.sparse,
@@ -100,12 +101,12 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         "perplexity": {"dense": perplexity(before), "sparse": perplexity(after)},
         "model_ms": {str(number): passes(model, dense, number) for number in sorted(numbers)},
         "forms": {str(number): by_form(layers, number) for number in sorted(numbers)},
-        "layers": {name: _told(layer) for name, layer in layers.items()},
+        "layers": {name: _as_json(layer) for name, layer in layers.items()},
         "machine": f"{platform.machine()}, {device.type}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    write_atomically(output_dir / REPORT, json.dumps(told, indent=2) + "\n")
-    return told
+    write_atomically(output_dir / REPORT, json.dumps(report, indent=2) + "\n")
+    return report
 
 
 def folder_of(options: argparse.Namespace) -> Path:
@@ -117,7 +118,7 @@ def folder_of(options: argparse.Namespace) -> Path:
     return named.with_name(f"{named.name}-sparse")
 
 
-def _told(layer: Exported) -> dict[str, Any]:
+def _as_json(layer: Exported) -> dict[str, Any]:
     return {
         "form": layer.form,
         "shape": list(layer.shape),
@@ -168,40 +169,40 @@ def passes(model: PreTrainedModel, dense: Mapping[str, nn.Module], tokens: int) 
 
 def by_form(layers: dict[str, Exported], tokens: int) -> dict[str, dict[str, Any]]:
     """Milliseconds of all sparse layers in one form, beside the same layers dense, and how many can take it."""
-    told = {}
+    report = {}
     for form in (DENSE, *FORMS):
         able = [layer.ms[tokens] for layer in layers.values() if form in layer.ms[tokens]]
         if able:
             ms, floor = sum(times[form] for times in able), sum(times[DENSE] for times in able)
-            told[form] = {"layers": len(able), "ms": ms, "dense_ms": floor}
+            report[form] = {"layers": len(able), "ms": ms, "dense_ms": floor}
     chosen = sum(layer.ms[tokens][layer.form] for layer in layers.values())
-    told["as written"] = {"layers": len(layers), "ms": chosen, "dense_ms": told[DENSE]["ms"]}
-    return told
+    report["as written"] = {"layers": len(layers), "ms": chosen, "dense_ms": report[DENSE]["ms"]}
+    return report
 
 
-def table(told: dict[str, Any]) -> str:
-    """The report, to be read."""
-    one, other = told["bytes"]["dense"], told["bytes"]["sparse"]
-    losses, forms = told["perplexity"], [layer["form"] for layer in told["layers"].values()]
+def table(report: dict[str, Any]) -> str:
+    """The report as text."""
+    one, other = report["bytes"]["dense"], report["bytes"]["sparse"]
+    losses, forms = report["perplexity"], [layer["form"] for layer in report["layers"].values()]
     count = ", ".join(f"{forms.count(form)} {form}" for form in dict.fromkeys(forms))
     lines = [
-        f"{told['checkpoint']}: {len(forms)} sparse linear layers, {told['zeros']:.1%} zeros; written as {count}",
+        f"{report['checkpoint']}: {len(forms)} sparse linear layers, {report['zeros']:.1%} zeros; written as {count}",
         "",
         f"  {'':<22}{'dense':>14}{'sparse':>14}",
         f"  {'weights':<22}{size(one):>14}{size(other):>14}  {one / other:.2f} x smaller",
         f"  {'perplexity':<22}{losses['dense']:>14.4f}{losses['sparse']:>14.4f}",
     ]
-    for number, ms in told["model_ms"].items():
+    for number, ms in report["model_ms"].items():
         row = f"model, {number} token{'s' if number != '1' else ''}"
         faster = f"{ms['dense'] / ms['sparse']:.2f} x as fast"
         lines.append(f"  {row:<22}{ms['dense']:>11.2f} ms{ms['sparse']:>11.2f} ms  {faster}")
-    for number, by in told["forms"].items():
+    for number, by in report["forms"].items():
         lines += ["", f"  the sparse layers alone, {number} token{'s' if number != '1' else ''}"]
         for form, found in by.items():
             faster = f"{found['dense_ms'] / found['ms']:.2f} x as fast as dense"
             of = f"{found['layers']} layers"
             lines.append(f"    {form:<12}{of:>12}{found['ms']:>14.3f} ms  {faster}")
-    lines += ["", f"  {told['output_dir']}/ holds the model, its tokenizer and {REPORT}"]
+    lines += ["", f"  {report['output_dir']}/ holds the model, its tokenizer and {REPORT}"]
     return "\n".join(lines)
 
 
@@ -269,9 +270,9 @@ def _loaded(checkpoint: Path, device: torch.device) -> tuple[PreTrainedModel, Pr
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     except Exception as error:  # every kind of file error means the same to the user
         raise BadInput(f"checkpoint {str(checkpoint)!r} cannot be loaded: {' '.join(str(error).split())}") from None
-    model, told = loaded
-    if told["unexpected_keys"] or told["missing_keys"]:
-        strange = sorted([*told["unexpected_keys"], *told["missing_keys"]])[0]
+    model, found = loaded
+    if found["unexpected_keys"] or found["missing_keys"]:
+        strange = sorted([*found["unexpected_keys"], *found["missing_keys"]])[0]
         raise BadInput(
             f"checkpoint {str(checkpoint)!r} does not hold a model of plain layers ({strange}); "
             "export the folder that the run ended with"
@@ -298,11 +299,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         options = _flags().parse_args(arguments)
-        told = export(options)
+        report = export(options)
     except BadInput as error:
         print(f"gracile export: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(told, indent=2) if options.json else table(told))
+    print(json.dumps(report, indent=2) if options.json else table(report))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``gracile memory``: what each process of a run will need, before anything is allocated."""
+"""``gracile memory``: the memory of each process of a run, planned before anything is allocated."""
 
 from __future__ import annotations
 
@@ -13,26 +13,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-from ..validation import nearest
-from .build import model as building
-from .build.optimizer import OPTIMIZERS
-from .config.arguments import Config, OneLineParser, RunArguments, load_config
+from .build.model import checkpoints_activations
+from .config.arguments import Config, RunArguments
+from .config.checks import optimizer_entry
 from .config.output_files import check_output
+from .config.parser import OneLineParser, load_config
+from .engines.division import Division
 from .engines.process_exit import leave
 from .errors import BadInput
-from .measurement.planner import ACTIVATIONS, KINDS, TEMPORARY, Division, Plan, Planner
+from .measurement.kinds import ACTIVATIONS, KINDS, TEMPORARY
+from .measurement.planner import Plan, Planner
 from .run.report import size
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 GIB = 2**30
 
 
 class Card(NamedTuple):
-    """A size of GPU: what a program can have of it in GiB, as drivers tell, and some of that size."""
+    """A size of GPU: the GiB that a program can use, as drivers report it, and cards of that size."""
 
     gib: float
     names: tuple[str, ...]
@@ -133,7 +130,7 @@ class Table:
         room = CARDS[card].gib * GIB
         return "yes" if plain.peak <= room else "checkpointed" if checkpointed.peak <= room else "no"
 
-    # ---- told -------------------------------------------------------------------------------------------------------
+    # ---- shown ------------------------------------------------------------------------------------------------------
 
     @property
     def title(self) -> str:
@@ -184,13 +181,13 @@ class Table:
         return "\n".join([self.title, "", *lines, "", foot])
 
     def as_json(self) -> dict[str, Any]:
-        def told(plan: Plan) -> dict[str, Any]:
+        def numbers(plan: Plan) -> dict[str, Any]:
             return {"held": plan.held, "at_peak": plan.at_peak, "peak": plan.peak, "offloaded": plan.offloaded}
 
         optimizers = {}
         for name, (plain, checkpointed) in self.plans.items():
-            optimizers[name] = told(plain) | {
-                "checkpointed": told(checkpointed),
+            optimizers[name] = numbers(plain) | {
+                "checkpointed": numbers(checkpointed),
                 "weights_and_state": plain.weights_and_state,
                 "fits": {card: self.fits(name, card) for card in self.cards},
             }
@@ -210,7 +207,7 @@ class Table:
 
     def plot(self, path: Path) -> None:
         """Stacked bars of what there is at the peak, checkpointed where the configuration says so."""
-        checkpointed = building.checkpoints_activations(self.config.run)
+        checkpointed = checkpoints_activations(self.config.run)
         bars = {name: plans[checkpointed].at_peak for name, plans in self.plans.items()}
         draw(path, bars, self._limits(), self._plot_title(checkpointed))
 
@@ -226,7 +223,10 @@ class Table:
 
 def draw(path: Path, bars: Mapping[str, Mapping[str, int]], limits: Mapping[str, float], title: str) -> None:
     """One bar a name, stacked by kind; lines at ``limits``, in GiB."""
-    figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.55 * len(bars)), layout="constrained")
+    from matplotlib.figure import Figure  # takes half a second, which a plan without a picture need not wait for
+
+    figure = Figure(figsize=(9, 1.6 + 0.55 * len(bars)), layout="constrained")
+    axes = figure.subplots()
     colours = {kind: f"C{i}" for i, kind in enumerate(KINDS)}
     names = list(bars)
     left = [0.0] * len(names)
@@ -246,14 +246,12 @@ def draw(path: Path, bars: Mapping[str, Mapping[str, int]], limits: Mapping[str,
     axes.invert_yaxis()
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _optimizers(compare: str | None, config: Config) -> list[str]:
     names = [config.optimizer.optimizer] if compare is None else [name.strip() for name in compare.split(",")]
     for name in names:
-        if name not in OPTIMIZERS:
-            raise BadInput(f"unknown optimizer {name!r}; {nearest(name, OPTIMIZERS)}")
+        optimizer_entry(name)
     return list(dict.fromkeys(names))
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from torch import nn
@@ -20,20 +20,27 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .. import __version__
 from ..models.llama import SIZES
 from ..optim.distributed import UnsupportedLayout
-from .build import layers
-from .build import model as building
+from .atomic_write import write_atomically
+from .build.callbacks import EvaluateAt
+from .build.layers import merges
+from .build.model import architecture, build_model
 from .build.optimizer import without_effect
-from .config.arguments import Config, ModelArguments, load_config
-from .config.checks import RUN_FILE, check_same_run, check_values, resuming, starting_point
+from .config.arguments import Config, ModelArguments
+from .config.checks import check_values
 from .config.help_text import usage
+from .config.parser import load_config
 from .data.blocks import Blocks, Corpus, collate, make_blocks, open_corpus, tokenizer_identity
 from .data.tokenizer import get_tokenizer
-from .engines import deepspeed as zero
+from .engines import deepspeed
 from .engines import layout as layouts
 from .engines.process_exit import leave
 from .errors import BadInput, RunStopped
-from .run import checkpoints, report
-from .run.trainer import Moments, PretrainTrainer
+from .run import report
+from .run.preflight import check_buildable
+from .run.resume import RUN_FILE, check_same_run, resuming, starting_point
+
+if TYPE_CHECKING:
+    from .run.trainer import PretrainTrainer
 
 
 def pretrain(config: Config) -> dict[str, Any]:
@@ -47,39 +54,39 @@ def pretrain(config: Config) -> dict[str, Any]:
     output_dir = run.folder
     checkpoint = starting_point(run)
     check_values(config)
-    zero.prepare(run)
+    deepspeed.prepare(run)
     layout = layouts.Layout.of(run)
-    split_anew = checkpoint is not None and layouts.must_be_split_anew(checkpoint, layout)
-    architecture = building.architecture(config.model)
-    building.check_optimizer(config, architecture)
-    corpus, tokenizer, blocks = read(config, architecture)
+    resharded = checkpoint is not None and layouts.needs_resharding(checkpoint, layout)
+    chosen = architecture(config.model)
+    check_buildable(config, chosen)
+    corpus, tokenizer, blocks = read(config, chosen)
     data_identity = f"{corpus.fingerprint}-{tokenizer_identity(tokenizer)}"
     if resuming(run):
         check_same_run(config, output_dir if checkpoint is None else checkpoint.parent, data_identity)
 
     set_seed(run.seed)
-    model = building.model(config, checkpoint if split_anew else None)
+    model = build_model(config, checkpoint if resharded else None)
     if run.should_save:
         _make(output_dir)
-    trainer = trainer_of(config, model, tokenizer, blocks, layout, weights_are_loaded=split_anew)
+    trainer = trainer_of(config, model, tokenizer, blocks, layout, weights_are_loaded=resharded)
     if run.should_save:
         text = yaml.safe_dump({"gracile": __version__, "data": data_identity, "config": config.resolved()})
-        checkpoints.write_atomically(output_dir / RUN_FILE, text)
+        write_atomically(output_dir / RUN_FILE, text)
         _announce(config, model, corpus, blocks)
         if checkpoint is not None:
-            _announce_checkpoint(checkpoint, layout, split_anew)
+            _announce_checkpoint(checkpoint, layout, resharded)
 
     steps_per_second = _train(trainer, checkpoint)
     return _finish(config, trainer, output_dir, steps_per_second)
 
 
-def read(config: Config, architecture: PreTrainedConfig) -> tuple[Corpus, PreTrainedTokenizerBase, Blocks]:
+def read(config: Config, chosen: PreTrainedConfig) -> tuple[Corpus, PreTrainedTokenizerBase, Blocks]:
     """The data of a run, its tokenizer and its blocks."""
     trusted = config.model.trust_remote_code
     with config.run.main_process_first(desc="reading the data"):
         corpus = open_corpus(config.data, trusted)
         name = config.data.tokenizer or _saved_tokenizer(config.model)
-        tokenizer = get_tokenizer(name, corpus, architecture.vocab_size, trusted)
+        tokenizer = get_tokenizer(name, corpus, chosen.vocab_size, trusted)
         return corpus, tokenizer, make_blocks(corpus, tokenizer, config.data)
 
 
@@ -124,7 +131,7 @@ def _finish(config: Config, trainer: PretrainTrainer, output_dir: Path, speed: f
         report.plot_losses(output_dir, metrics["history"], tokens_per_step, title)
         report.write_metrics(output_dir, metrics)
         whole, parts = "the model, its tokenizer, checkpoints,", "a tokenizer, checkpoints, the last of them the model,"
-        print(f"\n{report.closing_table(metrics)}\n\n  {output_dir}/ holds {whole if layers.merges(model) else parts}")
+        print(f"\n{report.closing_table(metrics)}\n\n  {output_dir}/ holds {whole if merges(model) else parts}")
         print(f"  {RUN_FILE}, metrics.json, loss.png and TensorBoard logs (tensorboard --logdir {output_dir})")
     return metrics
 
@@ -144,12 +151,15 @@ def trainer_of(
     layout: layouts.Layout,
     *,
     weights_are_loaded: bool = False,
-    kind: type[PretrainTrainer] = PretrainTrainer,
+    kind: type[PretrainTrainer] | None = None,
 ) -> PretrainTrainer:
+    """The trainer of a run, of class ``kind`` where it is given."""
+    from .run.trainer import PretrainTrainer  # takes seconds, which help and complaints need not wait for
+
     for settings in (model.config, model.generation_config):
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(settings, token, getattr(tokenizer, token))
-    return kind(
+    return (kind or PretrainTrainer)(
         config=config,
         layout=layout,
         weights_are_loaded=weights_are_loaded,
@@ -159,7 +169,7 @@ def trainer_of(
         eval_dataset=blocks.validation,
         data_collator=collate,
         processing_class=tokenizer,
-        callbacks=[Moments(config.run.evaluate_at)],
+        callbacks=[EvaluateAt(config.run.evaluate_at)],
     )
 
 
@@ -178,10 +188,10 @@ def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks) 
         print(f"no effect with {config.optimizer.optimizer}: {', '.join(idle)}")
 
 
-def _announce_checkpoint(checkpoint: Path, layout: layouts.Layout, split_anew: bool) -> None:
+def _announce_checkpoint(checkpoint: Path, layout: layouts.Layout, resharded: bool) -> None:
     before = layouts.saved(checkpoint)
-    told = f", made by {before}; its state is split anew for {layout}" if split_anew else ""
-    print(f"continuing from {checkpoint}{told}")
+    change = f", made by {before}; its state is split anew for {layout}" if resharded else ""
+    print(f"continuing from {checkpoint}{change}")
     if before is not None and before.examples_per_step != layout.examples_per_step:
         print(
             f"a step takes {layout.examples_per_step} examples now, {before.examples_per_step} before; "

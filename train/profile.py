@@ -16,20 +16,22 @@ from torch import nn
 from torch.profiler import ProfilerActivity
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from ..optim.core.optimizer import ShardedOptimizer
 from ..optim.distributed import UnsupportedLayout
-from .build import model as building
-from .config.arguments import Config, OneLineParser, load_config
+from .build.model import architecture, build_model, checkpoints_activations
+from .config.arguments import Config
 from .config.output_files import check_output
-from .engines import deepspeed as zero
-from .engines import layout as layouts
+from .config.parser import OneLineParser, load_config
+from .engines import deepspeed
+from .engines.layout import Layout
 from .engines.process_exit import leave
 from .errors import BadInput, RunStopped
 from .measurement import measure
 from .measurement.fake_pass import Pass
-from .measurement.phase_timer import BACKWARD, DATA, FORWARD, OPTIMIZER, PHASES, REFRESH, Clock
-from .measurement.planner import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, TEMPORARY, Division, Planner
+from .measurement.kinds import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, TEMPORARY
+from .measurement.phase_timer import BACKWARD, DATA, FORWARD, PHASES, REFRESH, PhaseTimer
+from .measurement.planner import Planner
 from .pretrain import read, trainer_of
+from .run.preflight import check_buildable
 from .run.report import size
 from .run.trainer import PretrainTrainer
 
@@ -57,9 +59,9 @@ class ProfiledTrainer(PretrainTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.clock = Clock()
+        self.timer = PhaseTimer()
         self.watched: Watched | None = None
-        self.accelerator.backward = self.clock.timed(BACKWARD, self.accelerator.backward)
+        self.accelerator.backward = self.timer.timed(BACKWARD, self.accelerator.backward)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Steps(self))
 
@@ -67,21 +69,18 @@ class ProfiledTrainer(PretrainTrainer):
         new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if new:
-            if isinstance(optimizer, ShardedOptimizer):
-                optimizer._refresh = self.clock.timed(REFRESH, optimizer._refresh)  # type: ignore[method-assign]
-                optimizer.refreshed = self.clock.refreshing(optimizer.refreshed)  # type: ignore[method-assign]
-            optimizer.step = self.clock.timed(OPTIMIZER, optimizer.step)  # type: ignore[method-assign]
+            self.timer.listen_to(optimizer)
         return optimizer
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.profiler.record_function(measure.FORWARD), self.clock.phase(FORWARD):
+        with torch.profiler.record_function(measure.FORWARD), self.timer.phase(FORWARD):
             loss = super().compute_loss(*args, **kwargs)
         if self.watched is not None:
             self.watched.weights = measure.addresses(self.model.parameters())
         return loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        with self.clock.phase(DATA):
+        with self.timer.phase(DATA):
             return super().get_batch_samples(*args, **kwargs)
 
 
@@ -105,13 +104,13 @@ class Watched:
         self.held = measure.held(self._trainer.model, self._optimizer)
 
     def close(self) -> Pass:
-        """Stop watching: what the pass needed beside what is held."""
+        """Stop watching; returns what the pass allocated beside what is held."""
         self.profiler.stop()
         self._gradients.close()
         self._unhook()
-        if Division.of(self._trainer.args, 1).stage >= 2:  # their gradients are views into buckets
+        if self._trainer.layout.stage >= 2:  # their gradients are views into buckets
             return measure.passed(self.profiler, self._device, set(), self.weights)
-        self.held[GRADIENTS] = max(self.held[GRADIENTS], self._gradients.bytes)  # those that ZeRO 1 takes away
+        self.held[GRADIENTS] = max(self.held[GRADIENTS], self._gradients.bytes)  # which ZeRO 1 frees before the step
         return measure.passed(self.profiler, self._device, self._gradients.addresses, self.weights)
 
 
@@ -127,7 +126,7 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.watched is None:
-            self.trainer.clock.step_has_ended()
+            self.trainer.timer.step_has_ended()
 
 
 def profile(arguments: Sequence[str], steps: int, output_dir: str) -> tuple[ProfiledTrainer, Planner]:
@@ -143,13 +142,13 @@ def profile(arguments: Sequence[str], steps: int, output_dir: str) -> tuple[Prof
     config = load_config([*arguments, *(f"--{key}={value}" for key, value in fixed.items())])
     _leave_out_evaluations(config)
     planner = Planner(config)
-    zero.prepare(config.run)
-    architecture = building.architecture(config.model)
-    building.check_optimizer(config, architecture)
-    _, tokenizer, blocks = read(config, architecture)
+    deepspeed.prepare(config.run)
+    chosen = architecture(config.model)
+    check_buildable(config, chosen)
+    _, tokenizer, blocks = read(config, chosen)
     set_seed(config.run.seed)
-    model = building.model(config, None)
-    trainer = trainer_of(config, model, tokenizer, blocks, layouts.Layout.of(config.run), kind=ProfiledTrainer)
+    layout = Layout.of(config.run)
+    trainer = trainer_of(config, build_model(config, None), tokenizer, blocks, layout, kind=ProfiledTrainer)
     assert isinstance(trainer, ProfiledTrainer)
     trainer.train()
     return trainer, planner
@@ -168,15 +167,15 @@ def compared(trainer: ProfiledTrainer, planner: Planner) -> dict[str, Any]:
     assert watched is not None
     moment = watched.close()
     optimizer = planner.config.optimizer.optimizer
-    plan = planner.plan(optimizer, run.per_device_train_batch_size, building.checkpoints_activations(run))
+    plan = planner.plan(optimizer, run.per_device_train_batch_size, checkpoints_activations(run))
     found = watched.held | {ACTIVATIONS: moment.activations, TEMPORARY: moment.at_peak.temporary}
     planned = {kind: plan.held[kind] + plan.offloaded[kind] for kind in KINDS}
-    for bytes_of in (planned, found):  # DeepSpeed's come and go; DistributedDataParallel's cannot be seen
+    for bytes_of in (planned, found):  # DeepSpeed's are temporary; DistributedDataParallel's cannot be seen
         buffers = bytes_of.pop(BUFFERS, 0)
         bytes_of[TEMPORARY] += buffers if planner.division.stage else 0
     at_peak = asdict(moment.at_peak)
     if planner.division.stage >= 2 or run.gradient_accumulation_steps > 1:
-        at_peak[GRADIENTS] += watched.held[GRADIENTS]  # there before the last pass
+        at_peak[GRADIENTS] += watched.held[GRADIENTS]  # which exist before the last pass
     return {
         "model": planner.config.model.model,
         "optimizer": optimizer,
@@ -186,20 +185,20 @@ def compared(trainer: ProfiledTrainer, planner: Planner) -> dict[str, Any]:
         "at_peak": {"planned": plan.at_peak, "measured": at_peak},
         "optimizer_step": measure.stepped(watched.profiler, run.device),
         "peak_memory": measure.peak_memory(),
-        "seconds": trainer.clock.medians(),
+        "seconds": trainer.timer.medians(),
     }
 
 
-def table(told: dict[str, Any], steps: int) -> str:
-    """What ``compared`` found, to be read."""
+def table(result: dict[str, Any], steps: int) -> str:
+    """The result of ``compared`` as text."""
     rows = [("each process", "planned", "measured", "")]
-    for kind, planned in told["planned"].items():
-        measured = told["measured"][kind]
+    for kind, planned in result["planned"].items():
+        measured = result["measured"][kind]
         if planned or measured:
             share = f"{measured / planned:.1%}" if planned else ""
             rows.append(
                 (
-                    f"{kind}, buffers" if kind == TEMPORARY and "ZeRO" in told["division"] else kind,
+                    f"{kind}, buffers" if kind == TEMPORARY and "ZeRO" in result["division"] else kind,
                     size(planned),
                     size(measured),
                     share,
@@ -208,9 +207,9 @@ def table(told: dict[str, Any], steps: int) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
     where = "allocated on the GPU" if torch.cuda.is_available() else "resident, Python and its libraries included"
-    lines += ["", f"  {size(told['optimizer_step'])} more for a moment in the optimizer's step, which is not planned"]
-    lines += [f"  {size(told['peak_memory'])} at most {where}", ""]
-    seconds = told["seconds"]
+    lines += ["", f"  {size(result['optimizer_step'])} more for a moment in the optimizer's step, which is not planned"]
+    lines += [f"  {size(result['peak_memory'])} at most {where}", ""]
+    seconds = result["seconds"]
     ordinary = sum(value for phase, value in seconds.items() if phase != REFRESH)
     lines += [f"  a step, median of {steps}: {1000 * ordinary:,.1f} ms, refreshes apart"]
     for phase in PHASES:
@@ -218,7 +217,7 @@ def table(told: dict[str, Any], steps: int) -> str:
             lines.append(f"    {phase:<10}{1000 * seconds[phase]:>9,.1f} ms  {seconds[phase] / ordinary:>6.1%}")
     if seconds[REFRESH]:
         lines.append(f"    {REFRESH:<10}{1000 * seconds[REFRESH]:>9,.1f} ms  in a step that has one")
-    return "\n".join([f"{told['model']}, {told['optimizer']}; {told['division']}", "", *lines])
+    return "\n".join([f"{result['model']}, {result['optimizer']}; {result['division']}", "", *lines])
 
 
 def _check_files(options: argparse.Namespace) -> None:
@@ -241,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.cuda.memory._record_memory_history()
         with tempfile.TemporaryDirectory() as folder:
             trainer, planner = profile(rest, options.steps, folder)
-            told = compared(trainer, planner)
+            result = compared(trainer, planner)
     except BadInput as error:
         if is_main:
             print(f"gracile profile: {error}", file=sys.stderr)
@@ -251,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if is_main:
         assert trainer.watched is not None
-        print(json.dumps(told, indent=2) if options.json else table(told, options.steps))
+        print(json.dumps(result, indent=2) if options.json else table(result, options.steps))
         if options.trace is not None:
             trainer.watched.profiler.export_chrome_trace(options.trace)
         if options.snapshot is not None:

@@ -3,7 +3,7 @@
 A plain loop::
 
     with MemoryWatch(model, optimizer, log_dir="runs/memory") as memory:
-        ...                       # optimizer.step() is seen by itself
+        ...                       # each optimizer.step() is recorded
     print(memory.most)            # bytes by kind
 
 The Hugging Face Trainer::
@@ -16,15 +16,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..validation import is_whole, require
 from .measurement import measure
-from .measurement.planner import GRADIENTS
+from .measurement.kinds import GRADIENTS
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 PEAK = "peak"
 
@@ -39,12 +41,12 @@ class MemoryWatch:
         model: whose parameters and gradients count.
         optimizer: any of torch's or gracile's, also as accelerate or ``deepspeed.initialize`` return it.
         log_dir: where TensorBoard scalars ``memory/<kind>`` go, in MiB; None for none.
-        every: steps between two looks.
+        every: steps between two records.
         step: how many steps were done before.
 
     Raises:
         ValueError: for ``every`` below 1.
-        RuntimeError: when it is entered twice at a time.
+        RuntimeError: when it is entered again before it was closed.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class MemoryWatch:
         if self._unhook is not None:
             raise RuntimeError("this MemoryWatch is at work already; make another")
         if self._log_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
             self._writer = SummaryWriter(log_dir=str(self._log_dir))
         self._unhook = measure.around_steps(self.optimizer, self._before_step, self._after_step)
         return self
@@ -81,7 +85,7 @@ class MemoryWatch:
         self._unhook = self._writer = None
 
     def _before_step(self) -> None:
-        """Gradients are here, and may be gone after the step."""
+        """Count gradients now: they may be freed in the step."""
         self.step += 1
         if self.step % self.every == 0:
             self._gradients = measure.held(self.model, self.optimizer)[GRADIENTS]
@@ -106,7 +110,7 @@ class MemoryCallback(TrainerCallback):
 
     Args:
         log_dir: by default ``runs/memory`` in the Trainer's ``output_dir``.
-        every: steps between two looks.
+        every: steps between two records.
 
     ``watch`` is the ``MemoryWatch``, once training has begun.
     """

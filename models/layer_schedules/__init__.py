@@ -1,1 +1,1 @@
-"""What changes layers from step to step."""
+"""Schedules that change layers from step to step: each implements ``protocol.LayerSchedule``."""

@@ -58,12 +58,22 @@ class GradientAnnealing:
         gone = min(1.0, number / (self.annealed_share * max(1, steps)))
         return self.annealing * 0.5 * (1 + math.cos(math.pi * gone))
 
-    def begin(self, number: int, steps: int) -> None:
-        """Before step ``number`` (from 0) of ``steps``. Reads nothing from a device."""
-        factor = self.factor(number, steps)
+    def begin(self, step: int, total: int) -> None:
+        """Before step ``step`` (from 0) of ``total``. Reads nothing from a device."""
+        factor = self.factor(step, total)
         for layer in self.layers.values():
             layer.annealed.fill_(factor)
-            layer.counts = number % self.check_every == 0
+            layer.counts = step % self.check_every == 0
+
+    def end(self, step: int, total: int) -> None:
+        """Nothing is left to do after a step."""
+
+    def loss(self) -> None:
+        """Nothing is added to a loss."""
+
+    def metrics(self) -> dict[str, float]:
+        """``density``, that of all layers together."""
+        return {"density": self.densities()[""]}
 
     def densities(self) -> dict[str, float]:
         """The share of each layer's weights that was not zero when it was last counted, by name; ``""`` is that of all

@@ -28,7 +28,8 @@ LEAST = 1e-3  # where the exponential decay ends
 
 
 class MaskDecay:
-    """What a training loop does for a model with ``NMLinear`` layers: ``at(step, total_steps)`` before each step.
+    """What a training loop does for a model with ``NMLinear`` layers: ``at(step, total_steps)`` before each step, and
+    after the last.
 
     Args:
         model: with such layers, which keep their patterns n:m.
@@ -63,6 +64,21 @@ class MaskDecay:
             most = max(m for _, m in held)
             fits = all(layer.in_features % m == 0 for _, m in held)
             require(fits, f"in_features must be a multiple of {most}, where {decay} begins, or frames less", layer)
+
+    def begin(self, step: int, total: int) -> None:
+        """Before step ``step`` (from 0): its masks."""
+        self.at(step, total)
+
+    def end(self, step: int, total: int) -> None:
+        """When ``step`` steps are done: the masks of the next one, or for good, which an evaluation sees."""
+        self.at(step, total)
+
+    def loss(self) -> None:
+        """Nothing is added to a loss."""
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing to log."""
+        return {}
 
     def at(self, step: int, total_steps: int) -> None:
         """The masks of step ``step`` (from 0) of ``total_steps``; after the last one, the patterns themselves."""

@@ -61,6 +61,14 @@ class OrderedDropout:
         self.sampler, self.penalty, self.shrink_every = sampler, penalty, shrink_every
         self.threshold, self.seed = threshold, seed
 
+    def begin(self, step: int, total: int) -> None:
+        """Before step ``step`` (from 0): its widths, the same in all of its passes and on all processes."""
+        self.draw(step)
+
+    def end(self, step: int, total: int) -> None:
+        """When ``step`` steps are done: layers lose components, if it is time."""
+        self.shrink(step)
+
     def draw(self, number: int) -> None:
         """The widths of step ``number`` (from 0)."""
         for layer in self.layers:
@@ -94,3 +102,7 @@ class OrderedDropout:
         if self.shrink_every and step % self.shrink_every == 0:
             for layer in self.layers:
                 layer.shrink(self.threshold)
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing to log."""
+        return {}

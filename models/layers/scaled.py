@@ -80,6 +80,10 @@ class ScaledLinear(DenseWeight):
         """W <- W * P. CAST has pulled what goes to nearly zero by then; the optimizer does this after its last step."""
         self.weight.mul_(largest(self.weight, self.n, self.m))
 
+    def finish(self) -> None:
+        """``sparsify``: done already where the run was as long as CAST's ``total_steps``."""
+        self.sparsify()
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pieces={self.pieces}, {self.n}:{self.m}"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gracile.train.engines.layout import Layout, must_be_split_anew
+from gracile.train.engines.layout import Layout, needs_resharding
 from gracile.train.errors import BadInput
 from gracile.train.pretrain import main
 from gracile.train.run.checkpoints import newest_whole
@@ -118,21 +118,21 @@ def test_what_cannot_be_split_anew_is_refused_by_name(tmp_path):
     checkpoint = tmp_path / "checkpoint-5"
     checkpoint.mkdir()
     here = Layout("plain", 1, {}, 8)
-    assert not must_be_split_anew(checkpoint, here)  # made before layouts were written: the engine's to load
+    assert not needs_resharding(checkpoint, here)  # made before layouts were written: the engine's to load
     there = {"engine": "deepspeed", "processes": 2, "settings": {"stage": 3}, "examples_per_step": 8}
     (checkpoint / "layout.json").write_text(json.dumps(there))
     with pytest.raises(BadInput, match=r"made by DeepSpeed ZeRO 3 on 2 processes and has no full_state\.pt"):
-        must_be_split_anew(checkpoint, here)
+        needs_resharding(checkpoint, here)
     (checkpoint / "full_state.pt").touch()
     with pytest.raises(BadInput, match=r"has no model\.safetensors"):
-        must_be_split_anew(checkpoint, here)
+        needs_resharding(checkpoint, here)
     (checkpoint / "model-00001-of-00002.safetensors").touch()
-    assert must_be_split_anew(checkpoint, here)
-    assert not must_be_split_anew(checkpoint, Layout(**there))
-    assert not must_be_split_anew(checkpoint, Layout(**{**there, "examples_per_step": 4}))
-    assert must_be_split_anew(checkpoint, Layout(**{**there, "processes": 4}))
+    assert needs_resharding(checkpoint, here)
+    assert not needs_resharding(checkpoint, Layout(**there))
+    assert not needs_resharding(checkpoint, Layout(**{**there, "examples_per_step": 4}))
+    assert needs_resharding(checkpoint, Layout(**{**there, "processes": 4}))
 
 
 def test_replicas_are_one_layout_on_any_number_of_processes():
-    assert Layout("plain", 1, {}, 8).holds(Layout("plain", 4, {}, 8))
-    assert not Layout("fsdp", 2, {}, 8).holds(Layout("fsdp", 4, {}, 8))
+    assert Layout("plain", 1, {}, 8).places_state_as(Layout("plain", 4, {}, 8))
+    assert not Layout("fsdp", 2, {}, 8).places_state_as(Layout("fsdp", 4, {}, 8))

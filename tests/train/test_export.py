@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gracile.models import sparse_export
 from gracile.train.cli import COMMANDS
-from gracile.train.config.arguments import DataArguments, load_config
+from gracile.train.config.arguments import DataArguments
+from gracile.train.config.parser import load_config
 from gracile.train.data.blocks import make_blocks, open_corpus
 from gracile.train.export import loss, main
 from gracile.train.pretrain import pretrain

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from gracile.train.build.layers import LAYERS
-from gracile.train.config.arguments import load_config
+from gracile.registry import LAYERS
+from gracile.train.config.parser import load_config
 from gracile.train.pretrain import main
 from tests.train.test_pretrain import interrupt, same, weights
 

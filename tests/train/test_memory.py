@@ -7,14 +7,17 @@ import torch
 from torch import nn
 
 from gracile.models import build_llama
-from gracile.train.build import layers
+from gracile.registry import OPTIMIZERS
 from gracile.train.build import model as building
-from gracile.train.build.optimizer import OPTIMIZERS, build_optimizer
-from gracile.train.config.arguments import load_config
+from gracile.train.build.layers import converted
+from gracile.train.build.optimizer import build_optimizer
+from gracile.train.config.parser import load_config
+from gracile.train.engines.division import Division
 from gracile.train.errors import BadInput
 from gracile.train.measurement import measure
 from gracile.train.measurement.fake_pass import FakePass, Ledger
-from gracile.train.measurement.planner import GRADIENTS, STATE, WEIGHTS, Division, Planner
+from gracile.train.measurement.kinds import GRADIENTS, STATE, WEIGHTS
+from gracile.train.measurement.planner import Planner
 from gracile.train.memory import bytes_of, main
 
 GIB = 2**30
@@ -42,7 +45,7 @@ def trained():
         key = (config.model.model, config.model.layer)
         if key not in models:
             models.clear()
-            model = models[key] = layers.converted(build_llama(config.model.model), config)
+            model = models[key] = converted(build_llama(config.model.model), config)
             for p in model.parameters():
                 if p.requires_grad:
                     p.grad = torch.full_like(p, 1e-3).add_(p.detach(), alpha=0.1)
@@ -55,7 +58,7 @@ def trained():
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "adamw on low_rank", "adamw on maestro", "adamw on autosparse"])
 def test_weights_gradients_and_state_to_the_byte(trained, size, name):
     name, _, layer = name.partition(" on ")
-    layer = layer or layers.FOR_LAYERS.get(name)
+    layer = layer or OPTIMIZERS[name].layer
     chosen = [] if layer is None else ["--layer", layer]
     chosen += ["--sparsity", "0.5"] if OPTIMIZERS[name].accepts() & {"sparsity", "keep"} else []
     chosen += ["--optimizer_args", '{"block_size": 16}'] if "block" in name else []

@@ -12,9 +12,10 @@ from gracile.models.convert import convert
 from gracile.models.layers import IsoFlopLinear, ParallelLinear
 from gracile.optim import SparseAdamW, param_groups
 from gracile.train.build import model as building
-from gracile.train.build.layers import beside, load_weights
-from gracile.train.config.arguments import load_config
+from gracile.train.build.layers import layer_with, load_weights
+from gracile.train.config.parser import load_config
 from gracile.train.pretrain import main
+from gracile.train.run.preflight import check_buildable
 from tests.train.test_pretrain import interrupt, same, weights
 
 STATIC = {"optimizer": "sparse_adamw", "sparsity": 0.75, "drop_fraction": 0, "rank": None, "update_proj_gap": None}
@@ -117,7 +118,7 @@ def test_both_recipes_run_one_after_the_other(corpus, tmp_path, monkeypatch, met
 def test_recipes_have_the_dense_models_weights(name):
     config = load_config([name])
     architecture = building.architecture(config.model)
-    building.check_optimizer(config, architecture)
+    check_buildable(config, architecture)
     model = building.untrained(config, architecture)
     dense = load_config(["quickstart", "--optimizer", "adamw"])
     plain = building.untrained(dense, building.architecture(dense.model))
@@ -185,9 +186,9 @@ def test_doped_keeps_the_dense_count_and_is_saved_merged(tiny, tmp_path):
 
 def test_a_layer_is_planned_beside_its_own_optimizers_only(tiny):
     config = load_config([tiny(**PARALLEL)])
-    assert beside(config, "set_adamw") == "parallel"
-    assert beside(config, "adamw") is None
-    assert beside(load_config([tiny(optimizer="adamw", layer="low_rank")]), "galore_adamw") == "low_rank"
+    assert layer_with(config, "set_adamw") == "parallel"
+    assert layer_with(config, "adamw") is None
+    assert layer_with(load_config([tiny(optimizer="adamw", layer="low_rank")]), "galore_adamw") == "low_rank"
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from gracile.models import build_llama
 from gracile.optim import state_bytes
-from gracile.train.build.layers import FOR_LAYERS
-from gracile.train.build.optimizer import OPTIMIZERS, build_optimizer
-from gracile.train.config.arguments import load_config
+from gracile.registry import OPTIMIZERS
+from gracile.train.build.callbacks import EvaluateAt
+from gracile.train.build.optimizer import build_optimizer
+from gracile.train.config.parser import load_config
 from gracile.train.pretrain import main
 from gracile.train.run import checkpoints, trainer
 
@@ -111,8 +112,8 @@ def test_every_other_optimizer_trains_and_resumes_bit_for_bit(tiny, tmp_path, me
     rate = {"lion": 0.001, "galore_lion": 0.004}.get(optimizer, 0.01)
     masked = {"sparsity": 0.3} if OPTIMIZERS[optimizer].accepts() & {"sparsity", "keep"} else {}
     masked |= {"optimizer_args": {"block_size": 8}} if optimizer == "block_sparse_adamw" else {}
-    config = tiny(optimizer=optimizer, layer=FOR_LAYERS.get(optimizer), learning_rate=rate, max_steps=20, save_steps=7,
-                  subspace_method="iterate", **masked)  # fmt: skip
+    config = tiny(optimizer=optimizer, layer=OPTIMIZERS[optimizer].layer, learning_rate=rate, max_steps=20,
+                  save_steps=7, subspace_method="iterate", **masked)  # fmt: skip
     assert main([config]) == 0
     told = metrics(tmp_path / "run")
     losses = [entry["loss"] for entry in told["history"] if "loss" in entry]
@@ -211,7 +212,7 @@ def test_a_loss_that_turns_non_finite_stops_the_run_and_the_last_checkpoint_stay
 
 
 def test_weights_that_turn_non_finite_are_never_saved(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainer.Moments, "on_optimizer_step", explode_at_step(5), raising=False)
+    monkeypatch.setattr(EvaluateAt, "on_optimizer_step", explode_at_step(5), raising=False)
     assert main([tiny(max_steps=12)]) == 1
     assert "model.embed_tokens.weight holds non-finite values" in capsys.readouterr().err
     assert checkpoints.checkpoints(tmp_path / "run") == []

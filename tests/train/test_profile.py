@@ -2,13 +2,15 @@
 
 import json
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
+from gracile.optim import GaLoreAdamW
 from gracile.train.measurement import measure
-from gracile.train.measurement.phase_timer import Clock
+from gracile.train.measurement.phase_timer import PhaseTimer
 from gracile.train.profile import main
 
 
@@ -103,25 +105,39 @@ def test_a_snapshot_needs_a_gpu(tmp_path, capsys):
 
 
 def test_a_phase_inside_another_is_taken_from_it():
-    clock = Clock()
-    clock.step_has_ended()
-    due = clock.refreshing(lambda: None)
+    timer = PhaseTimer()
+    timer.step_has_ended()
     for refreshes in (True, False):
-        with clock.phase("optimizer"):
+        with timer.phase("optimizer"):
             time.sleep(0.01)
-            with clock.phase("refresh"):
+            with timer.listener("find") if refreshes else nullcontext():
                 time.sleep(0.02)
-                if refreshes:
-                    due()
+            with timer.listener("update"), timer.listener("after"):
+                pass
         time.sleep(0.005)
-        clock.step_has_ended()
-    first, second = clock.steps
+        timer.step_has_ended()
+    first, second = timer.steps
     assert 0.02 <= first["refresh"] < first["refresh"] + first["optimizer"]
     assert first["optimizer"] >= 0.01
     assert first["other"] >= 0.005
     assert second["optimizer"] >= 0.03, "nothing was due"
-    assert clock.medians()["refresh"] == first["refresh"]
-    assert clock.medians()["forward"] == 0
+    assert timer.medians()["refresh"] == first["refresh"]
+    assert timer.medians()["forward"] == 0
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, GaLoreAdamW])
+def test_the_steps_of_an_optimizer_are_timed_and_so_are_its_refreshes(cls):
+    layer = nn.Linear(8, 8)
+    optimizer = cls([{"params": [layer.weight], **({"rank": 2, "update_proj_gap": 2} if cls is GaLoreAdamW else {})}])
+    timer = PhaseTimer()
+    timer.listen_to(optimizer)
+    timer.step_has_ended()
+    for _ in range(3):
+        layer(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+        timer.step_has_ended()
+    assert all(step["optimizer"] > 0 for step in timer.steps)
+    assert [step["refresh"] > 0 for step in timer.steps] == [cls is GaLoreAdamW, False, cls is GaLoreAdamW]
 
 
 def test_what_a_profiled_pass_made():

@@ -1,69 +1,45 @@
-"""What goes along with a model's layers from step to step, told of each by the Trainer."""
+"""What the Trainer calls from step to step: a layer schedule, and evaluations at single steps."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...models.layer_schedules.gradient_annealing import GradientAnnealing
-from ...models.layer_schedules.mask_decay import MaskDecay
-from ...models.layer_schedules.ordered_dropout import OrderedDropout
-from . import layers
-from ..config.arguments import Config
+from ...models.layer_schedules.protocol import LayerSchedule
 
 
-class Shrinking(TrainerCallback):
-    """Ordered factors lose components after some steps."""
+class ScheduleCallback(TrainerCallback):
+    """Tells a layer schedule when each optimizer step begins and ends."""
 
-    def __init__(self, dropout: OrderedDropout) -> None:
-        self.dropout = dropout
+    def __init__(self, schedule: LayerSchedule) -> None:
+        self.schedule = schedule
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        self.schedule.begin(state.global_step, state.max_steps)
+        return control
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        self.dropout.shrink(state.global_step)
+        self.schedule.end(state.global_step, state.max_steps)
         return control
 
 
-class Annealing(TrainerCallback):
-    """What pruned weights see of their gradients, before each step."""
+class EvaluateAt(TrainerCallback):
+    """Evaluates and logs at further steps than the Trainer's strategies do."""
 
-    def __init__(self, annealing: GradientAnnealing) -> None:
-        self.annealing = annealing
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = set(steps)
 
-    def on_step_begin(
+    def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        self.annealing.begin(state.global_step, state.max_steps)
+        if state.global_step in self.steps:
+            control.should_evaluate = True
+        if control.should_save:
+            # A logged loss is the mean since the last log. Logged at each save too, it is the same in a resumed run.
+            control.should_log = True
         return control
-
-
-class Masking(TrainerCallback):
-    """The masks of each step; after it those of the next one, or for good, which an evaluation sees."""
-
-    def __init__(self, masks: MaskDecay) -> None:
-        self.masks = masks
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        self.masks.at(state.global_step, state.max_steps)
-        return control
-
-    on_step_end = on_step_begin
-
-
-def companion(model: nn.Module, config: Config) -> Shrinking | Annealing | Masking | None:
-    """That of the model's layers, if they have one.
-
-    Raises:
-        BadInput: for a value that it refuses.
-    """
-    own = layers.companion(model, config)
-    if isinstance(own, OrderedDropout):
-        return Shrinking(own)
-    if isinstance(own, GradientAnnealing):
-        return Annealing(own)
-    return None if own is None else Masking(own)

@@ -1,4 +1,4 @@
-"""From a configuration to a model: its architecture, an empty one, and the one that is trained."""
+"""From a configuration to a model: its architecture, an empty model, and the one that is trained."""
 
 from __future__ import annotations
 
@@ -11,19 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ...models.llama import SIZES, build_llama, llama_config
 from ...validation import nearest
-from ..run import distillation
-from . import layers
-from ..engines import deepspeed as zero
-from ..config.checks import DTYPES
-from .callbacks import companion
-from ..config.arguments import Config, ModelArguments, RunArguments, mapping
+from ..config.arguments import DTYPES, Config, Keywords, ModelArguments, RunArguments
+from ..engines.deepspeed import unpartitioned
 from ..errors import BadInput
-from .optimizer import build_optimizer, jagged_schedule
+from . import layers
 
 
 def architecture(chosen: ModelArguments) -> PreTrainedConfig:
     """The model's configuration; nothing is allocated."""
-    overrides = _overrides(chosen)
+    overrides = chosen.model_overrides or Keywords()
     if chosen.model in SIZES:
         try:
             return llama_config(chosen.model, **overrides)
@@ -41,17 +37,13 @@ def architecture(chosen: ModelArguments) -> PreTrainedConfig:
         raise BadInput(f"model {chosen.model!r} cannot be loaded: {' '.join(str(error).split())}") from None
 
 
-def _overrides(chosen: ModelArguments) -> dict[str, Any]:
-    return mapping("model_overrides", chosen.model_overrides, '{"num_hidden_layers": 2}')
-
-
 def untrained(
     config: Config, architecture: PreTrainedConfig, dtype: torch.dtype | None = None, device: str = "meta"
 ) -> PreTrainedModel:
     """The model with new weights, whole; on the meta device without memory."""
-    # layers are not drawn where tensors have no memory, on the meta device; elsewhere they may only pretend to have it
+    # on the meta device layers skip their initialisation, which fake tensors of another device could not run
     layered = config.model.layer is not None
-    with torch.device("meta" if layered else device), zero.unpartitioned(config.run):
+    with torch.device("meta" if layered else device), unpartitioned(config.run):
         trusted = config.model.trust_remote_code
         try:
             built = AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=trusted)
@@ -63,7 +55,7 @@ def untrained(
 
 
 def _moved(model: PreTrainedModel, device: str) -> PreTrainedModel:
-    """``model``, of the meta device, on another. ``Module.to_empty`` does not do it for tensors that only pretend."""
+    """``model``, of the meta device, empty on another. ``Module.to_empty`` does not work under fake tensors."""
     new: dict[int, Any] = {}  # tied ones stay tied
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
@@ -80,7 +72,7 @@ def checkpoints_activations(run: RunArguments) -> bool:
 
 
 def checkpoint_activations(model: PreTrainedModel, run: RunArguments) -> None:
-    """As the Trainer does it when ``run`` says so."""
+    """Turn on activation checkpointing, as the Trainer does it when ``run`` says so."""
     new = hasattr(model, "activation_checkpointing_enable")
     name = "activation_checkpointing" if new else "gradient_checkpointing"
     keywords = dict(getattr(run, f"{name}_kwargs") or {})
@@ -88,22 +80,11 @@ def checkpoint_activations(model: PreTrainedModel, run: RunArguments) -> None:
     getattr(model, f"{name}_enable")(**{f"{name}_kwargs": keywords or None}, **own)
 
 
-def check_optimizer(config: Config, architecture: PreTrainedConfig) -> None:
-    """Build the optimizer on a model without memory: bad values show before any data is read."""
-    model = untrained(config, architecture)
-    optimizer = build_optimizer(model, config.optimizer, config.run)
-    companion(model, config)
-    layers.check_saved(model, config)
-    distillation.check(config, architecture.get_text_config().vocab_size)
-    if config.optimizer.lr_restart_every is not None and config.run.max_steps > 0:
-        jagged_schedule(config, config.run.max_steps, optimizer)
-
-
-def model(config: Config, checkpoint: Path | None) -> PreTrainedModel:
-    """The model, with a checkpoint's weights where one is given: engines copy them when they take the model over."""
+def build_model(config: Config, checkpoint: Path | None) -> PreTrainedModel:
+    """The model, with a checkpoint's weights where one is given: engines copy them when they wrap the model."""
     if config.model.layer is None:
         return _loaded(config.model, config.model.model if checkpoint is None else str(checkpoint))
-    with zero.unpartitioned(config.run):  # layers are made from whole weights
+    with unpartitioned(config.run):  # layers are made from whole weights
         layered = layers.converted(_loaded(config.model, config.model.model), config)
     if checkpoint is not None:
         layers.load_weights(layered, checkpoint)
@@ -113,5 +94,5 @@ def model(config: Config, checkpoint: Path | None) -> PreTrainedModel:
 def _loaded(chosen: ModelArguments, source: str) -> PreTrainedModel:
     dtype = DTYPES[chosen.dtype]
     if source in SIZES:
-        return build_llama(source, dtype=dtype, **_overrides(chosen))
+        return build_llama(source, dtype=dtype, **(chosen.model_overrides or Keywords()))
     return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=chosen.trust_remote_code)

@@ -1,25 +1,29 @@
-"""Optimizers by the name that a configuration gives them."""
+"""The optimizer and the learning rate that a configuration asks for."""
 
 from __future__ import annotations
 
-import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from ... import optim
-from ...models.layers import NMLinear, ScaledLinear
+from ...registry import LAYERS, OptimizerEntry
 from ...validation import nearest
-from ..config.arguments import Config, OptimizerArguments, RunArguments, mapping
+from ..config.arguments import Config, Keywords, OptimizerArguments, RunArguments
+from ..config.checks import optimizer_entry
 from ..errors import BadInput
 
-# Keys of a configuration that reach an optimizer where it has them: those of a subspace its ranked matrices alone.
+# Keys of a configuration that reach an optimizer where it has them: those of a subspace only the matrices with a rank.
 SUBSPACE_KEYS = ("update_proj_gap", "scale", "proj_type", "subspace_method")
 MASK_KEYS = ("sparsity", "update_every", "drop_fraction", "t_end")
+# What makes the group of target matrices of an optimizer without a rank.
+MARKS = {"n", "m", "keep"}
+
+
+# ---- keys from a run, and from a model ------------------------------------------------------------------------------
 
 
 def _adam_keys(run: RunArguments) -> dict[str, Any]:
@@ -38,61 +42,30 @@ def _torch_keys(run: RunArguments) -> dict[str, Any]:
     return {**_adam_keys(run), "fused": True}
 
 
-def _heads(model: nn.Module) -> dict[str, Any]:
+def _heads(model: nn.Module, entry: OptimizerEntry) -> dict[str, Any]:
     """How many heads the attention matrices of a LLaMA have: GaLore+ shares a projector among them."""
     fields = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}
     trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.dim() == 2 and p.requires_grad}
     return {"num_heads": {name: getattr(model.config, field) for name, field in fields.items() if name in trained}}
 
 
-def _pattern(model: nn.Module) -> dict[str, Any]:
-    """n and m, which the layers have."""
-    layer = next(module for module in model.modules() if isinstance(module, (NMLinear, ScaledLinear)))
+def _pattern(model: nn.Module, entry: OptimizerEntry) -> dict[str, Any]:
+    """n and m, which the optimizer's layers have."""
+    assert entry.layer is not None
+    layer: Any = next(module for module in model.modules() if isinstance(module, LAYERS[entry.layer].cls))
     return {"n": layer.n, "m": layer.m}
 
 
-class Recipe(NamedTuple):
-    """How a class is built from a configuration: the keys it takes from TrainingArguments, those that it takes from the
-    model, and those that are by default a share of the run's steps."""
-
-    optimizer: Callable[..., torch.optim.Optimizer]
-    keys: Callable[[RunArguments], dict[str, Any]] = _adam_keys
-    matrix_keys: Callable[[nn.Module], dict[str, Any]] = lambda model: {}
-    clocks: Mapping[str, float] = {}
-
-    def accepts(self) -> set[str]:
-        return set(inspect.signature(self.optimizer).parameters) - {"params"}
+RUN_KEYS = {"adam": _adam_keys, "lion": _lion_keys, "adafactor": _adafactor_keys, "torch": _torch_keys}
+MODEL_KEYS: dict[str, Callable[[nn.Module, OptimizerEntry], dict[str, Any]]] = {"heads": _heads, "pattern": _pattern}
 
 
-MASK_CLOCK = {"t_end": 0.75}  # RigL's
-ENVELOPE_CLOCK = {"ramp_steps": 0.5, "finish_at": 0.8}
-OPTIMIZERS = {
-    "adamw": Recipe(torch.optim.AdamW, _torch_keys),
-    "lion": Recipe(optim.Lion, _lion_keys),
-    "galore_adamw": Recipe(optim.GaLoreAdamW),
-    "galore_adamw_8bit": Recipe(optim.GaLoreAdamW8bit),
-    "galore_adafactor": Recipe(optim.GaLoreAdafactor, _adafactor_keys),
-    "galore_lion": Recipe(optim.GaLoreLion, _lion_keys),
-    "galore_plus_adamw": Recipe(optim.GaLorePlusAdamW, matrix_keys=_heads),
-    "fira_adamw": Recipe(optim.FiraAdamW),
-    "gradnormlorp_adamw": Recipe(optim.GradNormLoRPAdamW),
-    "dct_adamw": Recipe(optim.DCTAdamW),
-    "apollo_adamw": Recipe(optim.APOLLOAdamW),
-    "ldadamw": Recipe(optim.LDAdamW),
-    "sltrain_adamw": Recipe(optim.SLTrainAdamW),
-    "sltrain_adamw_8bit": Recipe(optim.SLTrainAdamW8bit),
-    "sst_adamw": Recipe(optim.SSTAdamW),
-    "relora_adamw": Recipe(optim.ReLoRAAdamW),
-    "sr_ste_adamw": Recipe(optim.SRSTEAdamW, matrix_keys=_pattern),
-    "cast_adams": Recipe(optim.CastAdamS, matrix_keys=_pattern, clocks={"total_steps": 1.0}),
-    "hyper_sparse_adamw": Recipe(optim.HyperSparseAdamW, clocks={"prune_at": 0.6}),
-    "wgsef_adamw": Recipe(optim.WGSEFAdamW, clocks=ENVELOPE_CLOCK),
-    "sparse_adamw": Recipe(optim.SparseAdamW, clocks=MASK_CLOCK),
-    "set_adamw": Recipe(optim.SETAdamW, clocks=MASK_CLOCK),
-    "rigl_adamw": Recipe(optim.RigLAdamW, clocks=MASK_CLOCK),
-    "srigl_adamw": Recipe(optim.SRigLAdamW, clocks=MASK_CLOCK),
-    "block_sparse_adamw": Recipe(optim.BlockSparseAdamW, clocks=MASK_CLOCK),
-}
+def run_keys(entry: OptimizerEntry, run: RunArguments) -> dict[str, Any]:
+    """The keys that an optimizer takes from a run's arguments, such as the learning rate."""
+    return RUN_KEYS[entry.run_keys](run)
+
+
+# ---- building -------------------------------------------------------------------------------------------------------
 
 
 def build_optimizer(model: nn.Module, chosen: OptimizerArguments, run: RunArguments) -> torch.optim.Optimizer:
@@ -101,22 +74,97 @@ def build_optimizer(model: nn.Module, chosen: OptimizerArguments, run: RunArgume
     Raises:
         BadInput: for an unknown name, a key or value the optimizer refuses or a pattern that matches no layer.
     """
-    recipe = _recipe(chosen)
-    keywords = _keywords(chosen)
-    known = recipe.accepts() - {"rank", "n", "m", "keep", *SUBSPACE_KEYS, *MASK_KEYS}
+    entry = optimizer_entry(chosen.optimizer)
+    keywords = _keywords(entry, chosen)
+    try:
+        rank = chosen.rank if "rank" in entry.accepts() else None
+        marks = _marks(entry, model, chosen) if rank is None else _subspace_keys(entry, model, chosen, keywords)
+        groups = optim.param_groups(model, rank, chosen.target_modules, weight_decay=run.weight_decay, **marks)
+        keywords = {**_mask_keys(entry, chosen, run), **keywords}
+        build: Callable[..., torch.optim.Optimizer] = entry.cls
+        return build(groups, **{**run_keys(entry, run), **_clocks(entry, run, keywords), **keywords})
+    except (ValueError, ImportError) as error:
+        raise BadInput(str(error)) from None
+
+
+def _keywords(entry: OptimizerEntry, chosen: OptimizerArguments) -> dict[str, Any]:
+    """``optimizer_args``, checked."""
+    keywords = dict(chosen.optimizer_args or {})
+    known = entry.accepts() - {"rank", *MARKS, *SUBSPACE_KEYS, *MASK_KEYS}
     for key in keywords:
         if key not in known:
             raise BadInput(f"optimizer_args: {chosen.optimizer} takes no {key!r} there; {nearest(key, known)}")
     if "state_dtype" in keywords:
         keywords["state_dtype"] = _dtype(keywords["state_dtype"])
-    try:
-        rank = chosen.rank if "rank" in recipe.accepts() else None
-        matrix_keys = _mark(recipe, model, chosen) if rank is None else _matrix_keys(recipe, model, chosen, keywords)
-        groups = optim.param_groups(model, rank, chosen.target_modules, weight_decay=run.weight_decay, **matrix_keys)
-        keywords = {**_mask_keys(recipe, chosen, run), **keywords}
-        return recipe.optimizer(groups, **{**recipe.keys(run), **_clocks(recipe, run, keywords), **keywords})
-    except (ValueError, ImportError) as error:
-        raise BadInput(str(error)) from None
+    return keywords
+
+
+def _dtype(name: Any) -> torch.dtype | None:
+    if name is None:
+        return None
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    if name not in known:
+        raise BadInput(f"optimizer_args: unknown state_dtype {name!r}; choose one of {', '.join(known)}")
+    return known[name]
+
+
+def _marks(entry: OptimizerEntry, model: nn.Module, chosen: OptimizerArguments) -> dict[str, Any]:
+    """The key that makes a group of the target matrices, for an optimizer without a rank; none where they are trained
+    like all others."""
+    if "n" in entry.accepts():
+        return _model_keys(entry, model)
+    if not entry.accepts() & {"sparsity", "keep"}:
+        return {}
+    if chosen.sparsity is None:
+        raise BadInput(f"optimizer {chosen.optimizer} needs sparsity, the share of weights that are zero, such as 0.9")
+    return {"keep": 1 - chosen.sparsity} if "keep" in entry.accepts() else {"sparsity": chosen.sparsity}
+
+
+def _subspace_keys(
+    entry: OptimizerEntry, model: nn.Module, chosen: OptimizerArguments, keywords: Mapping[str, Any]
+) -> dict[str, Any]:
+    given = {key: getattr(chosen, key) for key in SUBSPACE_KEYS}
+    keys = {key: value for key, value in given.items() if value is not None and key in entry.accepts()}
+    return keys | {key: value for key, value in _model_keys(entry, model).items() if key not in keywords}
+
+
+def _model_keys(entry: OptimizerEntry, model: nn.Module) -> dict[str, Any]:
+    return {} if entry.model_keys is None else MODEL_KEYS[entry.model_keys](model, entry)
+
+
+def _mask_keys(entry: OptimizerEntry, chosen: OptimizerArguments, run: RunArguments) -> dict[str, Any]:
+    given = {key: getattr(chosen, key) for key in MASK_KEYS if key != "sparsity"} | {"seed": run.seed}
+    known = entry.accepts() if "sparsity" in entry.accepts() else set()
+    return {key: value for key, value in given.items() if value is not None and key in known}
+
+
+def _clocks(entry: OptimizerEntry, run: RunArguments, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Steps at which something ends, as shares of the run's, where they are not given."""
+    missing = {key: share for key, share in entry.clocks.items() if key not in given}
+    if missing and run.max_steps <= 0:
+        key, share = next(iter(missing.items()))
+        raise BadInput(f"{key} is {share:g} of max_steps by default; give one of the two")
+    return {key: max(1, round(share * run.max_steps)) for key, share in missing.items()}
+
+
+def with_optimizer(chosen: OptimizerArguments, optimizer: str) -> OptimizerArguments:
+    """The same choice with another optimizer, and those of its further keywords that this one takes."""
+    if optimizer == chosen.optimizer:
+        return chosen
+    known = optimizer_entry(optimizer).accepts()
+    taken = {key: value for key, value in (chosen.optimizer_args or {}).items() if key in known}
+    return replace(chosen, optimizer=optimizer, optimizer_args=Keywords(taken))
+
+
+def without_effect(config: Config) -> list[str]:
+    """The keys of subspaces and masks that were given and that the chosen optimizer does not have."""
+    accepted = optimizer_entry(config.optimizer.optimizer).accepts()
+    layered = config.model.layer is not None
+    present = accepted | ({"rank"} if layered else set())
+    present |= {"target_modules"} if layered or accepted & {"rank", "sparsity", "keep"} else set()
+    present |= {"sparsity"} if "keep" in accepted else set()
+    named = ("rank", *SUBSPACE_KEYS, *MASK_KEYS, "target_modules")
+    return [key for key in named if key in config.given and key not in present]
 
 
 def jagged_schedule(config: Config, steps: int, optimizer: torch.optim.Optimizer) -> optim.JaggedCosineLR:
@@ -133,79 +181,6 @@ def jagged_schedule(config: Config, steps: int, optimizer: torch.optim.Optimizer
         return optim.JaggedCosineLR(
             optimizer, steps, run.get_warmup_steps(steps), chosen.lr_restart_every, chosen.lr_restart_warmup, least
         )
-    except ValueError as error:
-        told = str(error).replace("restart_warmup_steps", "lr_restart_warmup")
-        raise BadInput(told.replace("restart_every", "lr_restart_every").replace("lr_lr_", "lr_")) from None
-
-
-def in_place_of(chosen: OptimizerArguments, optimizer: str) -> OptimizerArguments:
-    """The same choice with another optimizer, and those of its further keywords that this one takes."""
-    if optimizer == chosen.optimizer:
-        return chosen
-    other = replace(chosen, optimizer=optimizer)
-    taken = {key: value for key, value in _keywords(chosen).items() if key in _recipe(other).accepts()}
-    return replace(other, optimizer_args=json.dumps(taken))
-
-
-def _keywords(chosen: OptimizerArguments) -> dict[str, Any]:
-    return mapping("optimizer_args", chosen.optimizer_args, '{"error_feedback": "8bit"}')
-
-
-def _dtype(name: Any) -> torch.dtype | None:
-    if name is None:
-        return None
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-    if name not in known:
-        raise BadInput(f"optimizer_args: unknown state_dtype {name!r}; choose one of {', '.join(known)}")
-    return known[name]
-
-
-def _mark(recipe: Recipe, model: nn.Module, chosen: OptimizerArguments) -> dict[str, Any]:
-    """What makes the target matrices of an optimizer without ranks special, if anything does."""
-    if "n" in recipe.accepts():
-        return recipe.matrix_keys(model)
-    if not recipe.accepts() & {"sparsity", "keep"}:
-        return {}
-    if chosen.sparsity is None:
-        raise BadInput(f"optimizer {chosen.optimizer} needs sparsity, the share of weights that are zero, such as 0.9")
-    return {"keep": 1 - chosen.sparsity} if "keep" in recipe.accepts() else {"sparsity": chosen.sparsity}
-
-
-def _mask_keys(recipe: Recipe, chosen: OptimizerArguments, run: RunArguments) -> dict[str, Any]:
-    given = {key: getattr(chosen, key) for key in MASK_KEYS if key != "sparsity"} | {"seed": run.seed}
-    known = recipe.accepts() if "sparsity" in recipe.accepts() else set()
-    return {key: value for key, value in given.items() if value is not None and key in known}
-
-
-def _clocks(recipe: Recipe, run: RunArguments, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Steps at which something ends, as shares of the run's, where they are not given."""
-    missing = {key: share for key, share in recipe.clocks.items() if key not in given}
-    if missing and run.max_steps <= 0:
-        key, share = next(iter(missing.items()))
-        raise BadInput(f"{key} is {share:g} of max_steps by default; give one of the two")
-    return {key: max(1, round(share * run.max_steps)) for key, share in missing.items()}
-
-
-def without_effect(config: Config) -> list[str]:
-    """The subspace keys that were given and that the chosen optimizer does not have."""
-    accepted = _recipe(config.optimizer).accepts()
-    told = ("rank", *SUBSPACE_KEYS, *MASK_KEYS, "target_modules")
-    layered = config.model.layer is not None
-    present = accepted | ({"rank"} if layered else set())
-    present |= {"target_modules"} if layered or accepted & {"rank", "sparsity", "keep"} else set()
-    present |= {"sparsity"} if "keep" in accepted else set()
-    return [key for key in told if key in config.given and key not in present]
-
-
-def _recipe(chosen: OptimizerArguments) -> Recipe:
-    if chosen.optimizer not in OPTIMIZERS:
-        raise BadInput(f"unknown optimizer {chosen.optimizer!r}; {nearest(chosen.optimizer, OPTIMIZERS)}")
-    return OPTIMIZERS[chosen.optimizer]
-
-
-def _matrix_keys(
-    recipe: Recipe, model: nn.Module, chosen: OptimizerArguments, keywords: dict[str, Any]
-) -> dict[str, Any]:
-    given = {key: getattr(chosen, key) for key in SUBSPACE_KEYS}
-    keys = {key: value for key, value in given.items() if value is not None and key in recipe.accepts()}
-    return keys | {key: value for key, value in recipe.matrix_keys(model).items() if key not in keywords}
+    except ValueError as error:  # which names the class's arguments, not a configuration's keys
+        message = str(error).replace("restart_warmup_steps", "lr_restart_warmup")
+        raise BadInput(message.replace("restart_every", "lr_restart_every").replace("lr_lr_", "lr_")) from None

@@ -1,30 +1,47 @@
-"""The configuration of a run: flat keys from a YAML file, overridden from the command line.
-
-Four dataclasses through ``transformers.HfArgumentParser``: the model, the data, the optimizer, and everything of
-``transformers.TrainingArguments`` under its own names.
-"""
+"""The configuration of a run, as dataclasses: the model, the data, the optimizer, and everything of
+``transformers.TrainingArguments`` under its own names."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
+from ...registry import LAYERS, OPTIMIZERS
 from ...target_modules import DEFAULT_TARGETS
-from ...validation import nearest
 from ..engines.deepspeed_ops import skip_inference_reduce
-from ..errors import BadInput
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Keywords(dict[str, Any]):
+    """Keyword arguments of something that is built: a mapping, or the JSON text of one as a command line has it.
+
+    Raises:
+        ValueError: for text that is no mapping in JSON.
+    """
+
+    def __init__(self, given: str | Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
+        if isinstance(given, str):
+            given = json.loads(given)
+            if not isinstance(given, dict):
+                raise ValueError("JSON, but no mapping")
+        super().__init__(given)
+
+    def __str__(self) -> str:
+        return json.dumps(self)
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}"
 
 
 @dataclass
@@ -32,18 +49,17 @@ class ModelArguments:
     """What is trained."""
 
     model: str = field(default="2m", metadata={"help": "A size name (2m, 9m, ... 7b) or the path of a saved model."})
-    model_overrides: str | None = field(
+    model_overrides: Keywords | None = field(
         default=None, metadata={"help": 'Fields of a size changed, as a mapping: {"num_hidden_layers": 2}.'}
     )
     layer: str | None = field(
         default=None,
         metadata={
-            "help": "Layers that store less in place of the target linear layers: sltrain, sst, relora, low_rank, "
-            "maestro, autosparse, nm or cast; or as much, in more places: parallel, factorised or doped; rank, "
-            "sparsity and target_modules are theirs."
+            "help": f"Layers in place of the target linear layers: {_listed(LAYERS)}; rank, sparsity and "
+            "target_modules are theirs."
         },
     )
-    layer_args: str | None = field(
+    layer_args: Keywords | None = field(
         default=None, metadata={"help": 'Further keywords of the layers, as a mapping: {"density": 0.03}.'}
     )
     dtype: str = field(default="float32", metadata={"help": "Dtype of the weights: float32 or bfloat16."})
@@ -82,15 +98,7 @@ class DataArguments:
 class OptimizerArguments:
     """How it is optimized."""
 
-    optimizer: str = field(
-        default="galore_adamw",
-        metadata={
-            "help": "adamw, lion, galore_adamw, galore_adamw_8bit, galore_adafactor, galore_lion, galore_plus_adamw, "
-            "fira_adamw, gradnormlorp_adamw, dct_adamw, apollo_adamw, ldadamw, sltrain_adamw, sltrain_adamw_8bit, "
-            "sst_adamw, relora_adamw, sr_ste_adamw, cast_adams, sparse_adamw, set_adamw, rigl_adamw, srigl_adamw, "
-            "block_sparse_adamw, hyper_sparse_adamw or wgsef_adamw."
-        },
-    )
+    optimizer: str = field(default="galore_adamw", metadata={"help": f"{_listed(OPTIMIZERS)}."})
     rank: int = field(default=128, metadata={"help": "Rank of the subspace, or of the layer, of each target matrix."})
     update_proj_gap: int | None = field(
         default=None, metadata={"help": "Steps between refreshes of the subspace; by default the optimizer's own."}
@@ -139,7 +147,7 @@ class OptimizerArguments:
         metadata={"help": "A saved model whose predictions are imitated: for cast, the dense one that it begins with."},
     )
     distill: float = field(default=1 / 3, metadata={"help": "The teacher's share of the loss; the rest is the data's."})
-    optimizer_args: str | None = field(
+    optimizer_args: Keywords | None = field(
         default=None,
         metadata={"help": 'Further keywords of the optimizer, as a mapping: {"error_feedback": "8bit"}.'},
     )
@@ -147,7 +155,7 @@ class OptimizerArguments:
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """``TrainingArguments`` with the defaults of a run that reports: TensorBoard on, bad losses never hidden."""
+    """``TrainingArguments`` with other defaults: TensorBoard on, non-finite losses never hidden."""
 
     # HfArgumentParser reads unions by position: None must come first here.
     report_to: None | str | list[str] = field(  # noqa: RUF036
@@ -168,12 +176,10 @@ class RunArguments(TrainingArguments):
         return Path(self.output_dir)
 
     def __post_init__(self) -> None:
-        # Without this, processes launched together on CPUs would each train alone, into one folder.
+        # Without this, processes that were launched together on CPUs would each train alone, into one folder.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.use_cpu:
-            os.environ.setdefault(
-                "DS_ACCELERATOR", "cpu"
-            )  # DeepSpeed, once imported, would say on stdout that it guesses
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints that it guesses
         if self.deepspeed is not None and self.use_cpu:
             skip_inference_reduce()
         super().__post_init__()
@@ -198,141 +204,15 @@ class Config:
 
     def identity(self) -> dict[str, Any]:
         """The keys that make two runs the same run: what cannot change between a run and its resumption."""
-        return {k: v for part in (self.model, self.data, self.optimizer) for k, v in dataclasses.asdict(part).items()}
+        parts = (self.model, self.data, self.optimizer)
+        return _plain({k: v for part in parts for k, v in dataclasses.asdict(part).items()})
 
     def resolved(self) -> dict[str, Any]:
         """Flat keys that reproduce the run, in a form that YAML can hold."""
-        return {**self.given, **self.identity()}
+        return {**_plain(self.given), **self.identity()}
 
 
-def mapping(key: str, text: str | None, example: str) -> dict[str, Any]:
-    """The value of a key that takes a mapping: empty where it is not given.
-
-    Raises:
-        BadInput: for anything else than a mapping in JSON.
-    """
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise BadInput(f"{key} must be a mapping such as {example}, got {text}")
-    return value
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse whose complaints are one line and no usage screen."""
-
-    @classmethod
-    def of(cls, command: str, text: str) -> OneLineParser:
-        """For ``gracile COMMAND``, whose other keys are those of a configuration."""
-        return cls(
-            prog=f"gracile {command}",
-            description=text,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            usage=f"gracile {command} [CONFIG.yaml | NAME] [options] [--key value ...]",
-        )
-
-    def error(self, message: str) -> NoReturn:
-        found = re.match(r"argument --([a-z_0-9]+)\S*: invalid (\S+) value: (.*)", message)
-        if found:
-            kind = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
-            message = f"{found[1]} must be {kind.get(found[2], 'of type ' + found[2])}, got {found[3]}"
-        found = re.match(r"argument --([a-z_0-9]+)\S*: expected one argument", message)
-        if found:
-            message = f"{found[1]} needs a value, as in --{found[1]}=VALUE"
-        raise BadInput(message)
-
-
-class _Parser(OneLineParser, HfArgumentParser):
-    """The dataclasses as flags."""
-
-
-def field_names() -> set[str]:
-    return {f.name for group in GROUPS for f in dataclasses.fields(group) if f.init}
-
-
-def load_config(argv: Sequence[str], needs_output_dir: bool = True) -> Config:
-    """``[CONFIG.yaml] [--key value ...]`` to a configuration; without a file, the embedded quickstart.
-
-    Raises:
-        BadInput: for a file that cannot be read, an unknown key or a value of the wrong type.
-    """
-    argv = [a for a in argv if not a.startswith("--local_rank=")]  # DeepSpeed's launcher puts it before the file
-    source = argv.pop(0) if argv and not argv[0].startswith("-") else "quickstart"
-    settings = _read_yaml(source)
-    _check_keys(settings, f"in {source}")
-    _check_keys([re.split("=", a[2:])[0].replace("-", "_") for a in argv if a.startswith("--")], "on the command line")
-    parser = _Parser(GROUPS, allow_abbrev=False, add_help=False)
-    arguments = _as_flags(settings) + argv
-    namespace, stray = parser.parse_known_args(arguments)
-    if stray:
-        raise BadInput(f"unexpected argument {stray[0]!r}; give values as --key value")
-    if needs_output_dir and not _was_given("output_dir", arguments):
-        raise BadInput("output_dir is not set; choose one with --output_dir")
-    given = {k: v for k, v in vars(namespace).items() if _was_given(k, arguments)}
-    deepspeed = namespace.deepspeed
-    if isinstance(deepspeed, str) and not deepspeed.startswith("{") and not Path(deepspeed).is_file():
-        raise BadInput(f"deepspeed {deepspeed!r} does not exist; give the path of a DeepSpeed configuration")
-    try:
-        model, data, optimizer, run = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    except (ValueError, ImportError, OSError) as error:  # TrainingArguments checks its own values
-        raise BadInput(" ".join(str(error).split())) from None
-    return Config(Path(source).stem, model, data, optimizer, run, _plain(given))
-
-
-def _read_yaml(source: str) -> dict[str, Any]:
-    embedded = resources.files(f"{__package__.split('.')[0]}.configs")
-    path = Path(source)
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-    elif embedded.joinpath(f"{source}.yaml").is_file():
-        text = embedded.joinpath(f"{source}.yaml").read_text(encoding="utf-8")
-    else:
-        names = [entry.name.removesuffix(".yaml") for entry in embedded.iterdir() if entry.name.endswith(".yaml")]
-        raise BadInput(f"no configuration {source!r}: neither a file nor an embedded one; {nearest(source, names)}")
-    try:
-        settings = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise BadInput(f"{source} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise BadInput(f"{source} must hold `key: value` lines, got a {type(settings).__name__}")
-    return settings
-
-
-def _check_keys(keys: Any, where: str) -> None:
-    known = field_names()
-    for key in keys:
-        plain = str(key).removeprefix("no_") if str(key).startswith("no_") else str(key)
-        if key not in known and plain not in known:
-            raise BadInput(f"unknown key {str(key)!r} {where}; {nearest(key, known)}")
-
-
-def _as_flags(settings: dict[str, Any]) -> list[str]:
-    """YAML values as command-line flags, so that both are converted and checked by the same parser.
-
-    YAML 1.1 reads ``1e-3`` as a string; as a flag it is a number again.
-    """
-    flags: list[str] = []
-    for key, value in settings.items():
-        if value is None:
-            continue
-        if value == []:
-            raise BadInput(f"{key} is an empty list; leave it out for its default")
-        if isinstance(value, list):
-            flags += [f"--{key}", *(str(item) for item in value)]
-        else:
-            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return flags
-
-
-def _was_given(key: str, arguments: list[str]) -> bool:
-    dashed = key.replace("_", "-")
-    return any(a.split("=")[0] in (f"--{key}", f"--{dashed}", f"--no_{key}", f"--no-{dashed}") for a in arguments)
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in values.items()}
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values in a form that YAML can hold; mappings as JSON text."""
+    plain = (int, float, bool, list, type(None))
+    return {key: value if isinstance(value, plain) else str(value) for key, value in values.items()}

@@ -1,27 +1,29 @@
-"""Checks of a run's settings and of its output directory, all before anything is written."""
+"""Checks of a run's settings, before anything is read or built."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from inspect import signature
 
-import torch
-import yaml
 from accelerate.state import DistributedType
 from transformers.training_args import ParallelMode
 
-from ...validation import nearest
-from ..build import layers
+from ...optim import HyperSparseAdamW
+from ...registry import LAYERS, OPTIMIZERS, LayerEntry, OptimizerEntry
+from ...validation import is_whole, nearest
+from ..engines.layout import DEEPSPEED, Layout
 from ..errors import BadInput
-from ..run import art, checkpoints
-from .arguments import Config, RunArguments
+from .arguments import DTYPES, Config, Keywords, RunArguments
 
-RUN_FILE = "run.yaml"
-# What a run writes into its output directory and would overwrite in another's.
-TRACES = (RUN_FILE, "metrics.json", "config.json", "model.safetensors", "model.safetensors.index.json")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Parameters of a layer's constructor that are not the configuration's to give.
+NOT_KEYWORDS = {"in_features", "out_features", "bias", "name", "placed", "model"}
 
 
 def check_values(config: Config) -> None:
+    """Refuse values out of range, and those that do not go together.
+
+    Raises:
+        BadInput: for the first of them.
+    """
     run, data, gap = config.run, config.data, config.optimizer.update_proj_gap
     smallest = {
         "block_size": (data.block_size, 2),  # one token to see and one to predict
@@ -41,8 +43,19 @@ def check_values(config: Config) -> None:
         raise BadInput(f"unknown dtype {config.model.dtype!r}; {nearest(config.model.dtype, DTYPES)}")
     if run.fsdp:
         _check_fsdp(run)
-    layers.check(config)
-    art.check(config)
+    check_layer(config)
+    _check_art(config)
+
+
+def optimizer_entry(name: str) -> OptimizerEntry:
+    """The registry's entry of an optimizer.
+
+    Raises:
+        BadInput: for an unknown one.
+    """
+    if name not in OPTIMIZERS:
+        raise BadInput(f"unknown optimizer {name!r}; {nearest(name, OPTIMIZERS)}")
+    return OPTIMIZERS[name]
 
 
 def _check_fsdp(run: RunArguments) -> None:
@@ -56,74 +69,80 @@ def _check_fsdp(run: RunArguments) -> None:
         raise BadInput("fsdp: accelerate splits models over GPUs, not over CPUs; leave it out, or use deepspeed")
 
 
-def resuming(run: RunArguments) -> bool:
-    return str(run.resume_from_checkpoint).lower() not in ("none", "false", "no", "0")
+# ---- layers ---------------------------------------------------------------------------------------------------------
 
 
-def starting_point(run: RunArguments) -> Path | None:
-    """The checkpoint to continue from, or None to start at step 0.
+def accepted_keywords(kind: type) -> set[str]:
+    """What ``layer_args`` can give to a layer, or to its schedule."""
+    return set(signature(kind).parameters) - NOT_KEYWORDS
+
+
+def check_layer(config: Config) -> None:
+    """Refuse a layer, an optimizer and a layout that do not go together.
 
     Raises:
-        BadInput: for an output directory that holds another run, or a checkpoint that is not there or not whole.
+        BadInput: for an unknown layer, an optimizer that does not train it, a keyword that nothing takes, or a layout
+            that the layer cannot be trained in.
     """
-    output_dir = run.folder
-    if output_dir.exists() and not output_dir.is_dir():
-        raise BadInput(f"output_dir {run.output_dir!r} is a file; choose another")
-    if not resuming(run):
-        _refuse_traces(output_dir)
-        return None
-    wanted = str(run.resume_from_checkpoint)
-    if wanted.lower() not in ("true", "yes", "1"):
-        return _named_checkpoint(Path(wanted))
-    newest, skipped = checkpoints.newest_whole(output_dir)
-    if run.should_save:
-        for checkpoint, reason in skipped.items():
-            print(f"skipping {checkpoint}: {reason}")
-    if newest is None:
-        begun = (output_dir / RUN_FILE).is_file() and not (output_dir / "metrics.json").is_file()
-        if not begun:
-            raise BadInput(
-                f"resume_from_checkpoint is {wanted!r} but output_dir {run.output_dir!r} holds no whole checkpoint; "
-                "leave it out to start a new run"
-            )
-        if run.should_save:
-            print(f"{output_dir} holds a run that was stopped before its first checkpoint: starting it again")
-    return newest
+    name, optimizer, given = config.model.layer, config.optimizer.optimizer, config.model.layer_args
+    needed = OPTIMIZERS[optimizer].layer if optimizer in OPTIMIZERS else None
+    if needed is not None and needed != name:
+        raise BadInput(f"optimizer {optimizer} needs layer: {needed}, got {name or 'none'}")
+    if name is None:
+        if given is not None:
+            raise BadInput(f"layer_args {given} need a layer; choose one of {', '.join(LAYERS)}")
+        return
+    if name not in LAYERS:
+        raise BadInput(f"unknown layer {name!r}; {nearest(name, LAYERS)}")
+    entry = LAYERS[name]
+    if entry.optimizers and optimizer not in entry.optimizers:
+        raise BadInput(f"layer {name} needs optimizer: {' or '.join(entry.optimizers)}, got {optimizer}")
+    known = accepted_keywords(entry.cls) | (accepted_keywords(entry.schedule) if entry.schedule else set())
+    if entry.takes_masks:
+        known -= {"sparsity"}  # the optimizer's: one number for both
+        _check_first_masks(config)
+    for key in given or {}:
+        if key not in known:
+            raise BadInput(f"layer_args: {name} takes no {key!r}; {nearest(key, known)}")
+    _check_layer_layout(entry, config)
 
 
-def _refuse_traces(output_dir: Path) -> None:
-    found = [name for name in TRACES if (output_dir / name).exists()]
-    found += [checkpoint.name for checkpoint in checkpoints.checkpoints(output_dir)]
-    if found:
+def _check_layer_layout(entry: LayerEntry, config: Config) -> None:
+    layout = Layout.of(config.run)
+    if entry.whole_factors and layout.splits_weights:
         raise BadInput(
-            f"output_dir {str(output_dir)!r} holds another run ({found[0]}); continue it with "
-            "--resume_from_checkpoint true, or choose another --output_dir"
+            f"layer {entry.name} needs whole factors for its penalty, which ZeRO 3 and FSDP split; use ZeRO 2"
+        )
+    key = entry.float32_unless
+    learns = key is not None and (config.model.layer_args or Keywords()).get(key) is None
+    if learns and config.model.dtype == "bfloat16" and layout.engine != DEEPSPEED:  # which keeps fp32 weights
+        raise BadInput(
+            f"layer {entry.name} needs dtype: float32, for thresholds move by less than bfloat16 can hold; bf16: true "
+            "computes in it all the same"
         )
 
 
-def _named_checkpoint(checkpoint: Path) -> Path:
-    if not checkpoint.is_dir():
-        raise BadInput(f"resume_from_checkpoint {str(checkpoint)!r} is no checkpoint; give its folder, or true")
-    reason = checkpoints.fault(checkpoint)
-    if reason is not None:
-        raise BadInput(f"resume_from_checkpoint {str(checkpoint)!r} is not whole: {reason}; give another, or true")
-    return checkpoint
-
-
-def check_same_run(config: Config, output_dir: Path, data_identity: str) -> None:
-    """Refuse to continue a run with another model, other data or another optimizer than it began with."""
-    try:
-        saved = yaml.safe_load((output_dir / RUN_FILE).read_text(encoding="utf-8"))
-    except OSError:
-        return  # a checkpoint that was copied away from its run
-    for key, value in config.identity().items():
-        if key in saved["config"] and saved["config"][key] != value:
-            raise BadInput(
-                f"{key} is {value!r} but the run in {str(output_dir)!r} has {saved['config'][key]!r}; "
-                f"resume with that, or start a new run in another --output_dir"
-            )
-    if saved["data"] != data_identity:
+def _check_first_masks(config: Config) -> None:
+    chosen = config.optimizer
+    key = signature(OPTIMIZERS[chosen.optimizer].cls).parameters.get("initial_sparsity")
+    start = (chosen.optimizer_args or Keywords()).get("initial_sparsity", None if key is None else key.default)
+    if start is not None:
         raise BadInput(
-            f"dataset {config.data.dataset!r} or its tokenizer has changed since the run in {str(output_dir)!r} began; "
-            "restore it, or start a new run in another --output_dir"
+            f"layer {config.model.layer} with initial_sparsity {start} is a larger dense model at first; give "
+            'optimizer_args: {"initial_sparsity": null}'
         )
+
+
+# ---- ART ------------------------------------------------------------------------------------------------------------
+
+
+def _check_art(config: Config) -> None:
+    every, optimizer = config.optimizer.art_every, config.optimizer.optimizer
+    if every is None:
+        return
+    if not is_whole(every) or every < 1:
+        raise BadInput(f"art_every must be a whole number >= 1, got {every}")
+    if not issubclass(optimizer_entry(optimizer).cls, HyperSparseAdamW):
+        raise BadInput(f"art_every is for optimizer hyper_sparse_adamw, got {optimizer}")
+    if Layout.of(config.run).splits_weights:
+        raise BadInput("art_every needs whole weights, which ZeRO 3 and FSDP split; leave it out, prune_at is a step")

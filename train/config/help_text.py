@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
 from typing import Any
 
 from transformers import TrainingArguments
 
+from ...registry import LAYERS, OPTIMIZERS
+from ..listing import methods, row
 from .arguments import DataArguments, ModelArguments, OptimizerArguments, RunArguments
 
 HEAD = """\
@@ -15,6 +16,7 @@ usage: gracile pretrain [CONFIG.yaml | NAME] [--key value ...]
 
 Pretrain a LLaMA from scratch. CONFIG is a YAML file of the keys below, or the name of an embedded one
 (quickstart, llama_60m_galore, llama_60m_adamw, ... 130m, 350m, 1b, 7b); without it, quickstart runs.
+`gracile list` has all of them.
 Command-line values override the file's.
 
   gracile pretrain                                             2M parameters on this Python's standard library
@@ -23,7 +25,7 @@ Command-line values override the file's.
   torchrun --nproc-per-node 2 -m gracile.train.pretrain my.yaml
 """
 
-# The keys of TrainingArguments that nearly every run sets, in our words.
+# The keys of TrainingArguments that nearly every run sets, with help of our own.
 COMMON = {
     "output_dir": "Folder of the run: model, checkpoints, logs, report.",
     "max_steps": "Optimizer steps; or num_train_epochs.",
@@ -59,17 +61,13 @@ def usage(everything: bool = False) -> str:
         parts += [f"  --{name} {_default(fields[name])}".rstrip() for name in rest]
     else:
         parts += [f"and the other {len(rest)} keys of transformers.TrainingArguments: gracile pretrain --help-all"]
+    parts += ["", "optimizers:", *methods(OPTIMIZERS.values()), "", "layers:", *methods(LAYERS.values())]
     return "\n".join(parts)
 
 
 def _line(field: dataclasses.Field[Any], text: str) -> str:
     default = _default(field)
-    words = f"{text} [{default}]" if default else text
-    head = f"  --{field.name}"
-    body = textwrap.wrap(words, width=72, break_long_words=False)
-    gap = " " * 32
-    lines = [f"{head:<32}{body[0]}" if len(head) < 31 else f"{head}\n{gap}{body[0]}"]
-    return "\n".join(lines + [gap + line for line in body[1:]])
+    return row(f"--{field.name}", f"{text} [{default}]" if default else text)
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

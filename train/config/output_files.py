@@ -1,4 +1,4 @@
-"""Whether a file that was asked for can be written, found out before the work."""
+"""Whether an output file can be written, checked before the work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import BadInput
 
 
 def check_output(key: str, text: str, suffixes: Sequence[str]) -> None:
-    """Raises BadInput for a path that cannot be written, or that does not end as its kind should."""
+    """Raise ``BadInput`` for a path that cannot be written, or that has another suffix."""
     path = Path(text)
     if path.suffix.lower() not in suffixes:
         raise BadInput(f"{key} must be a {' or '.join(suffixes)} file, got {text!r}")

@@ -12,14 +12,16 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..config.arguments import DataArguments
 from ..errors import BadInput
+
+if TYPE_CHECKING:
+    import datasets  # takes a second, and is imported where data is read
 
 # How a file is read, by its ending: the builder of ``datasets`` and its options. A text file is one document.
 READERS: dict[str, tuple[str, dict[str, str]]] = {
@@ -44,6 +46,8 @@ class Corpus:
 
     @property
     def streamed(self) -> bool:
+        import datasets
+
         return isinstance(self.documents, datasets.IterableDataset)
 
     def texts(self) -> Iterator[str]:
@@ -98,6 +102,8 @@ def _files(name: str) -> list[Path] | None:
 
 
 def _local(data: DataArguments, files: list[Path]) -> Corpus:
+    import datasets
+
     kinds = {p.suffix: READERS.get(p.suffix) for p in files}
     for suffix, reader in kinds.items():
         if reader is None:
@@ -118,6 +124,8 @@ def _local(data: DataArguments, files: list[Path]) -> Corpus:
 
 
 def _hub(data: DataArguments, trust_remote_code: bool) -> Corpus:
+    import datasets
+
     options = {"streaming": True, **({"trust_remote_code": True} if trust_remote_code else {})}
     try:
         splits = datasets.load_dataset(data.dataset, data.dataset_config, **options)
@@ -143,7 +151,7 @@ def _text_only(documents: Any, data: DataArguments) -> Any:
 def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[dict[str, list[int]]]:
     """Blocks of exactly ``block_size`` token ids from the documents laid end to end, each closed by the end token.
 
-    No token is lost where documents meet; only what is left at the very end, less than one block, is.
+    Only the end of the last document, less than one block, is left out.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rest: list[int] = []
@@ -166,12 +174,17 @@ def make_blocks(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, data: DataAr
     return _streamed_blocks(corpus, tokenizer, data) if corpus.streamed else _packed_blocks(corpus, tokenizer, data)
 
 
-FEATURES = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+def _features() -> datasets.Features:
+    import datasets
+
+    return datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
 
 
 def _packed_blocks(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> Blocks:
-    """Documents in a fixed shuffled order; the last blocks are the validation set, so that at most the one document
-    on the border is in both."""
+    """Documents in a fixed shuffled order; the last blocks are the validation set, which shares at most one document
+    with the training set."""
+    import datasets
+
     assert isinstance(corpus.documents, datasets.Dataset)
     shuffled = corpus.documents.shuffle(seed=0)
 
@@ -182,7 +195,7 @@ def _packed_blocks(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, data: Dat
         _need_two_blocks(0, corpus, data)
     packed = datasets.Dataset.from_generator(
         blocks,
-        features=FEATURES,
+        features=_features(),
         fingerprint=_hash(corpus.fingerprint, tokenizer_identity(tokenizer), data.block_size, PACKING_VERSION),
     )
     _need_two_blocks(packed.num_rows, corpus, data)
@@ -193,6 +206,8 @@ def _packed_blocks(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, data: Dat
 
 def _streamed_blocks(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> Blocks:
     """The stream's own validation split, else its first documents, which training then skips."""
+    import datasets
+
     assert isinstance(corpus.documents, datasets.IterableDataset)
     source = corpus.documents if corpus.validation is None else corpus.validation
     taken: list[dict[str, list[int]]] = []
@@ -213,9 +228,9 @@ def _streamed_blocks(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, data: D
     def blocks() -> Iterator[dict[str, list[int]]]:
         return pack((document["text"] or "" for document in rest), tokenizer, data.block_size)
 
-    train = datasets.IterableDataset.from_generator(blocks, features=FEATURES)
+    train = datasets.IterableDataset.from_generator(blocks, features=_features())
     _need_two_blocks(len(taken) + (next(iter(train), None) is not None), corpus, data)
-    return Blocks(train, datasets.Dataset.from_list(taken, features=FEATURES))
+    return Blocks(train, datasets.Dataset.from_list(taken, features=_features()))
 
 
 def _need_two_blocks(count: int, corpus: Corpus, data: DataArguments) -> None:

@@ -1,4 +1,4 @@
-"""DeepSpeed: what a run needs before its model is built, and which of DeepSpeed's ways no optimizer of ours can go."""
+"""DeepSpeed: what a run needs before its model is built, which options are refused, and what ZeRO holds."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from ..config.arguments import RunArguments
 from ..errors import BadInput
 
-# Where a key of DeepSpeed's configuration lies, the values that are refused, and why.
+# Path of a key in DeepSpeed's configuration, the values that are refused, and why.
 REFUSED: list[tuple[tuple[str, ...], Any, str]] = [
     (
         ("zero_optimization", "elastic_checkpoint"),
@@ -43,23 +43,29 @@ REFUSED: list[tuple[tuple[str, ...], Any, str]] = [
 ]
 
 
-def _chosen(run: RunArguments) -> Any:
+def _chosen(run: TrainingArguments) -> Any:
     """DeepSpeed's configuration as transformers holds it, or None without one."""
     return getattr(run, "hf_deepspeed_config", None)
 
 
-def prepare(run: RunArguments) -> None:
-    """Let DeepSpeed know the processes, so that ZeRO 3 can split the model while it is built.
+def settings_of(run: TrainingArguments) -> dict[str, Any] | None:
+    """The run's DeepSpeed configuration, or None without one."""
+    chosen = _chosen(run)
+    return None if chosen is None else chosen.config
+
+
+def prepare(run: TrainingArguments) -> None:
+    """Start DeepSpeed's process group, so that ZeRO 3 can split the model while it is built.
 
     Raises:
         BadInput: for a configuration that cannot work with our optimizers.
     """
-    chosen = _chosen(run)
-    if chosen is None:
+    settings = settings_of(run)
+    if settings is None:
         return
     if find_spec("deepspeed") is None:
         raise BadInput("deepspeed is not installed; install it with: pip install 'gracile[deepspeed]'")
-    refuse(chosen.config)
+    refuse(settings)
     import deepspeed
 
     deepspeed.init_distributed("gloo" if run.use_cpu else None)
@@ -87,8 +93,8 @@ def refuse(settings: dict[str, Any]) -> None:
 
 
 @contextmanager
-def unpartitioned(run: RunArguments) -> Iterator[None]:
-    """Models built inside are not split by ZeRO 3."""
+def unpartitioned(run: TrainingArguments) -> Iterator[None]:
+    """Models built in the block are not split by ZeRO 3."""
     chosen = _chosen(run)
     if chosen is None:
         yield
@@ -100,7 +106,7 @@ def unpartitioned(run: RunArguments) -> Iterator[None]:
         set_hf_deepspeed_config(chosen)
 
 
-# ---- what DeepSpeed's ZeRO optimizer holds in this process, beside what it was given --------------------------------
+# ---- what ZeRO's optimizer holds in this process, beside the optimizer that it was given ----------------------------
 
 
 def is_zero(optimizer: Any) -> bool:
@@ -115,7 +121,7 @@ def masters(zero: Any) -> list[Tensor]:
 
 
 def gradients(zero: Any) -> list[Tensor]:
-    """Parts of averaged gradients, between the backward pass and the step; offloaded, they lie beside the copies."""
+    """Partitions of averaged gradients, between the backward pass and the step; of the masters, where offloaded."""
     parts = [part for part in (zero.averaged_gradients or {}).values() if part is not None]
     lists = [part if isinstance(part, (list, tuple)) else [part] for part in parts]
     lists.append([flat.grad for flat in masters(zero)])
@@ -123,7 +129,7 @@ def gradients(zero: Any) -> list[Tensor]:
 
 
 def buckets(zero: Any) -> list[Tensor]:
-    """The buffers of gradients that are kept from step to step."""
+    """The communication buffers that are kept from step to step."""
     held = [bucket.buffer for bucket in getattr(zero, "ipg_buckets", {}).values()]
     lists = [buffer if isinstance(buffer, list) else [buffer] for buffer in held if buffer is not None]
     return [tensor for buffer in lists for tensor in buffer]

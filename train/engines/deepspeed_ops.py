@@ -1,4 +1,4 @@
-"""What DeepSpeed compiles when it starts on CPUs, and a training run never calls."""
+"""An extension that DeepSpeed compiles when it starts on CPUs, and training never calls."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 
 def skip_inference_reduce() -> None:
-    """Leave DeepSpeed's all-reduce in shared memory out, before its processes find each other.
+    """Turn off DeepSpeed's all-reduce in shared memory; call it before DeepSpeed starts its process group.
 
     Only its inference calls it. It needs ninja and a C++ compiler on the path, waits forever once a build was killed,
     and leaves 69 MB a process in /dev/shm.

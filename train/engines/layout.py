@@ -1,4 +1,7 @@
-"""How a run is spread over processes, and whether a checkpoint of another spreading must be split anew."""
+"""The layout of a run, which process holds what; and checkpoints made in one layout and resumed in another.
+
+``Layout`` describes a run that exists, or a checkpoint; ``division.Division`` one that is planned.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from ...optim.core.optimizer import ShardedOptimizer
 from ...optim.full_state import full_state, full_state_of, load_full_state
-from ..config.arguments import RunArguments
+from ..atomic_write import write_atomically
 from ..errors import BadInput
-from ..run import checkpoints
+from .deepspeed import settings_of
 
 LAYOUT, FULL_STATE = "layout.json", "full_state.pt"
-PLAIN, DEEPSPEED, FSDP = "plain", "deepspeed", "fsdp"  # plain: every process holds everything, if there are several
+PLAIN, DEEPSPEED, FSDP = "plain", "deepspeed", "fsdp"  # plain: one process, or DistributedDataParallel's replicas
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides who holds which part of an optimizer's state, and how many examples a step takes."""
+    """What decides which process holds which part of an optimizer's state, and how many examples a step takes."""
 
     engine: str
     processes: int
@@ -29,36 +33,50 @@ class Layout:
     examples_per_step: int
 
     @classmethod
-    def of(cls, run: RunArguments) -> Layout:
+    def of(cls, run: TrainingArguments) -> Layout:
         engine, settings = PLAIN, {}
-        chosen = getattr(run, "hf_deepspeed_config", None)
+        chosen = settings_of(run)
         if chosen is not None:
-            engine, settings = DEEPSPEED, _zero_settings(chosen.config, run)
+            engine, settings = DEEPSPEED, _zero_settings(chosen, run)
         elif run.fsdp:
             engine = FSDP
         examples = run.per_device_train_batch_size * run.gradient_accumulation_steps * run.world_size
         return cls(engine, run.world_size, settings, examples)
 
-    def holds(self, other: Layout) -> bool:
-        """Whether a process here holds what it held there: then the engine's own checkpoint goes on to the bit."""
+    def places_state_as(self, other: Layout) -> bool:
+        """Whether each process holds the same state in both: then the engine's own checkpoint resumes to the bit."""
         same = (self.engine, self.settings) == (other.engine, other.settings)
         return same and (self.engine == PLAIN or self.processes == other.processes)
 
     @property
+    def stage(self) -> int:
+        """Stage of ZeRO; 0 without DeepSpeed."""
+        stage: int = self.settings.get("stage", 0)
+        return stage
+
+    @property
+    def splits_weights(self) -> bool:
+        return self.engine == FSDP or self.stage == 3
+
+    @property
     def state_parts(self) -> int:
-        """Over how many processes DeepSpeed splits an optimizer's state. FSDP splits the parameters themselves."""
-        return self.processes if self.settings.get("stage", 0) >= 1 else 1
+        """How many processes DeepSpeed splits an optimizer's state over. (FSDP splits the parameters themselves.)"""
+        return self.processes if self.stage >= 1 else 1
 
     @property
     def gradient_parts(self) -> int:
-        return self.processes if self.settings.get("stage", 0) >= 2 else 1
+        return self.processes if self.stage >= 2 else 1
 
     def __str__(self) -> str:
-        names = {PLAIN: "", FSDP: "FSDP on ", DEEPSPEED: f"DeepSpeed ZeRO {self.settings.get('stage')} on "}
-        return f"{names[self.engine]}{self.processes} process{'es' if self.processes > 1 else ''}"
+        names = {PLAIN: "", FSDP: "FSDP on ", DEEPSPEED: f"DeepSpeed ZeRO {self.stage} on "}
+        return names[self.engine] + count_of(self.processes)
 
 
-def _zero_settings(config: dict[str, Any], run: RunArguments) -> dict[str, Any]:
+def count_of(processes: int) -> str:
+    return f"{processes} process{'es' if processes > 1 else ''}"
+
+
+def _zero_settings(config: dict[str, Any], run: TrainingArguments) -> dict[str, Any]:
     zero = config.get("zero_optimization", {})
     offload = zero.get("offload_optimizer") or {}
     bf16 = config.get("bf16", {}).get("enabled", False)
@@ -72,8 +90,11 @@ def _zero_settings(config: dict[str, Any], run: RunArguments) -> dict[str, Any]:
     }
 
 
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
 def saved(checkpoint: Path) -> Layout | None:
-    """The layout that a checkpoint was made in; None for one that does not say."""
+    """The layout that a checkpoint was made in; None if it does not say."""
     try:
         return Layout(**json.loads((checkpoint / LAYOUT).read_text()))
     except FileNotFoundError:
@@ -81,23 +102,23 @@ def saved(checkpoint: Path) -> Layout | None:
 
 
 def save(checkpoint: Path, layout: Layout, optimizer: torch.optim.Optimizer, is_main: bool) -> None:
-    """Beside an engine's own checkpoint: its layout, and the state that fits any other. Collective."""
+    """Write, beside an engine's own checkpoint, its layout and the state in a form for any other layout. Collective."""
     if layout.engine != PLAIN and isinstance(optimizer, ShardedOptimizer):
         state = full_state(optimizer)
         if is_main:
             torch.save(state, checkpoint / FULL_STATE)
     if is_main:
-        checkpoints.write_atomically(checkpoint / LAYOUT, json.dumps(asdict(layout)))
+        write_atomically(checkpoint / LAYOUT, json.dumps(asdict(layout)))
 
 
-def must_be_split_anew(checkpoint: Path, layout: Layout) -> bool:
-    """Whether a run in ``layout`` cannot take the checkpoint as its engine left it.
+def needs_resharding(checkpoint: Path, layout: Layout) -> bool:
+    """Whether a run in ``layout`` cannot load the checkpoint as its engine saved it.
 
     Raises:
-        BadInput: where it cannot, and there is nothing that fits any layout.
+        BadInput: if it cannot, and the checkpoint has no state for other layouts.
     """
     other = saved(checkpoint)
-    if other is None or layout.holds(other):
+    if other is None or layout.places_state_as(other):
         return False
     found = [checkpoint / FULL_STATE] if other.engine != PLAIN else [checkpoint / "optimizer.pt"]
     found += [next(checkpoint.glob("model*.safetensors"), checkpoint / "model.safetensors")]
@@ -110,11 +131,11 @@ def must_be_split_anew(checkpoint: Path, layout: Layout) -> bool:
     return True
 
 
-def take_over(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+def load_resharded(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Give ``optimizer``, in its present layout, the state of a checkpoint of any layout.
 
     Raises:
-        BadInput: for an optimizer that is not ours.
+        BadInput: for an optimizer that is not one of gracile.
     """
     if not isinstance(optimizer, ShardedOptimizer):
         raise BadInput(

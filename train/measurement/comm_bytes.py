@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Of a collective over n processes with tensors of so many bytes, what one of them sends in the usual ring algorithms.
+# Bytes that one of n processes sends in a collective's usual ring algorithm, from n and the bytes of its first two
+# arguments.
 SENT: dict[str, Callable[[int, int, int], float]] = {
     "allreduce": lambda n, first, second: 2 * (n - 1) / n * first,
-    "_allgather_base": lambda n, first, second: (n - 1) / n * first,  # first: what comes out
+    "_allgather_base": lambda n, first, second: (n - 1) / n * first,  # first: the output
     "_reduce_scatter_base": lambda n, first, second: (n - 1) / n * second,
     "alltoall_base": lambda n, first, second: second,
     "broadcast": lambda n, first, second: (n - 1) / n * first,
@@ -23,7 +24,7 @@ SENT: dict[str, Callable[[int, int, int], float]] = {
 class Traffic(TorchDispatchMode):
     """``with Traffic() as traffic: ...``, then ``traffic.bytes``. On the thread that entered the block.
 
-    What an all-to-all leaves with its own process counts too: the list of parts is not the dispatcher's to see.
+    Of an all-to-all, the part that a process sends to itself counts too: the dispatcher does not see the parts.
 
     Raises:
         NotImplementedError: for a collective that is not in ``SENT``.

@@ -1,4 +1,4 @@
-"""What a forward and backward pass keeps and needs, found by running it on tensors that have no memory."""
+"""The memory of a forward and backward pass, found by running it on fake tensors, which have none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import masking_utils
 
 @dataclass(frozen=True)
 class AtPeak:
-    """Bytes that were alive at the moment of the most, beside what was there before."""
+    """Bytes alive at the peak of a pass, without what was allocated before it."""
 
     activations: int = 0
     gradients: int = 0
@@ -32,20 +32,22 @@ class AtPeak:
 
 @dataclass(frozen=True)
 class Pass:
-    """Bytes of a forward and backward pass, beside weights, gradients of earlier passes and optimizer state."""
+    """Bytes that a forward and backward pass allocates: weights, earlier gradients and optimizer state do not count."""
 
     activations: int  # alive when the forward pass has ended
     at_peak: AtPeak
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the storages that operations make inside, while they live; those of ``known`` tensors do not count."""
+    """Bytes of the storages that operations allocate in the block, while they live; not those of ``known`` tensors."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self._known = [tensor.untyped_storage() for tensor in known]  # kept: a storage is told by its address
+        self._known = [
+            tensor.untyped_storage() for tensor in known
+        ]  # kept alive: a storage is recognised by its address
         self._sizes = {storage._cdata: 0 for storage in self._known}
-        self._made: dict[int, int] = {}  # the how many-th it was
+        self._made: dict[int, int] = {}  # by storage, its number in order of allocation
         self._made_so_far = self._made_at_peak = 0
         self._gradients: set[int] = set()
         self._activations: set[int] = set()
@@ -60,7 +62,7 @@ class Ledger(TorchDispatchMode):
         return made
 
     def forward_has_ended(self) -> int:
-        """What is alive now are activations; their bytes."""
+        """Count what is alive now as activations; returns their bytes."""
         self._activations = {key for key, size in self._sizes.items() if size}
         activations, self._alive["temporary"] = self._alive["temporary"], 0
         self._alive["activations"] = activations
@@ -69,7 +71,7 @@ class Ledger(TorchDispatchMode):
         return activations
 
     def is_gradient(self, tensor: Tensor) -> None:
-        """``tensor`` is a gradient that stays, and was to be one when it was made."""
+        """Count ``tensor``, so far temporary, as a gradient, from its allocation on."""
         key = tensor.untyped_storage()._cdata
         size, kind = self._sizes.get(key, 0), self._kind(key)
         if kind == "gradients" or not size:
@@ -103,10 +105,10 @@ class Ledger(TorchDispatchMode):
 
 
 class FakePass:
-    """Training passes of a causal language model, on tensors that have no memory.
+    """Training passes of a causal language model on fake tensors.
 
     Args:
-        make_model: builds it, in training mode; called where nothing is allocated.
+        make_model: builds it, in training mode; called under fake tensors.
         autocast: the dtype of mixed precision, None without.
         accumulated: whether gradients of an earlier pass are there already.
     """
@@ -150,7 +152,8 @@ class FakePass:
 
 @contextmanager
 def _one_document() -> Iterator[None]:
-    """transformers reads from the positions whether rows hold several documents, and makes a mask if it cannot read."""
+    """In the block, transformers takes each row for one document. It would read that from position ids; of fake tensors
+    it cannot, and builds a mask."""
     if not hasattr(masking_utils, "find_packed_sequence_indices"):
         yield
         return

@@ -1,4 +1,4 @@
-"""What a process holds, and what it needs for a moment, measured while it trains."""
+"""The memory of a process, measured while it trains."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch._C._profiler import _EventType
 
 from ...optim.memory import state_by_kind
-from ..engines import deepspeed as zero
+from ..engines import deepspeed
 from .fake_pass import AtPeak, Pass
-from .planner import BUFFERS, GRADIENTS, MASTER, WEIGHTS
+from .kinds import BUFFERS, GRADIENTS, MASTER, WEIGHTS
 
-# Marks in a profiled step: a forward pass, and the moment when the last gradient has come.
+# Marks in a profiled step: the forward pass, and the moment when the last gradient is complete.
 FORWARD, ALL_GRADIENTS = "gracile: forward", "gracile: all gradients"
 
 
 def storage_bytes(tensors: Iterable[Any]) -> int:
-    """Bytes of the storages of some tensors, each once; of DTensors, what this process has."""
+    """Bytes of the storages of some tensors, shared ones once; of DTensors, this process's shards."""
     held: dict[int, int] = {}
     for tensor in tensors:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -36,7 +36,7 @@ def storage_bytes(tensors: Iterable[Any]) -> int:
 
 
 def weights_of(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers; under ZeRO 3 also the parts that this process keeps."""
+    """Parameters and buffers; under ZeRO 3 also this process's partitions."""
     parts = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
     return [*model.parameters(), *model.buffers(), *parts]
 
@@ -46,7 +46,7 @@ def gradients_of(model: nn.Module) -> list[Tensor]:
 
 
 def layers_of(optimizer: Any) -> list[Any]:
-    """An optimizer as engines wrap it, from the outside in: the last is the one that they were given."""
+    """An optimizer and those that it wraps, from the outside in: the last is the one that engines were given."""
     found = [optimizer]
     while hasattr(found[-1], "optimizer"):
         found.append(found[-1].optimizer)
@@ -58,27 +58,27 @@ def held(model: nn.Module, optimizer: Any) -> dict[str, int]:
 
     Args:
         model: of any layout.
-        optimizer: as the script has it, also wrapped by accelerate or DeepSpeed.
+        optimizer: as the script has it; may be wrapped by accelerate or DeepSpeed.
     """
     found = {WEIGHTS: storage_bytes(weights_of(model)), GRADIENTS: storage_bytes(gradients_of(model))}
     *outer, given = layers_of(optimizer)
-    for engine in filter(zero.is_zero, outer):
-        found[BUFFERS] = storage_bytes(zero.buckets(engine))
-        found[MASTER] = storage_bytes(zero.masters(engine))
-        found[GRADIENTS] += storage_bytes(zero.gradients(engine))
+    for engine in filter(deepspeed.is_zero, outer):
+        found[BUFFERS] = storage_bytes(deepspeed.buckets(engine))
+        found[MASTER] = storage_bytes(deepspeed.masters(engine))
+        found[GRADIENTS] += storage_bytes(deepspeed.gradients(engine))
     return found | dict(state_by_kind(given))
 
 
 def around_steps(
     optimizer: Any, before: Callable[[], None] | None = None, after: Callable[[], None] | None = None
 ) -> Callable[[], None]:
-    """Call ``before`` and ``after`` around every step of an optimizer, wrapped or not; returns what ends that.
+    """Call ``before`` and ``after`` around every step of an optimizer, wrapped or not; returns what undoes it.
 
-    DeepSpeed's ZeRO steps the one that it was given several times, and has taken gradients away by then: there it is
-    the engine's step.
+    DeepSpeed's ZeRO steps the optimizer that it was given several times, when gradients are gone already: there it is
+    the step of ZeRO's own optimizer.
     """
     *outer, given = layers_of(optimizer)
-    engine = next(filter(zero.is_zero, outer), None)
+    engine = next(filter(deepspeed.is_zero, outer), None)
     if engine is None:
         handles = [given.register_step_pre_hook(lambda *_: before())] if before is not None else []
         handles += [given.register_step_post_hook(lambda *_: after())] if after is not None else []
@@ -93,10 +93,10 @@ def around_steps(
     def call(*arguments: Any, **keywords: Any) -> Any:
         if before is not None:
             before()
-        told = step(*arguments, **keywords)
+        result = step(*arguments, **keywords)
         if after is not None:
             after()
-        return told
+        return result
 
     def restore() -> None:
         vars(engine).pop("step", None)
@@ -114,7 +114,7 @@ def peak_memory() -> int:
 
 
 class Gradients:
-    """A model's gradients at the moment when the last of them has come: engines take them away soon after."""
+    """A model's gradients when the last of them is complete: engines free them soon after."""
 
     def __init__(self, model: nn.Module) -> None:
         self.bytes = 0
@@ -139,7 +139,7 @@ class Gradients:
 
 
 class Allocation(NamedTuple):
-    """A piece of memory: from when to when it was alive, in the profiler's nanoseconds."""
+    """A piece of memory and its lifetime, in the profiler's nanoseconds."""
 
     address: int
     size: int
@@ -179,11 +179,11 @@ def passed(
     gradients: AbstractSet[int],
     weights: AbstractSet[int] = frozenset(),
 ) -> Pass:
-    """The last forward and backward pass of a profiled step, as ``activations.FakePass`` predicts it.
+    """The last forward and backward pass of a profiled step, as ``fake_pass.FakePass`` predicts it.
 
     Args:
-        gradients: the addresses of the gradients when the last of them had come.
-        weights: those of the weights at the end of the forward pass: ZeRO 3 gathers them in it.
+        gradients: the addresses of the gradients when the last of them was complete.
+        weights: the addresses of the weights at the end of the forward pass, in which ZeRO 3 gathers them.
     """
     marks = _marks(profiler)
     begin, length = marks[FORWARD]
@@ -208,8 +208,8 @@ def passed(
 
 
 def stepped(profiler: torch.profiler.profile, device: torch.device) -> int:
-    """The most bytes that were alive of what was made after the last gradient had come: what the optimizer's step, and
-    clipping, need for a moment. State that is born then does not count as long as it stays."""
+    """The peak of temporary memory once the last gradient was complete: in clipping and the optimizer's step. New state
+    does not count, for it is not freed."""
     come, _ = _marks(profiler)[ALL_GRADIENTS]
     made = [one for one in allocations(profiler, device) if one.begin > come and one.end < math.inf]
     total = most = 0

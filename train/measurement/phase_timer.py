@@ -5,28 +5,26 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from statistics import median
 from typing import Any
 
 import torch
 
+from ...optim.core.optimizer import ShardedOptimizer
+
 FORWARD, BACKWARD, OPTIMIZER, REFRESH, DATA, OTHER = "forward", "backward", "optimizer", "refresh", "data", "other"
 PHASES = (FORWARD, BACKWARD, OPTIMIZER, REFRESH, DATA, OTHER)
 
 
-class Clock:
-    """Seconds of each phase of each step. A phase inside another is taken from it: a refresh from its step.
-
-    Where nothing was due, looking whether a refresh was is the optimizer's time.
-    """
+class PhaseTimer:
+    """Seconds of each phase of each step. A phase inside another is taken from it: a refresh from its step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self._now: dict[str, float] = defaultdict(float)
         self._inner = [0.0]
         self._began: float | None = None
-        self._refreshed = False
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -48,21 +46,22 @@ class Clock:
 
         return call
 
-    def refreshing(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, which is called in steps that have a refresh alone."""
+    def listen_to(self, optimizer: torch.optim.Optimizer) -> None:
+        """Time an optimizer's steps and, of one of gracile, the refreshes in them: new subspaces and masks."""
+        open_phases = ExitStack()
+        optimizer.register_step_pre_hook(lambda *_: open_phases.enter_context(self.phase(OPTIMIZER)))
+        optimizer.register_step_post_hook(lambda *_: open_phases.close())
+        if not isinstance(optimizer, ShardedOptimizer):
+            return
+        optimizer.phase_listener = self.listener
 
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            self._refreshed = True
-            return function(*arguments, **keywords)
-
-        return call
+    def listener(self, name: str) -> AbstractContextManager[None]:
+        """What ``ShardedOptimizer.phase_listener`` is: "find" is emitted in steps with a refresh only."""
+        return self.phase(REFRESH) if name == "find" else nullcontext()
 
     def step_has_ended(self) -> None:
         """From the end of one step to the end of the next: what no phase took is ``other``."""
         now = _time()
-        if not self._refreshed:
-            self._now[OPTIMIZER] += self._now.pop(REFRESH, 0.0)
-        self._refreshed = False
         if self._began is not None:
             self._now[OTHER] = now - self._began - sum(self._now.values())
             self.steps.append(self._now)

@@ -6,110 +6,33 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ...optim.distributed import as_one_buffer, each_alone, flat_length
-from ...optim.memory import ERRORS, INDICES, MOMENTS, PROJECTORS, planned_state_by_kind
-from ..build import layers
-from ..build import model as building
-from ..build.optimizer import build_optimizer, in_place_of
-from ..config.arguments import Config, RunArguments
-from ..config.checks import DTYPES, check_values
+from ...optim.memory import planned_state_by_kind
+from ..build.layers import layer_with, with_layer
+from ..build.model import architecture, checkpoint_activations, untrained
+from ..build.optimizer import build_optimizer, with_optimizer
+from ..config.arguments import DTYPES, Config, RunArguments
+from ..config.checks import check_values
+from ..engines.division import Division
 from ..errors import BadInput
 from .fake_pass import FakePass, Pass
+from .kinds import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, MASTER, STATE, TEMPORARY, WEIGHTS
 
-WEIGHTS, MASTER, GRADIENTS, BUFFERS = "weights", "master weights", "gradients", "buffers"
-ACTIVATIONS, TEMPORARY = "activations", "temporary"
-STATE = (MOMENTS, PROJECTORS, ERRORS, INDICES)
-KINDS = (WEIGHTS, MASTER, GRADIENTS, *STATE, BUFFERS, ACTIVATIONS, TEMPORARY)
-
-
-# Beyond these nothing runs, and counting takes forever.
-MOST_PROCESSES, MOST_EXAMPLES, MOST_TOKENS = 16_384, 2**24, 2**40
-
-
-@dataclass(frozen=True)
-class Division:
-    """How DeepSpeed will split a run: stage 0 is one process, or DistributedDataParallel's replicas."""
-
-    stage: int = 0
-    processes: int = 1
-    offload: bool = False
-    # DeepSpeed's own, in elements, with its defaults
-    reduce_bucket: int = 500_000_000
-    prefetch_bucket: int = 50_000_000
-    persistence_threshold: int = 100_000
-    overlap: bool | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.processes <= MOST_PROCESSES:
-            raise BadInput(f"world_size must be at least 1 and at most {MOST_PROCESSES:,}, got {self.processes}")
-        if self.stage not in range(4):
-            raise BadInput(f"zero must be 0, 1, 2 or 3, got {self.stage}")
-        if self.offload and not self.stage:
-            raise BadInput("offload needs ZeRO: give --zero 1, 2 or 3, or a deepspeed configuration")
-
-    @classmethod
-    def of(cls, run: RunArguments, hidden_size: int) -> Division:
-        """As the run's DeepSpeed configuration says, on the processes that were launched.
-
-        Raises:
-            BadInput: for FSDP, which is not planned.
-        """
-        if run.fsdp:
-            raise BadInput("fsdp is not planned; leave it out and give --zero 3 for nearly the same split")
-        chosen = getattr(run, "hf_deepspeed_config", None)
-        if chosen is None:
-            return cls(processes=run.world_size)
-        zero = chosen.config.get("zero_optimization", {})
-        if _device(zero, "offload_param") is not None:
-            raise BadInput("deepspeed: offload_param is not planned; leave it out, or offload the optimizer alone")
-        square = hidden_size**2  # what transformers puts in place of "auto"
-
-        def number(key: str, default: int, auto: int) -> int:
-            value = zero.get(key, default)
-            value = auto if value == "auto" else value
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise BadInput(f"deepspeed: {key} must be a number or auto, got {value!r}")
-            return int(value)
-
-        return cls(
-            stage=zero.get("stage", 0),
-            processes=run.world_size,
-            offload=_device(zero, "offload_optimizer") is not None,
-            reduce_bucket=number("reduce_bucket_size", cls.reduce_bucket, square),
-            prefetch_bucket=number("stage3_prefetch_bucket_size", cls.prefetch_bucket, int(0.9 * square)),
-            persistence_threshold=number(
-                "stage3_param_persistence_threshold", cls.persistence_threshold, 10 * hidden_size
-            ),
-            overlap=zero.get("overlap_comm"),
-        )
-
-    def part(self, count: int, from_stage: int) -> int:
-        """What one process holds of ``count`` elements that are split from a stage of ZeRO on."""
-        return -(-count // self.processes) if self.stage >= from_stage else count
-
-    def __str__(self) -> str:
-        named = {0: "", 1: "ZeRO 1 on ", 2: "ZeRO 2 on ", 3: "ZeRO 3 on "}[self.stage]
-        more = ", optimizer offloaded" if self.offload else ""
-        return f"{named}{self.processes} process{'es' if self.processes > 1 else ''}{more}"
-
-
-def _device(zero: dict[str, Any], key: str) -> str | None:
-    device: str | None = (zero.get(key) or {}).get("device")
-    return None if device == "none" else device
+# Limits on what is planned: nothing larger runs, and planning it would take forever.
+MOST_EXAMPLES, MOST_TOKENS = 2**24, 2**40
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of one process, the fullest, by kind.
+    """Bytes of the process that needs most, by kind.
 
-    ``held`` is the most of each kind, ``at_peak`` what there is of it at the moment of the most, ``offloaded`` what
-    lies in the CPU's memory instead.
+    ``held`` is the most of each kind, ``at_peak`` its part of the peak of all kinds together, ``offloaded`` what lies
+    in the CPU's memory instead.
     """
 
     held: dict[str, int]
@@ -126,7 +49,7 @@ class Plan:
 
     @property
     def weights_and_state(self) -> int:
-        """What papers on these methods print as memory."""
+        """What papers on these methods report as memory."""
         both = (self.held, self.offloaded)
         return sum(held.get(kind, 0) for held in both for kind in (WEIGHTS, *STATE))
 
@@ -146,15 +69,16 @@ class Planner:
         if config.optimizer.teacher is not None:
             raise BadInput(f"teacher is {config.optimizer.teacher}, which is not planned; leave it out")
         self.config = config
-        self.architecture = building.architecture(config.model)
+        self.architecture = architecture(config.model)
         self.division = division(config.run, self.architecture.get_text_config().hidden_size)
         in_16_bits = config.run.bf16 and self.division.stage > 0  # the engine casts the model, and keeps fp32 masters
         self.dtype = torch.bfloat16 if in_16_bits else DTYPES[config.model.dtype]
         self.autocast = torch.bfloat16 if config.run.bf16 and not in_16_bits else None
+        # each is computed once for the same arguments
         self._model = lru_cache(maxsize=None)(self._untrained)
-        self._rehearsal = lru_cache(maxsize=None)(self._rehearsed)
-        self._pass = lru_cache(maxsize=None)(self._passed)
-        self._fixed = lru_cache(maxsize=None)(self._without_a_pass)
+        self._fake_pass = lru_cache(maxsize=None)(self._make_fake_pass)
+        self._pass = lru_cache(maxsize=None)(self._run_fake_pass)
+        self._fixed = lru_cache(maxsize=None)(self._weights_and_state)
 
     def plan(self, optimizer: str, micro_batch: int, checkpointing: bool) -> Plan:
         """What the run needs with ``optimizer``, ``micro_batch`` examples a pass, and activations checkpointed or not.
@@ -162,11 +86,11 @@ class Planner:
         Raises:
             BadInput: for an optimizer that is unknown or refuses its keys.
         """
-        layer = layers.beside(self.config, optimizer)
+        layer = layer_with(self.config, optimizer)
         model, fixed = self._model(layer), dict(self._fixed(optimizer))
         one = self._pass(micro_batch, checkpointing, layer)
         kept = _nbytes(model, trained=True)
-        if self.division.stage >= 2:  # DeepSpeed averages in fp32, unless it is told that the run is in bf16
+        if self.division.stage >= 2:  # DeepSpeed averages in fp32, unless its configuration says bf16
             width = self.dtype.itemsize if self.config.run.bf16 else 4
             kept = width * self.division.part(_count(model, trained=True), from_stage=2)
         offloaded = {}
@@ -174,7 +98,7 @@ class Planner:
             offloaded = {kind: fixed.pop(kind) for kind in (MASTER, *STATE) if kind in fixed}
             offloaded[GRADIENTS] = 4 * self.division.part(_count(model, trained=True), from_stage=1)
             kept = 0 if self.division.stage >= 2 else kept
-        # Parts are there from the start, and so are gradients of earlier passes; else they grow as activations go.
+        # Partitions, and gradients of earlier passes, exist throughout; else gradients grow as activations are freed.
         throughout = self.division.stage >= 2 or self._accumulates
         moment = one.at_peak
         passing = {ACTIVATIONS: moment.activations, TEMPORARY: moment.temporary}
@@ -188,7 +112,7 @@ class Planner:
         return sum(fixed.get(kind, 0) for kind in (WEIGHTS, *STATE))
 
     def largest_micro_batch(self, optimizer: str, checkpointing: bool, budget: int) -> int:
-        """The most examples of a pass with which a process stays within ``budget`` bytes; 0 where none does."""
+        """The most examples of a pass with which a process stays within ``budget`` bytes; 0 if one is too many."""
 
         def peak(batch: int) -> int:
             return self.plan(optimizer, batch, checkpointing).peak
@@ -198,7 +122,7 @@ class Planner:
         fits, fails = 1, 2
         while peak(fails) <= budget and fails < MOST_EXAMPLES:
             fits, fails = fails, 2 * fails
-        while fails - fits > 1:  # nearly a straight line, bent upwards: where the chord fits, so does the batch
+        while fails - fits > 1:  # the peak is convex and nearly linear: a batch under the chord fits
             rise = (peak(fails) - peak(fits)) / (fails - fits)
             guess = min(fails - 1, fits + max(1, int((budget - peak(fits)) / rise)))
             fits, fails = (guess, fails) if peak(guess) <= budget else (fits, guess)
@@ -215,32 +139,32 @@ class Planner:
         return self.config.run.gradient_accumulation_steps > 1
 
     def _untrained(self, layer: str | None, device: str = "meta") -> PreTrainedModel:
-        return building.untrained(layers.with_layer(self.config, layer), self.architecture, self.dtype, device)
+        return untrained(with_layer(self.config, layer), self.architecture, self.dtype, device)
 
-    def _rehearsed(self, checkpointing: bool, layer: str | None) -> FakePass:
-        def made() -> PreTrainedModel:
+    def _make_fake_pass(self, checkpointing: bool, layer: str | None) -> FakePass:
+        def make_model() -> PreTrainedModel:
             model = self._untrained(layer, device="cpu")
             model.config.use_cache = self.config.run.use_cache  # as the Trainer does
             if checkpointing:
-                building.checkpoint_activations(model, self.config.run)
+                checkpoint_activations(model, self.config.run)
             return model.train()
 
-        return FakePass(made, autocast=self.autocast, accumulated=self._accumulates)
+        return FakePass(make_model, autocast=self.autocast, accumulated=self._accumulates)
 
-    def _passed(self, micro_batch: int, checkpointing: bool, layer: str | None) -> Pass:
+    def _run_fake_pass(self, micro_batch: int, checkpointing: bool, layer: str | None) -> Pass:
         batch = (micro_batch, self.config.data.block_size)
         if micro_batch * self.config.data.block_size > MOST_TOKENS:
             raise BadInput(f"a pass over {batch[0]} x {batch[1]} tokens is too large to be planned")
         try:
-            return self._rehearsal(checkpointing, layer).of(batch)
+            return self._fake_pass(checkpointing, layer).of(batch)
         except (RuntimeError, IndexError) as error:
             reason = " ".join(str(error).split())
             raise BadInput(
                 f"model {self.config.model.model!r} cannot pass {batch[0]} x {batch[1]} tokens: {reason}"
             ) from None
 
-    def _without_a_pass(self, optimizer: str) -> dict[str, int]:
-        model = self._model(layers.beside(self.config, optimizer))
+    def _weights_and_state(self, optimizer: str) -> dict[str, int]:
+        model = self._model(layer_with(self.config, optimizer))
         return self._weights(model) | self._state(model, optimizer)
 
     def _weights(self, model: nn.Module) -> dict[str, int]:
@@ -248,7 +172,7 @@ class Planner:
         counts = [p.numel() for p in model.parameters()]
         buffers = sum(b.numel() * b.element_size() for b in model.buffers())
         weights = _nbytes(model)
-        if division.stage == 3:  # small ones stay whole besides, for they would be gathered all the time
+        if division.stage == 3:  # small parameters also stay whole on each process
             small = [count for count in counts if count <= division.persistence_threshold]
             whole = sum(small) if division.processes > 1 else 0
             weights = width * (sum(division.part(count, 3) for count in counts) + whole)
@@ -266,14 +190,15 @@ class Planner:
         return width * (division.reduce_bucket + gathered)
 
     def _state(self, model: nn.Module, optimizer: str) -> dict[str, int]:
-        chosen = in_place_of(self.config.optimizer, optimizer)
+        chosen = with_optimizer(self.config.optimizer, optimizer)
         built = build_optimizer(model, chosen, self.config.run)
         division = self.division
         if division.stage == 0:
             return dict(planned_state_by_kind(built))
         cut = each_alone if division.stage == 3 else as_one_buffer
-        ranks = {0, division.processes - 1, division.processes // 2}
-        plans = [planned_state_by_kind(built, cut, rank, division.processes, torch.float32) for rank in sorted(ranks)]
+        count = division.processes
+        processes = sorted({0, count - 1, count // 2})  # one of these holds the most
+        plans = [planned_state_by_kind(built, cut, index, count, torch.float32) for index in processes]
         fullest = max(plans, key=Counter.total)
         shapes = [[tuple(p.shape) for p in group["params"] if p.requires_grad] for group in built.param_groups]
         return dict(fullest) | {MASTER: 4 * sum(flat_length(cut, group, division.processes) for group in shapes)}

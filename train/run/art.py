@@ -19,49 +19,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...optim.distributed import FullShard, Workspace
 from ...optim.sparse.hyper_sparse import how_many
 from ...optim.sparse.prune_smallest import prune_smallest_
-from ...validation import is_whole
-from ..config.arguments import Config
 from ..data.blocks import collate
-from ..engines import layout as layouts
-from ..errors import BadInput
 
-if TYPE_CHECKING:
-    from .trainer import PretrainTrainer
-
-WINDOW = 3  # looks that are averaged
+WINDOW = 3  # evaluations that are averaged
 BLOCKS = 32
 DENSE, PRUNED = "art_dense_loss", "art_pruned_loss"
 
 
-def check(config: Config) -> None:
-    """Refuse what ART cannot watch.
-
-    Raises:
-        BadInput: for a number of steps that is none, another optimizer, or a layout without whole weights.
-    """
-    every = config.optimizer.art_every
-    if every is None:
-        return
-    if not is_whole(every) or every < 1:
-        raise BadInput(f"art_every must be a whole number >= 1, got {every}")
-    if config.optimizer.optimizer != "hyper_sparse_adamw":
-        raise BadInput(f"art_every is for optimizer hyper_sparse_adamw, got {config.optimizer.optimizer}")
-    layout = layouts.Layout.of(config.run)
-    if layout.engine == layouts.FSDP or layout.settings.get("stage") == 3:
-        raise BadInput("art_every needs whole weights, which ZeRO 3 and FSDP split; leave it out, prune_at is a step")
-
-
 def is_time(pruned: Sequence[float], dense: Sequence[float]) -> bool:
-    """Whether a model is to be pruned after these losses, one of each a look."""
+    """Whether a model is to be pruned after these losses, a pair from each evaluation."""
     if len(pruned) < WINDOW:
         return False
     means = [fmean(pruned[i : i + WINDOW]) for i in range(len(pruned) - WINDOW + 1)]
@@ -70,7 +45,7 @@ def is_time(pruned: Sequence[float], dense: Sequence[float]) -> bool:
 
 @contextmanager
 def without_smallest(weights: Sequence[Tensor], share: float) -> Iterator[None]:
-    """``weights``, as one vector, without a share of them for a while. FullShard tensors only."""
+    """In the block, the smallest share of ``weights``, seen as one vector, is zero. For weights held whole."""
     held = [W.detach().clone() for W in weights]
     shards = [FullShard(W.detach(), i, Workspace()) for i, W in enumerate(weights)]
     prune_smallest_(shards, how_many(shards, share))
@@ -82,22 +57,24 @@ def without_smallest(weights: Sequence[Tensor], share: float) -> Iterator[None]:
 
 
 class ART(TrainerCallback):
-    """Looks at the pruned model, and tells the optimizer when to prune it."""
+    """Evaluates the pruned model now and then, and sets the optimizer's ``prune_at`` when it is good enough."""
 
-    def __init__(self, trainer: PretrainTrainer, every: int) -> None:
+    def __init__(self, trainer: Trainer, every: int) -> None:
         self.trainer, self.every = trainer, every
-        self.lots: list[tuple[list[Tensor], float]] = []
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.matrices: list[tuple[list[Tensor], float]] = []  # of each group, and the share to prune
         self.blocks: list[Any] = []
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before an engine puts other tensors in the place of its parameters."""
-        self.lots = [(list(group["params"]), group["sparsity"]) for group in _squeezed(optimizer)]
+        """Called before an engine puts other tensors in the place of the optimizer's parameters."""
+        self.optimizer = optimizer
+        self.matrices = [(list(group["params"]), group["sparsity"]) for group in _squeezed(optimizer)]
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        assert self.trainer.own_optimizer is not None
-        step, groups = state.global_step, _squeezed(self.trainer.own_optimizer)
+        assert self.optimizer is not None
+        step, groups = state.global_step, _squeezed(self.optimizer)
         begun = max(group["warmup_steps"] for group in groups)
         over = any(group["prune_at"] is not None and group["prune_at"] <= step for group in groups)
         if step % self.every or step <= begun or over:
@@ -113,7 +90,7 @@ class ART(TrainerCallback):
         """The losses of the model as it is and of the pruned one; the same on all processes."""
         losses = [self._loss()]
         with ExitStack() as pruned_for_now:
-            for weights, share in self.lots:
+            for weights, share in self.matrices:
                 pruned_for_now.enter_context(without_smallest(weights, share))
             losses.append(self._loss())
         both = self.trainer.accelerator.gather(torch.stack(losses)[None])
@@ -122,23 +99,25 @@ class ART(TrainerCallback):
 
     def _loss(self) -> Tensor:
         trainer, size = self.trainer, self.trainer.args.per_device_eval_batch_size
+        model: Any = trainer.model
         if not self.blocks:
             assert trainer.train_dataset is not None
             self.blocks = list(islice(iter(trainer.train_dataset), BLOCKS))
-        was_training = trainer.model.training
-        trainer.model.eval()
+        was_training = model.training
+        model.eval()
         total = torch.zeros((), device=trainer.args.device)
         for begin in range(0, len(self.blocks), size):
             some = self.blocks[begin : begin + size]
             inputs = trainer._prepare_inputs(collate(some))
             with trainer.compute_loss_context_manager():
-                total += trainer.compute_loss(trainer.model, inputs).float() * len(some)
-        trainer.model.train(was_training)
+                loss: Any = trainer.compute_loss(model, inputs)
+                total += loss.float() * len(some)
+        model.train(was_training)
         return total / len(self.blocks)
 
 
 def _squeezed(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Asked for each time: loading puts other groups in their place."""
+    """The groups to be pruned; not cached, for loading a checkpoint replaces them."""
     return [group for group in optimizer.param_groups if group["sparsity"] is not None]
 
 

@@ -1,11 +1,12 @@
-"""Which checkpoints are whole. A checkpoint is sealed by a manifest written last; a kill leaves none."""
+"""Which checkpoints are whole: those with a manifest, which is written last, so that a killed run leaves none."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
+
+from ..atomic_write import write_atomically
 
 MANIFEST = "complete.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -19,7 +20,7 @@ def seal(checkpoint: Path) -> None:
 
 
 def unseal(checkpoint: Path) -> None:
-    """Before a checkpoint is written again: an old manifest would vouch for half-new files."""
+    """Remove the manifest before a checkpoint is written again, so that it cannot vouch for half-new files."""
     (checkpoint / MANIFEST).unlink(missing_ok=True)
 
 
@@ -45,7 +46,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def newest_whole(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest whole checkpoint, and the newer ones that had to be skipped with their faults."""
+    """The newest whole checkpoint, and the newer ones that were skipped, each with its fault."""
     skipped: dict[Path, str] = {}
     for checkpoint in checkpoints(output_dir):
         reason = fault(checkpoint)
@@ -53,10 +54,3 @@ def newest_whole(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
             return checkpoint, skipped
         skipped[checkpoint] = reason
     return None, skipped
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` in one step, so that a reader or a kill never sees half of it."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)

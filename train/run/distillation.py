@@ -3,7 +3,7 @@
     L  =  eta * KL(P_teacher || P_student) + (1 - eta) * CE
 
 over the tokens that CE counts, at temperature 1, in fp32. For self-distillation the teacher is the model that the run
-begins with, as it was. Evaluation knows no teacher. Every process holds all of it, whatever splits the student.
+begins with, as it was. Evaluation uses no teacher. Each process holds the whole teacher, however the student is split.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ...validation import is_real
-from ..config.arguments import Config
-from ..config.checks import DTYPES
-from ..engines import deepspeed as zero
+from ..config.arguments import DTYPES, Config
+from ..engines.deepspeed import unpartitioned
 from ..errors import BadInput
 
 
@@ -28,7 +27,7 @@ def divergence(student: Tensor, teacher: Tensor, labels: Tensor, tokens: Tensor 
     Args:
         student, teacher: logits (batch x length x vocabulary).
         labels: of the same tokens (batch x length); the first is not predicted, and those of -100 do not count.
-        tokens: what to divide by, where it is not the number that counts here.
+        tokens: what to divide by instead, where a step has several passes or processes.
     """
     counted = labels[:, 1:] != -100
     wanted = F.log_softmax(teacher[:, :-1].float(), dim=-1)
@@ -38,13 +37,13 @@ def divergence(student: Tensor, teacher: Tensor, labels: Tensor, tokens: Tensor 
 
 
 class Teacher:
-    """A frozen model, and the share of the loss that is to imitate it."""
+    """A frozen model, and the share of the loss that imitates it."""
 
     def __init__(self, model: nn.Module, share: float) -> None:
         self.model, self.share = model.eval().requires_grad_(False), share
 
     def blended(self, loss: Tensor, logits: Tensor, inputs: dict[str, Any], tokens: Tensor | float | None) -> Tensor:
-        """``loss``, the data's, with the divergence from this teacher, each with its share."""
+        """The data's ``loss`` and the divergence from this teacher, weighted by their shares."""
         with torch.no_grad():
             seen = {key: value for key, value in inputs.items() if key not in ("labels", "num_items_in_batch")}
             wanted = self.model(**seen).logits
@@ -53,10 +52,10 @@ class Teacher:
 
 
 def check(config: Config, vocabulary: int) -> None:
-    """Refuse what cannot be imitated, before anything is built.
+    """Refuse a teacher that cannot be used, before anything is built.
 
     Raises:
-        BadInput: for a teacher that cannot be loaded or has another vocabulary, or a share that is none.
+        BadInput: for a teacher that cannot be loaded or has another vocabulary, or a share outside of [0, 1].
     """
     name, share = config.optimizer.teacher, config.optimizer.distill
     if not (is_real(share) and 0 <= share <= 1):
@@ -76,7 +75,7 @@ def teacher(config: Config, device: torch.device) -> Teacher | None:
     name, trusted = config.optimizer.teacher, config.model.trust_remote_code
     if name is None:
         return None
-    with zero.unpartitioned(config.run):
+    with unpartitioned(config.run):
         dtype = DTYPES[config.model.dtype]
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trusted)
     model.config.use_cache = False

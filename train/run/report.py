@@ -1,4 +1,4 @@
-"""What a run tells when it ends: metrics.json, loss.png and a table."""
+"""What a run reports when it ends: metrics.json, loss.png and a table."""
 
 from __future__ import annotations
 
@@ -9,28 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from torch import nn
 from transformers import TrainerState
 
 from ...optim.memory import adamw_state_bytes, state_bytes
+from ..atomic_write import write_atomically
 from ..engines.layout import Layout
 from ..measurement.measure import peak_memory
-from .checkpoints import write_atomically
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 
 def elements(model: nn.Module) -> int:
-    """Of all parameters, also of those that ZeRO 3 has split."""
+    """The number of a model's parameters, also of those that ZeRO 3 has split."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None, layout: Layout) -> dict[str, int]:
-    """Bytes of this process, weights and state counted from the tensors; gradients and AdamW's state are what this
-    process would hold of them."""
+    """Bytes of this process. Weights and state are counted from the tensors; gradients, and the state of AdamW to
+    compare with, are computed."""
     trainable = [_split_from(p) for p in model.parameters() if p.requires_grad]
     return {
         "weight_bytes": sum(_held(p).nbytes for p in [*model.parameters(), *_saved_buffers(model)]),
@@ -42,13 +38,13 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None, layout: La
 
 
 def _saved_buffers(model: nn.Module) -> list[torch.Tensor]:
-    """Those that are part of a model's weights, as the places of sparse values are."""
+    """Buffers that are saved with a model's weights, such as the places of sparse values."""
     found = [(module, *pair) for module in model.modules() for pair in module.named_buffers(recurse=False)]
     return [buffer for module, name, buffer in found if name not in module._non_persistent_buffers_set]
 
 
 def _held(parameter: Any) -> torch.Tensor:
-    """What this process has of a parameter: FSDP2's tell the whole shape, ZeRO 3's none where they are split."""
+    """This process's shard of a parameter. (Of FSDP2 a parameter has the whole shape, of ZeRO 3 an empty one.)"""
     if hasattr(parameter, "to_local"):
         parameter = parameter.to_local()
     held: torch.Tensor = parameter if parameter.numel() else getattr(parameter, "ds_tensor", parameter)
@@ -56,7 +52,7 @@ def _held(parameter: Any) -> torch.Tensor:
 
 
 def _split_from(parameter: Any) -> torch.Tensor:
-    """What the engine splits gradients and state of, on the meta device: FSDP2 has split the parameter already."""
+    """The tensor, on the meta device, whose gradient and state the engine splits: the parameter, or FSDP2's shard."""
     shape = getattr(parameter, "ds_shape", None)
     return torch.empty(_held(parameter).shape if shape is None else shape, dtype=parameter.dtype, device="meta")
 
@@ -71,7 +67,10 @@ def write_metrics(output_dir: Path, metrics: dict[str, Any]) -> None:
 
 def plot_losses(output_dir: Path, history: list[dict[str, float]], tokens_per_step: int, title: str) -> None:
     """loss.png: training and validation loss over steps, with tokens along the top."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    from matplotlib.figure import Figure  # takes half a second, which most of the package need not wait for
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
@@ -83,7 +82,6 @@ def plot_losses(output_dir: Path, history: list[dict[str, float]], tokens_per_st
     top = axes.secondary_xaxis("top", functions=(partial(operator.mul, millions), partial(operator.mul, 1 / millions)))
     top.set_xlabel("million tokens")
     figure.savefig(output_dir / "loss.png", dpi=120)
-    pyplot.close(figure)
 
 
 def closing_table(metrics: dict[str, Any]) -> str:

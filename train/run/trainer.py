@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from ...models.convert import merge
-from ...models.layers import ScaledLinear
-from ..build import layers
-from ..build import model as building
-from ..build.callbacks import Annealing, Shrinking, companion
+from ...models.layers import FactoredLinear
+from ..build.callbacks import ScheduleCallback
+from ..build.layers import merges, schedule_of
+from ..build.model import untrained
 from ..build.optimizer import build_optimizer, jagged_schedule
 from ..config.arguments import Config, RunArguments
 from ..engines import layout as layouts
@@ -24,22 +24,20 @@ from . import art, checkpoints, distillation
 
 
 class PretrainTrainer(Trainer):
-    """``transformers.Trainer``; only what it cannot be told through its arguments is overridden."""
+    """``transformers.Trainer``; overridden is only what its arguments cannot say."""
 
     args: RunArguments
     model: PreTrainedModel
 
     def __init__(self, *, config: Config, layout: layouts.Layout, weights_are_loaded: bool, **kwargs: Any) -> None:
         self.config, self.layout, self.weights_are_loaded = config, layout, weights_are_loaded
-        self.own_optimizer: torch.optim.Optimizer | None = None  # as engines were given it, before they wrapped it
+        self.given_optimizer: torch.optim.Optimizer | None = None  # before an engine wrapped it
         if config.model.layer is not None and config.run.ddp_broadcast_buffers is None:
-            config.run.ddp_broadcast_buffers = False  # places of weights never change
+            config.run.ddp_broadcast_buffers = False  # the buffers of layers, places of weights, never change
         super().__init__(**kwargs)
-        own = companion(self.model, config)
-        if own is not None:
-            self.add_callback(own)
-        self.dropout = own.dropout if isinstance(own, Shrinking) else None
-        self.annealing = own.annealing if isinstance(own, Annealing) else None
+        self.schedule = schedule_of(self.model, config)
+        if self.schedule is not None:
+            self.add_callback(ScheduleCallback(self.schedule))
         self.teacher = distillation.teacher(config, self.args.device)
         self.art = None if config.optimizer.art_every is None else art.ART(self, config.optimizer.art_every)
         if self.art is not None:
@@ -49,7 +47,7 @@ class PretrainTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.model if model is None else model, self.config.optimizer, self.args)
-            self.own_optimizer = self.optimizer
+            self.given_optimizer = self.optimizer
             if self.art is not None:
                 self.art.watch(self.optimizer)
         return self.optimizer
@@ -61,25 +59,26 @@ class PretrainTrainer(Trainer):
             self.lr_scheduler = jagged
         return super().create_scheduler(num_training_steps, optimizer)
 
-    # ---- ordered dropout ----------------------------------------------------------------------------------------
+    # ---- losses beside the data's -------------------------------------------------------------------------------
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if (self.dropout is None and self.teacher is None) or not model.training:
+        if (self.schedule is None and self.teacher is None) or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        # which of the two divides by the passes of a step is the Trainer's rule for its own loss
+        # whether the loss is already divided by the passes of a step; as the Trainer decides it for its own
         divided = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         if self.teacher is not None:
             tokens = num_items_in_batch / self._loss_factor() if divided else None
             loss = self.teacher.blended(loss, outputs.logits, inputs, tokens)
-        if self.dropout is not None:
-            loss = loss + self.dropout.loss() / (self.current_gradient_accumulation_steps if divided else 1)
+        penalty = None if self.schedule is None else self.schedule.loss()
+        if penalty is not None:
+            loss = loss + penalty / (self.current_gradient_accumulation_steps if divided else 1)
         return (loss, outputs) if return_outputs else loss
 
     def _loss_factor(self) -> int:
-        """By what the Trainer multiplies a loss that is divided by the tokens of all processes, which averages them."""
+        """The Trainer's factor on a loss divided by the tokens of all processes, over which gradients are averaged."""
         if not self.args.average_tokens_across_devices:
             return 1
         return self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu
@@ -87,10 +86,8 @@ class PretrainTrainer(Trainer):
     # ---- non-finite losses --------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.dropout is not None:
-            self.dropout.draw(self.state.global_step)  # the same in all passes of a step, on all processes
         loss = super().training_step(*args, **kwargs)
-        # Remembered on the device and read where the Trainer reads it anyway: no stop of a GPU per step.
+        # Kept on the device, and read where the Trainer reads the loss anyway: no synchronisation per step.
         bad = ~torch.isfinite(loss) & (self._first_bad_step < 0)
         self._first_bad_step = torch.where(bad, self.state.global_step + 1, self._first_bad_step)
         return loss
@@ -102,12 +99,12 @@ class PretrainTrainer(Trainer):
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.annealing is not None and "loss" in logs:
-            logs = {**logs, "density": self.annealing.densities()[""]}
+        if self.schedule is not None and "loss" in logs:
+            logs = {**logs, **self.schedule.metrics()}
         super().log(logs, *args, **kwargs)
 
     def _refuse_broken_weights(self) -> None:
-        """A finite loss can still be followed by an update that breaks the weights: never save those."""
+        """Never save non-finite weights: an update can make them after a finite loss."""
         broken = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
         if broken:
             step = self.state.global_step
@@ -129,8 +126,8 @@ class PretrainTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        assert self.own_optimizer is not None
-        layouts.save(checkpoint, self.layout, self.own_optimizer, self.args.should_save)
+        assert self.given_optimizer is not None
+        layouts.save(checkpoint, self.layout, self.given_optimizer, self.args.should_save)
         self.accelerator.wait_for_everyone()  # every process writes files of its own
         if self.args.should_save:
             checkpoints.seal(checkpoint)
@@ -146,21 +143,21 @@ class PretrainTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """A checkpoint of another layout is not the engine's to load: its optimizer state is split anew."""
+        """An engine cannot load a checkpoint of another layout: its optimizer state is resharded here."""
         if resume_from_checkpoint is None or not self.weights_are_loaded:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         checkpoint = Path(resume_from_checkpoint)
-        assert self.own_optimizer is not None
+        assert self.given_optimizer is not None
         assert self.lr_scheduler is not None
-        layouts.take_over(checkpoint, self.own_optimizer)
+        layouts.load_resharded(checkpoint, self.given_optimizer)
         self.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
-        for group, lr in zip(self.own_optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+        for group, lr in zip(self.given_optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr  # a scheduler sets it at its next step only
         return prepared
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Whole, also where FSDP saves what it resumes from in parts: the Trainer would save no model then."""
+        """Save the whole model, also where FSDP saves its checkpoints in parts: the Trainer would save none then."""
         if self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
@@ -168,13 +165,13 @@ class PretrainTrainer(Trainer):
     def export(self, folder: str) -> None:
         """The trained model as one that loads without gracile: layers merged into plain ones. Collective.
 
-        Of layers that are not linear there is none: a model.safetensors of theirs would load as a LLaMA with weights
-        drawn anew. The last checkpoint holds it.
+        Layers that are not linear have no plain form: their model.safetensors would load as a LLaMA of random weights.
+        Such a model is in the last checkpoint only.
         """
         if self.config.model.layer is None:
             self.save_model(folder)
             return
-        if not layers.merges(self.accelerator.unwrap_model(self.model)):
+        if not merges(self.accelerator.unwrap_model(self.model)):
             if self.args.should_save and self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             return
@@ -182,11 +179,11 @@ class PretrainTrainer(Trainer):
         if not self.args.should_save:
             return
         architecture: Any = self.model.config
-        plain = building.untrained(self.config, architecture, next(iter(state.values())).dtype)
+        plain = untrained(self.config, architecture, next(iter(state.values())).dtype)
         plain.load_state_dict(state, assign=True)
         for module in plain.modules():
-            if isinstance(module, ScaledLinear):  # done already where the run was as long as CAST was told
-                module.sparsify()
+            if isinstance(module, FactoredLinear):
+                module.finish()
         merge(plain)
         plain.generation_config = self.model.generation_config
         plain.save_pretrained(folder)
@@ -194,14 +191,14 @@ class PretrainTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
     def is_finished(self, checkpoint: Path) -> bool:
-        """Whether the checkpoint is the end of this run: the Trainer's loop would train one step more."""
+        """Whether the checkpoint is the end of this run, after which the Trainer's loop would train one step more."""
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.args.max_steps > 0:
             return state.global_step >= self.args.max_steps
         return state.global_step >= state.max_steps and state.num_train_epochs >= self.args.num_train_epochs
 
     def load_finished(self, checkpoint: Path) -> None:
-        """Take weights, optimizer state and history of a finished run; there is nothing left to train."""
+        """Load weights, optimizer state and history of a finished run; there is nothing left to train."""
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.is_fsdp_enabled:  # loads into a model that is split already
             self._prepare_for_training(self.state.max_steps, None, str(checkpoint))
@@ -211,20 +208,3 @@ class PretrainTrainer(Trainer):
         saved = checkpoint / "optimizer.pt"
         if saved.is_file():
             optimizer.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
-
-
-class Moments(TrainerCallback):
-    """When to evaluate and log beyond the Trainer's own strategies."""
-
-    def __init__(self, evaluate_at: list[int]) -> None:
-        self.evaluate_at = set(evaluate_at)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        if state.global_step in self.evaluate_at:
-            control.should_evaluate = True
-        if control.should_save:
-            # A logged loss is a mean since the last log: starting anew at each save, a resumed run logs the same.
-            control.should_log = True
-        return control

@@ -5,16 +5,16 @@ from importlib import resources
 import pytest
 import yaml
 
-from gracile.train.build.optimizer import OPTIMIZERS
+from gracile.registry import LAYERS, OPTIMIZERS
 from gracile.train.cli import main as gracile
 from gracile.train.config.arguments import (
     DataArguments,
     ModelArguments,
     OptimizerArguments,
     RunArguments,
-    load_config,
 )
 from gracile.train.config.help_text import COMMON, usage
+from gracile.train.config.parser import load_config
 from gracile.train.errors import BadInput
 
 EMBEDDED = sorted(
@@ -36,6 +36,22 @@ def test_yaml_reads_1e_3_as_a_string_and_it_still_is_a_number(tmp_path):
     config = load_config([str(path)])
     assert config.run.learning_rate == 1e-3
     assert config.run.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+
+
+def test_mappings_are_read_once_wherever_they_come_from(tiny):
+    config = load_config([tiny(), "--optimizer_args", '{"state_dtype":"bfloat16"}'])
+    assert config.model.model_overrides["hidden_size"] == 32, "from the file"
+    assert config.optimizer.optimizer_args == {"state_dtype": "bfloat16"}
+    assert config.model.layer_args is None
+    assert config.resolved()["optimizer_args"] == '{"state_dtype": "bfloat16"}', "JSON text, which YAML can hold"
+
+
+@pytest.mark.parametrize("text", ["8bit", "[1, 2]", '{"a": }'])
+@pytest.mark.parametrize("key", ["model_overrides", "layer_args", "optimizer_args"])
+def test_what_is_no_mapping_gets_one_line(tiny, key, text):
+    with pytest.raises(BadInput) as error:
+        load_config([tiny(), f"--{key}", text])
+    assert re.fullmatch(rf"{key} must be a mapping such as {{.*}}, got {re.escape(text)}", str(error.value))
 
 
 def test_without_a_file_the_quickstart_is_the_default():
@@ -117,6 +133,8 @@ def test_help_names_every_key_of_ours_and_the_common_ones():
     for name in [*COMMON, *ours, "evaluate_at"]:
         assert f"--{name} " in text or f"--{name}\n" in text
     assert max(len(line) for line in text.splitlines()) <= 110
+    assert all(f"  {entry.name} " in text for entry in (*OPTIMIZERS.values(), *LAYERS.values()))
+    assert OPTIMIZERS["galore_adamw"].summary in " ".join(text.split())
     everything = usage(everything=True)
     assert all(f"--{f.name}" in everything for f in dataclasses.fields(RunArguments) if f.init)
 

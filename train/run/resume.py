@@ -1,0 +1,98 @@
+"""Where a run starts: at step 0 in a folder of its own, or from a checkpoint of the same run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config.arguments import Config, RunArguments
+from ..errors import BadInput
+from . import checkpoints
+
+RUN_FILE = "run.yaml"
+# Files that a run writes into its output directory, and must not overwrite in another run's.
+TRACES = (RUN_FILE, "metrics.json", "config.json", "model.safetensors", "model.safetensors.index.json")
+
+
+def resuming(run: RunArguments) -> bool:
+    return str(run.resume_from_checkpoint).lower() not in ("none", "false", "no", "0")
+
+
+def starting_point(run: RunArguments) -> Path | None:
+    """The checkpoint to continue from, or None to start at step 0.
+
+    Raises:
+        BadInput: for an output directory that holds another run, or a checkpoint that is not there or not whole.
+    """
+    output_dir = run.folder
+    if output_dir.exists() and not output_dir.is_dir():
+        raise BadInput(f"output_dir {run.output_dir!r} is a file; choose another")
+    if not resuming(run):
+        _refuse_traces(output_dir)
+        return None
+    wanted = str(run.resume_from_checkpoint)
+    if wanted.lower() not in ("true", "yes", "1"):
+        return _named_checkpoint(Path(wanted))
+    newest, skipped = checkpoints.newest_whole(output_dir)
+    if run.should_save:
+        for checkpoint, reason in skipped.items():
+            print(f"skipping {checkpoint}: {reason}")
+    if newest is None:
+        begun = (output_dir / RUN_FILE).is_file() and not (output_dir / "metrics.json").is_file()
+        if not begun:
+            raise BadInput(
+                f"resume_from_checkpoint is {wanted!r} but output_dir {run.output_dir!r} holds no whole checkpoint; "
+                "leave it out to start a new run"
+            )
+        if run.should_save:
+            print(f"{output_dir} holds a run that was stopped before its first checkpoint: starting it again")
+    return newest
+
+
+def _refuse_traces(output_dir: Path) -> None:
+    found = [name for name in TRACES if (output_dir / name).exists()]
+    found += [checkpoint.name for checkpoint in checkpoints.checkpoints(output_dir)]
+    if found:
+        raise BadInput(
+            f"output_dir {str(output_dir)!r} holds another run ({found[0]}); continue it with "
+            "--resume_from_checkpoint true, or choose another --output_dir"
+        )
+
+
+def _named_checkpoint(checkpoint: Path) -> Path:
+    if not checkpoint.is_dir():
+        raise BadInput(f"resume_from_checkpoint {str(checkpoint)!r} is no checkpoint; give its folder, or true")
+    reason = checkpoints.fault(checkpoint)
+    if reason is not None:
+        raise BadInput(f"resume_from_checkpoint {str(checkpoint)!r} is not whole: {reason}; give another, or true")
+    return checkpoint
+
+
+def check_same_run(config: Config, output_dir: Path, data_identity: str) -> None:
+    """Refuse to continue a run with another model, other data or another optimizer than it began with."""
+    try:
+        saved = yaml.safe_load((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+    except OSError:
+        return  # a checkpoint that was copied away from its run
+    for key, value in config.identity().items():
+        if key in saved["config"] and not _same(saved["config"][key], value):
+            raise BadInput(
+                f"{key} is {value!r} but the run in {str(output_dir)!r} has {saved['config'][key]!r}; "
+                f"resume with that, or start a new run in another --output_dir"
+            )
+    if saved["data"] != data_identity:
+        raise BadInput(
+            f"dataset {config.data.dataset!r} or its tokenizer has changed since the run in {str(output_dir)!r} began; "
+            "restore it, or start a new run in another --output_dir"
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal values; mappings, which are JSON text here, may differ in spaces."""
+    try:
+        return one == other or bool(json.loads(one) == json.loads(other))
+    except (TypeError, ValueError):
+        return False
