@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pool import Pool
 
 _cache = tempfile.mkdtemp(prefix="gracile-test-cache-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
@@ -26,6 +27,14 @@ MODULES = ("argparse", "inspect", "tarfile", "typing")
 
 def module_text(name: str) -> str:
     return Path(util.find_spec(name).origin).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Process groups, to run commands and functions in: ``pool.run`` and ``pool.call``."""
+    processes = Pool()
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(scope="session")

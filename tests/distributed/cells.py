@@ -1,6 +1,4 @@
-"""Run cells of the distributed matrix on this process group and compare each with one process.
-
-    torchrun --nproc-per-node 2 cells.py CELLS.json RESULTS.json
+"""Run cells of the distributed matrix on the processes of a pool's job and compare each with one process.
 
 A cell is a mapping: ``optimizer`` (a name below), ``layout`` (ddp, fsdp2, zero0 to zero3) and options. Every rank
 trains its share of the same batches as one process; the results hold, for each cell, the largest difference of a
@@ -19,10 +17,8 @@ same engine on one rank: a launch on one rank writes its weights to ``alone``, l
 
 import contextlib
 import itertools
-import json
 import logging
 import os
-import sys
 import warnings
 from inspect import signature
 
@@ -46,7 +42,6 @@ from gracile.optim.core.optimizer import ShardedOptimizer
 from gracile.optim.distributed.process_group import _host_group
 from gracile.optim.distributed.projection import Workspace
 from gracile.train.engines.deepspeed_ops import skip_inference_reduce
-from gracile.train.engines.process_exit import leave
 from gracile.train.measurement.comm_bytes import Traffic
 
 STEPS, GAP, RANK, BATCH = 20, 7, 6, 8
@@ -491,15 +486,16 @@ def holds(cell, told):
     return held and told["difference"] <= limits[""] and told["of_movement"] <= limits["_of_movement"]
 
 
-def main():
-    cells, results = sys.argv[1:3]
-    torch.set_num_threads(1)
+def start():
     skip_inference_reduce()
     deepspeed.init_distributed("gloo")
-    with open(cells) as file:
-        todo = json.load(file)
+
+
+def measure(cells):
+    """Each cell with what it measured, at rank 0."""
+    start()
     told = []
-    for cell in todo:
+    for cell in cells:
         # as on a machine with GPUs, where the engine's processes speak through NCCL and offloaded tensors cannot
         dist.get_backend = (lambda group=None: "nccl") if cell.get("nccl") else BACKEND_OF
         reference = None
@@ -507,12 +503,4 @@ def main():
             reference = torch.load(cell["alone"]) if "alone" in cell else alone(cell)
         result = run(cell, reference)
         told.append({**cell, **(result or {})})
-    if dist.get_rank() == 0:
-        with open(results, "w") as file:
-            json.dump(told, file)
-    dist.barrier()
-    leave(0)
-
-
-if __name__ == "__main__":
-    main()
+    return told

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from gracile.train.pretrain import main
 
 
-def test_two_ranks_train_the_run_of_one(tiny, tmp_path, metrics, torchrun):
+def test_two_ranks_train_the_run_of_one(tiny, tmp_path, metrics, torchrun, pool):
     config = tiny(max_steps=12)
     assert main([config]) == 0
     two = tmp_path / "two"
@@ -26,7 +26,7 @@ def test_two_ranks_train_the_run_of_one(tiny, tmp_path, metrics, torchrun):
     ):
         assert torch.linalg.vector_norm(a - b) <= 1e-4 * torch.linalg.vector_norm(a), name
 
-    resumed = torchrun(
+    resumed = pool.run(
         2, "-m", "gracile.train.pretrain", config, "--gradient_accumulation_steps", "1", "--output_dir", str(two),
         "--resume_from_checkpoint", str(two / "checkpoint-5"),
     )  # fmt: skip

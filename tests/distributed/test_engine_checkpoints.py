@@ -1,10 +1,8 @@
 """Checkpoints of DeepSpeed's engine: what is saved, loaded and gone on from. ``checkpoint_cells.py`` runs in the
 processes."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from torch import nn
 
 from gracile import optim
 
-CELLS = Path(__file__).with_name("checkpoint_cells.py")
 LARGE = [24, 1500, 28]  # moments of 4096 elements or more: 8 bits really
 
 OPTIMIZERS = [
@@ -78,32 +75,25 @@ OTHERS = [ON_TWO.index(c) for c in ON_TWO if c["optimizer"] == "GaLoreAdamW"]
 
 
 @pytest.fixture(scope="module")
-def launched(torchrun, tmp_path_factory):
-    """Cells run at once, on a number of processes, and their results."""
-    folder = tmp_path_factory.mktemp("engine")
-
-    def launch(ranks, cells):
-        todo, done = folder / f"cells{ranks}.json", folder / f"results{ranks}.json"
-        todo.write_text(json.dumps(cells))
-        process = torchrun(ranks, str(CELLS), str(todo), str(done), timeout=400)
-        assert process.returncode == 0, process.stdout[-3000:]
-        return json.loads(done.read_text())
-
-    launch.folder = folder
-    return launch
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("engine")
 
 
 @pytest.fixture(scope="module")
-def saved(launched):
+def saved(pool, folder):
     """The cells that ran on two processes, each with its folder and results."""
-    cells = [{**c, "folder": str(launched.folder / str(i))} for i, c in enumerate(ON_TWO + REFUSED)]
-    return [{**c, **told} for c, told in zip(cells, launched(2, cells), strict=True)]
+    cells = [{**c, "folder": str(folder / str(i))} for i, c in enumerate(ON_TWO + REFUSED)]
+    return [{**c, **told} for c, told in zip(cells, measured(pool, 2, cells), strict=True)]
 
 
 @pytest.fixture(scope="module")
-def saved_thoroughly(launched):
-    cells = [{**c, "folder": str(launched.folder / f"thorough{i}")} for i, c in enumerate(in_every_stage(THOROUGH))]
-    return [{**c, **told} for c, told in zip(cells, launched(2, cells), strict=True)]
+def saved_thoroughly(pool, folder):
+    cells = [{**c, "folder": str(folder / f"thorough{i}")} for i, c in enumerate(in_every_stage(THOROUGH))]
+    return [{**c, **told} for c, told in zip(cells, measured(pool, 2, cells), strict=True)]
+
+
+def measured(pool, ranks, cells):
+    return pool.call(ranks, "checkpoint_cells:measure", cells, timeout=600)
 
 
 def name(number):
@@ -159,11 +149,11 @@ def test_the_state_that_went_through_has_its_own_dtypes(saved, optimizer, dtypes
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_another_number_of_processes_is_refused_by_zero(launched, saved, ranks):
+def test_another_number_of_processes_is_refused_by_zero(pool, saved, ranks):
     """Its state is cut; without ZeRO it is whole and loads. ``full_state`` is what moves it."""
     cells = [{**saved[i], "do": "load", "saves": False} for i in OTHERS]
     assert {c["layout"] for c in cells} == {"zero0", "zero1", "zero2", "zero3"}
-    for c, told in zip(cells, launched(ranks, cells), strict=True):
+    for c, told in zip(cells, measured(pool, ranks, cells), strict=True):
         assert len(told["raised"]) == ranks
         if c["layout"] == "zero0":
             assert not any(told["raised"]), told["raised"]

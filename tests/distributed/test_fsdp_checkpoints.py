@@ -1,11 +1,6 @@
 """FSDP2 runs saved by torch.distributed.checkpoint on four processes go on on four, and on two."""
 
-import json
-from pathlib import Path
-
 import pytest
-
-WORKER = Path(__file__).with_name("fsdp_checkpoints.py")
 
 CELLS = [
     {"optimizer": "Lion"},
@@ -39,25 +34,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def told(torchrun, folder):
-    def of(ranks, task):
-        todo, results = folder / "cells.json", folder / f"{task}.json"
-        todo.write_text(json.dumps([*CELLS, LARGE]))
-        process = torchrun(ranks, str(WORKER), str(todo), str(results), str(folder), task, timeout=600)
-        assert process.returncode == 0, process.stdout[-3000:]
-        return json.loads(results.read_text())
-
-    return of
+def saved(pool, folder):
+    return pool.call(4, "fsdp_checkpoints:measure", [*CELLS, LARGE], str(folder), "save", timeout=600)
 
 
 @pytest.fixture(scope="module")
-def saved(told):
-    return told(4, "save")
-
-
-@pytest.fixture(scope="module")
-def loaded(told, saved):
-    return told(2, "load")
+def loaded(pool, folder, saved):
+    return pool.call(2, "fsdp_checkpoints:measure", [*CELLS, LARGE], str(folder), "load", timeout=600)
 
 
 @by_cell

@@ -1,11 +1,6 @@
 """Every optimizer, split over processes in every way, beside one process. ``cells.py`` runs in the processes."""
 
-import json
-from pathlib import Path
-
 import pytest
-
-CELLS = Path(__file__).with_name("cells.py")
 
 
 def cell(optimizer, layout, **options):
@@ -115,18 +110,13 @@ LAUNCHES |= {f"{ranks} thorough": cells for ranks, cells in THOROUGH.items()}
 
 
 @pytest.fixture(scope="module")
-def results(torchrun, tmp_path_factory):
-    """Run all cells of one number of processes at once: starting them costs more than a cell."""
+def results(pool):
+    """All cells of one number of processes run in one job."""
     told = {}
 
     def of(launch):
         if launch not in told:
-            folder = tmp_path_factory.mktemp("cells")
-            todo, done = folder / "cells.json", folder / "results.json"
-            todo.write_text(json.dumps(LAUNCHES[launch]))
-            process = torchrun(int(launch.split()[0]), str(CELLS), str(todo), str(done), timeout=600)
-            assert process.returncode == 0, process.stdout[-3000:]
-            told[launch] = json.loads(done.read_text())
+            told[launch] = pool.call(int(launch.split()[0]), "cells:measure", LAUNCHES[launch], timeout=600)
         return told[launch]
 
     return of

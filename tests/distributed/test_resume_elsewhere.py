@@ -60,16 +60,16 @@ def farthest(one: Path, other: Path) -> float:
     ],
     ids=lambda place: f"{place[0]} {place[1] or 'plain'}",
 )
-def test_a_run_goes_on_elsewhere_as_if_it_had_never_stopped(before, after, start, tmp_path, torchrun, capsys):
+def test_a_run_goes_on_elsewhere_as_if_it_had_never_stopped(before, after, start, tmp_path, pool):
     run = tmp_path / "run"
     command = ["-m", "gracile.train.pretrain", start, "--output_dir", str(run)]
-    done = torchrun(before[0], *command, *options(*before))
+    done = pool.run(before[0], *command, *options(*before))
     assert done.returncode == 0, done.stdout[-3000:]
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
     shutil.copy(run / "model.safetensors", undisturbed)
     stopped_after(run, 5)
-    again = torchrun(after[0], *command, *options(*after), "--resume_from_checkpoint", "true")
+    again = pool.run(after[0], *command, *options(*after), "--resume_from_checkpoint", "true")
     assert again.returncode == 0, again.stdout[-3000:]
     assert again.stdout.count("its state is split anew") == 1
     assert "examples now" not in again.stdout

@@ -1,11 +1,6 @@
 """State is split like the weights: a process of n holds an n-th of it, to 5 percent. ``state_bytes.py`` runs there."""
 
-import json
-from pathlib import Path
-
 import pytest
-
-WORKER = Path(__file__).with_name("state_bytes.py")
 
 OPTIMIZERS = [
     "Lion", "GaLoreAdamW8bit", "GaLoreAdamW8bit Q-GaLore", "GaLoreAdafactor", "GaLoreLion", "GaLorePlusAdamW",
@@ -21,17 +16,12 @@ CELLS += [
 
 
 @pytest.fixture(scope="module")
-def measured(torchrun, tmp_path_factory):
+def measured(pool):
     told = {}
 
     def on(ranks):
         if ranks not in told:
-            folder = tmp_path_factory.mktemp(f"bytes{ranks}")
-            todo, done = folder / "cells.json", folder / "results.json"
-            todo.write_text(json.dumps(CELLS))
-            process = torchrun(ranks, str(WORKER), str(todo), str(done), timeout=600)
-            assert process.returncode == 0, process.stdout[-3000:]
-            told[ranks] = json.loads(done.read_text())
+            told[ranks] = pool.call(ranks, "state_bytes:measure", CELLS, timeout=600)
         return told[ranks]
 
     return on
