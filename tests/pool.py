@@ -1,9 +1,9 @@
 """Process groups for tests, without the start of an interpreter for each process.
 
-Two servers import torch, DeepSpeed, transformers and the trainer once. Each process of a job is forked from one of them:
-it has what they imported and nothing of an earlier job. Even ranks come from one server and odd ranks from the other,
-so that two processes differ in their hash seeds and addresses, as those of ``torchrun`` do. A job is a command, as
-``torchrun`` takes it, or a function and its arguments:
+Two servers import torch, DeepSpeed, transformers and the trainer once. Each process of a job is forked from one of
+them: it has what they imported and nothing of an earlier job. Even ranks come from one server and odd ranks from the
+other, so that two processes differ in their hash seeds and addresses, as those of ``torchrun`` do. A job is a command,
+as ``torchrun`` takes it, or a function and its arguments:
 
     pool.run(2, "-m", "gracile.train.pretrain", "run.yaml")     # -> subprocess.CompletedProcess
     pool.call(4, "cells:measure", cells)                        # -> what it returns on rank 0
@@ -77,8 +77,8 @@ class Pool:
         job = Job(self, next(self.numbers), ranks)
         self.jobs[job.number] = job
         common = {"argv": argv, "target": target, "cwd": os.getcwd(), "job": job.number, "folder": str(job.folder)}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+        environment |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         for rank in range(ranks):
             own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             self.servers[rank % 2][1].send({**common, "rank": rank, "environment": own})

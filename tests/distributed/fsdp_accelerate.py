@@ -1,4 +1,4 @@
-"""A plain script with accelerate: the optimizer is built first, ``prepare`` splits the model and swaps its parameters."""
+"""A plain script with accelerate: ``prepare`` splits the model and swaps the parameters of its optimizer."""
 
 import gc
 import weakref

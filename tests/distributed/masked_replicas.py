@@ -1,4 +1,4 @@
-"""Replicas that are built with weights of their own, as DistributedDataParallel allows, and masks that weights decide."""
+"""Replicas that are built with weights of their own, as DistributedDataParallel allows; weights decide masks."""
 
 import torch
 import torch.distributed as dist

@@ -34,8 +34,8 @@ def test_two_ranks_train_the_run_of_one(tiny, tmp_path, metrics, torchrun, pool)
     assert metrics(two)["history"] == other["history"], "bit for bit"
 
 
-def test_bad_input_is_said_once_for_all_ranks(tiny, tmp_path, torchrun):
-    result = torchrun(2, "-m", "gracile.train.pretrain", tiny(rank=0))
+def test_bad_input_is_said_once_for_all_ranks(tiny, tmp_path, pool):
+    result = pool.run(2, "-m", "gracile.train.pretrain", tiny(rank=0))
     assert result.returncode != 0
     assert result.stdout.count("gracile pretrain: rank must be at least 1, got 0") == 1
     assert not (tmp_path / "run").exists()

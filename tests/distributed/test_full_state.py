@@ -6,6 +6,8 @@ from torch import nn
 
 from gracile.optim import GaLoreAdamW, LDAdamW, full_state, load_full_state
 
+STEPS = 16  # of cells.py: refreshes at 7 and 14, and at 5, 10 and 15
+
 # optimizer, layout on four processes, layout on two
 MOVES = [
     ("Lion", "zero1", "zero3"),
@@ -48,10 +50,10 @@ def moved_once(pool, folder, moves):
     first, second = [], []
     for number, (optimizer, before, after) in enumerate(moves):
         side = "left" if number % 2 else "std"
-        cell = {"optimizer": optimizer, "proj_type": side}
+        cell = {"optimizer": optimizer, "proj_type": side, "watched": False}
         state = str(folder / f"{number}.pt")
         first.append({**cell, "layout": before, "steps": [0, 11], "save": state})
-        second.append({**cell, "layout": after, "steps": [11, 20], "load": state})
+        second.append({**cell, "layout": after, "steps": [11, STEPS], "load": state})
     pool.call(4, "cells:measure", first, timeout=600)
     return pool.call(2, "cells:measure", second, timeout=600)
 

@@ -132,7 +132,7 @@ def results(pool):
     ids=lambda value: str(value),
 )
 def test_split_over_processes_it_is_what_it_is_in_one(results, launch, number):
-    """20 steps with two or three refreshes; ``cells.holds`` has the limits. Replicas are equal to the bit, and no
+    """16 steps with two or three refreshes; ``cells.holds`` has the limits. Replicas are equal to the bit, and no
     process holds all of the state."""
     told = results(launch)[number]
     assert {key: told[key] for key in LAUNCHES[launch][number]} == LAUNCHES[launch][number]
