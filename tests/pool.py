@@ -64,7 +64,8 @@ class RanksFailed(AssertionError):
 class Pool:
     """The two servers, started when the first job comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, imported: tuple[str, ...] = IMPORTED) -> None:
+        self.imported = imported
         self.folder = tempfile.TemporaryDirectory(prefix="gracile-pool-")
         self.servers: list[tuple[subprocess.Popen, Connection]] = []
         self.numbers = itertools.count()
@@ -119,7 +120,7 @@ class Pool:
         log = Path(self.folder.name) / f"{name}.log"
         with log.open("w") as file:
             process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [sys.executable, __file__, str(theirs.fileno()), *self.imported],
                 env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
                 start_new_session=True,
             )  # fmt: skip
@@ -156,16 +157,17 @@ class Job:
 
     def wait(self, timeout: float = 300) -> int:
         """0, or the exit code of the rank that failed first."""
-        deadline, failed = time.monotonic() + timeout, 0
+        deadline = time.monotonic() + timeout
         try:
             while len(self.codes) < self.ranks:
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    return self._stopped(failed or -signal.SIGALRM, ask=not failed)
+                    return self._stopped()
+                before = self._failed()
                 self.pool._listen(min(left, 60))
-                if not failed and (failed := next((code for code in self.codes.values() if code), 0)):
+                if before != self._failed():
                     deadline = min(deadline, time.monotonic() + GRACE)
-            return failed
+            return self._failed()
         except BaseException:
             self.kill()
             raise
@@ -182,29 +184,27 @@ class Job:
         paths = [self.folder / f"{rank}.log" for rank in range(self.ranks)]
         return "".join(path.read_text(errors="replace") for path in paths if path.exists())
 
-    def _stopped(self, code: int, ask: bool) -> int:
-        if ask:
+    def _failed(self) -> int:
+        return next((code for code in self.codes.values() if code), 0)
+
+    def _stopped(self) -> int:
+        """Too late, or some rank has failed and others have not ended since."""
+        code = self._failed()
+        if not code:
             self.pool._signal(self.number, signal.SIGABRT)  # faulthandler prints where each thread is
             until = time.monotonic() + 2
             while len(self.codes) < self.ranks and time.monotonic() < until:
                 self.pool._listen(0.2)
         self.kill()
-        return code
+        return code or -signal.SIGALRM
 
 
 # ---- the servers ----------------------------------------------------------------------------------------------------
 
 
-def serve(connection: Connection) -> None:
+def serve(connection: Connection, imported: list[str]) -> None:
     """Fork a process for each request, and tell when it has ended."""
-    sys.path[:0] = [str(TESTS / "distributed")]
-    for name in IMPORTED:
-        importlib.import_module(name)
-    from deepspeed.utils import numa
-
-    numa.get_numa_cores = functools.cache(numa.get_numa_cores)  # starts a program, often
-    gc.collect()
-    gc.freeze()
+    prepare(imported)
     running: dict[int, tuple[int, int]] = {}  # of a process -> its job and rank
     try:
         while True:
@@ -218,9 +218,8 @@ def serve(connection: Connection) -> None:
                     running[pid] = request["job"], request["rank"]
                 else:
                     number, which = request
-                    for pid, (job, _) in running.items():
-                        if job == number:
-                            _signal_group(pid, which)
+                    for pid in [pid for pid, (job, _) in running.items() if job == number]:
+                        _signal_group(pid, which)
             while running:
                 pid, status = os.waitpid(-1, os.WNOHANG)
                 if pid == 0:
@@ -230,6 +229,19 @@ def serve(connection: Connection) -> None:
     except (EOFError, OSError):
         for pid in running:
             _signal_group(pid, signal.SIGKILL)
+
+
+def prepare(imported: list[str]) -> None:
+    """What every job finds done."""
+    sys.path.insert(0, str(TESTS / "distributed"))
+    for name in imported:
+        importlib.import_module(name)
+    if "deepspeed" in imported:
+        from deepspeed.utils import numa
+
+        numa.get_numa_cores = functools.cache(numa.get_numa_cores)  # starts a program, often
+    gc.collect()
+    gc.freeze()
 
 
 def _signal_group(pid: int, which: int) -> None:
@@ -299,5 +311,5 @@ def _function(request: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])))
+    serve(Connection(int(sys.argv[1])), sys.argv[2:])
     os._exit(0)
