@@ -1,6 +1,8 @@
 """Every test run has its own, empty Hugging Face cache and no network; fixtures of tiny runs on real text."""
 
 import atexit
+import functools
+import gc
 import json
 import os
 import shutil
@@ -21,6 +23,13 @@ os.environ |= {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+def pytest_collection_finish():
+    """What has been imported stays: the Trainer collects garbage in every run, and need not look at it each time."""
+    gc.collect()
+    gc.freeze()
+
 
 MODULES = ("argparse", "inspect", "tarfile", "typing")
 
@@ -47,10 +56,16 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny(corpus, tmp_path):
+def tiny(tiny_in, tmp_path):
     """Settings of a run that takes a second or two; ``tiny(key=value)`` writes them and returns the YAML's path."""
+    return functools.partial(tiny_in, tmp_path)
 
-    def write(**changes) -> str:
+
+@pytest.fixture(scope="session")
+def tiny_in(corpus):
+    """The same for any folder, for runs that several tests read."""
+
+    def write(folder: Path, **changes) -> str:
         settings = {
             "model": "2m",
             "model_overrides": {
@@ -73,9 +88,9 @@ def tiny(corpus, tmp_path):
             "save_steps": 5,
             "logging_steps": 3,
             "disable_tqdm": True,
-            "output_dir": str(tmp_path / "run"),
+            "output_dir": str(folder / "run"),
         } | changes
-        path = tmp_path / "tiny.yaml"
+        path = folder / "tiny.yaml"
         path.write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not None}))
         return str(path)
 
