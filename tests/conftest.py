@@ -25,6 +25,20 @@ os.environ |= {
 }
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With several workers (``-n 2 --dist loadscope``) the tests of a file stay together, for they share fixtures, and
+    so do all that start processes: two process groups at once would wait for each other's turns."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::")[0]
+            return "tests/distributed" if path.startswith("tests/distributed/") else path
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_finish():
     """What has been imported stays: the Trainer collects garbage in every run, and need not look at it each time."""
     gc.collect()
