@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# two workers; the tests that start processes stay on one of them
+TWO := -n 2 --dist loadscope --no-loadscope-reorder
 
 .PHONY: help pretrain test test-distributed lint docs kill clean
 
@@ -18,10 +20,10 @@ pretrain: $(VENV)/.run
 	$(BIN)/gracile pretrain $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO) $(ARGS)
 
 test-distributed: $(VENV)/.dev
-	$(BIN)/python -m pytest -m thorough
+	$(BIN)/python -m pytest $(TWO) -m thorough
 	$(BIN)/python tests/distributed/matrix.py $(ARGS)
 
 lint: $(VENV)/.dev

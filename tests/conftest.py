@@ -1,6 +1,8 @@
 """Every test run has its own, empty Hugging Face cache and no network; fixtures of tiny runs on real text."""
 
 import atexit
+import functools
+import gc
 import json
 import os
 import shutil
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pool import Pool
 
 _cache = tempfile.mkdtemp(prefix="gracile-test-cache-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
@@ -21,11 +24,40 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With several workers (``-n 2 --dist loadscope``) the tests of a file stay together, for they share fixtures, and
+    so do all that start processes: two process groups at once would wait for each other's turns."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::")[0]
+            return "tests/distributed" if path.startswith("tests/distributed/") else path
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_finish():
+    """What has been imported stays: the Trainer collects garbage in every run, and need not look at it each time."""
+    gc.collect()
+    gc.freeze()
+
+
 MODULES = ("argparse", "inspect", "tarfile", "typing")
 
 
 def module_text(name: str) -> str:
     return Path(util.find_spec(name).origin).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Process groups, to run commands and functions in: ``pool.run`` and ``pool.call``."""
+    processes = Pool()
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(scope="session")
@@ -38,10 +70,16 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny(corpus, tmp_path):
+def tiny(tiny_in, tmp_path):
     """Settings of a run that takes a second or two; ``tiny(key=value)`` writes them and returns the YAML's path."""
+    return functools.partial(tiny_in, tmp_path)
 
-    def write(**changes) -> str:
+
+@pytest.fixture(scope="session")
+def tiny_in(corpus):
+    """The same for any folder, for runs that several tests read."""
+
+    def write(folder: Path, **changes) -> str:
         settings = {
             "model": "2m",
             "model_overrides": {
@@ -64,9 +102,9 @@ def tiny(corpus, tmp_path):
             "save_steps": 5,
             "logging_steps": 3,
             "disable_tqdm": True,
-            "output_dir": str(tmp_path / "run"),
+            "output_dir": str(folder / "run"),
         } | changes
-        path = tmp_path / "tiny.yaml"
+        path = folder / "tiny.yaml"
         path.write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not None}))
         return str(path)
 

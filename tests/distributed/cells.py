@@ -1,11 +1,9 @@
-"""Run cells of the distributed matrix on this process group and compare each with one process.
-
-    torchrun --nproc-per-node 2 cells.py CELLS.json RESULTS.json
+"""Run cells of the distributed matrix on the processes of a pool's job and compare each with one process.
 
 A cell is a mapping: ``optimizer`` (a name below), ``layout`` (ddp, fsdp2, zero0 to zero3) and options. Every rank
 trains its share of the same batches as one process; the results hold, for each cell, the largest difference of a
 parameter relative to its norm and to its movement, whether replicas agree, the bytes of state, the bytes that the
-optimizer sends, and whether all that ``holds``: after 20 steps with two or more refreshes a cell may differ by 1e-5 of
+optimizer sends, and whether all that ``holds``: after 16 steps with two or more refreshes a cell may differ by 1e-5 of
 each parameter and 1e-4 of its movement
 
     from one process that is fed the very gradients of the run ("replayed"): always;
@@ -19,10 +17,8 @@ same engine on one rank: a launch on one rank writes its weights to ``alone``, l
 
 import contextlib
 import itertools
-import json
 import logging
 import os
-import sys
 import warnings
 from inspect import signature
 
@@ -45,10 +41,9 @@ from gracile.models.convert import convert
 from gracile.optim.core.optimizer import ShardedOptimizer
 from gracile.optim.distributed.process_group import _gloo_group
 from gracile.train.engines.deepspeed_ops import skip_inference_reduce
-from gracile.train.engines.process_exit import leave
 from gracile.train.measurement.comm_bytes import Traffic
 
-STEPS, GAP, RANK, BATCH = 20, 7, 6, 8
+STEPS, GAP, RANK, BATCH = 16, 7, 6, 8
 SIZES = (24, 45, 28)
 OF_PARAMETER, OF_MOVEMENT = 1e-5, 1e-4
 IN_8_BITS = 1e-3, 5e-3
@@ -408,13 +403,15 @@ class Watch:
     def __init__(self, optimizer, cell):
         self.steps, inner = [], optimizer.step
         self.asked = len(range(*cell.get("steps", (0, STEPS))))
-        self.replay = None
-        if not isinstance(optimizer, ShardedOptimizer):
+        self.replay, self.replayed = None, {}
+        if not isinstance(optimizer, ShardedOptimizer) or not cell.get("watched", True):
             return  # torch's own sends nothing
         self.replay = Replay(optimizer, cell)
 
         def step(*arguments, **keywords):
             self.replay.step(optimizer)
+            if not cell.get("traffic"):
+                return inner(*arguments, **keywords)
             with Traffic() as traffic:
                 told = inner(*arguments, **keywords)
             self.steps.append(traffic.bytes)
@@ -423,12 +420,13 @@ class Watch:
         optimizer.step = step
 
     def close(self, optimizer):
-        self.replayed = self.replay.told(optimizer) if self.replay else {}
+        if self.replay:
+            self.replayed = self.replay.told(optimizer)
 
     def told(self):
         """Bytes sent in a step between refreshes, and in one with a refresh (after the first, which starts cold)."""
         if not self.steps:
-            return {"sent": 0, "sent_at_refresh": 0}
+            return {"sent": 0, "sent_at_refresh": 0, **self.replayed}
         calls = len(self.steps) // self.asked  # DeepSpeed steps each group, or sub-group, by itself
         steps = [sum(self.steps[i : i + calls]) for i in range(0, len(self.steps), calls)]
         return {"sent": min(steps), "sent_at_refresh": max(steps[1:]), **self.replayed}
@@ -490,15 +488,16 @@ def holds(cell, told):
     return held and told["difference"] <= limits[""] and told["of_movement"] <= limits["_of_movement"]
 
 
-def main():
-    cells, results = sys.argv[1:3]
-    torch.set_num_threads(1)
+def start():
     skip_inference_reduce()
     deepspeed.init_distributed("gloo")
-    with open(cells) as file:
-        todo = json.load(file)
+
+
+def measure(cells):
+    """Each cell with what it measured, at rank 0."""
+    start()
     told = []
-    for cell in todo:
+    for cell in cells:
         # as on a machine with GPUs, where the engine's processes speak through NCCL and offloaded tensors cannot
         dist.get_backend = (lambda group=None: "nccl") if cell.get("nccl") else BACKEND_OF
         reference = None
@@ -506,12 +505,4 @@ def main():
             reference = torch.load(cell["alone"]) if "alone" in cell else alone(cell)
         result = run(cell, reference)
         told.append({**cell, **(result or {})})
-    if dist.get_rank() == 0:
-        with open(results, "w") as file:
-            json.dump(told, file)
-    dist.barrier()
-    leave(0)
-
-
-if __name__ == "__main__":
-    main()
+    return told

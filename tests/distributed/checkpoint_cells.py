@@ -1,21 +1,16 @@
-"""Save and load checkpoints of DeepSpeed's engine on this process group, and tell what came of it.
-
-    torchrun --nproc-per-node 2 checkpoint_cells.py CELLS.json RESULTS.json
+"""Save and load checkpoints of DeepSpeed's engine on the processes of a pool's job, and tell what came of it.
 
 Cells are those of ``cells.py``, each with the ``folder`` of its checkpoint and what to ``do``: go on from a checkpoint,
 load one that does not fit, or only start an engine.
 """
 
-import json
-import sys
 from pathlib import Path
 
-from cells import deepspeed, dist, skip_inference_reduce, started, torch, train, weights_of_engine
+import cells
+from cells import dist, started, torch, train, weights_of_engine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-
-from gracile.train.engines.process_exit import leave
 
 SAVED, END = 6, 12
 TAG = "saved"
@@ -115,7 +110,7 @@ def load(cell):
     return agreed(found)
 
 
-def start(cell):
+def refused(cell):
     return {"raised": raised_by(lambda: started(cell))}
 
 
@@ -131,19 +126,6 @@ def raised_by(action):
     return errors
 
 
-def main():
-    cells, results = sys.argv[1:3]
-    torch.set_num_threads(1)
-    skip_inference_reduce()
-    deepspeed.init_distributed("gloo")
-    with open(cells) as file:
-        told = [{"go on": go_on, "load": load, "start": start}[cell["do"]](cell) for cell in json.load(file)]
-    if dist.get_rank() == 0:
-        with open(results, "w") as file:
-            json.dump(told, file)
-    dist.barrier()
-    leave(0)
-
-
-if __name__ == "__main__":
-    main()
+def measure(todo):
+    cells.start()
+    return [{"go on": go_on, "load": load, "start": refused}[cell["do"]](cell) for cell in todo]

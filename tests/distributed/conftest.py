@@ -1,36 +1,22 @@
 """Launch real processes on loopback, with a time limit, and leave none behind."""
 
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-
-
-def _loopback_port() -> int:
-    while True:
-        port = random.randrange(20000, 32000)  # below those that systems give to outgoing connections
-        with suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
+from pool import free_port
 
 
 @pytest.fixture(scope="session")
-def loopback_port():
-    """A function that finds a free port."""
-    return _loopback_port
+def torchrun():
+    """The real launcher. What is not about it runs in the pool."""
 
-
-@pytest.fixture(scope="session")
-def torchrun(loopback_port):
     def launch(ranks: int, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-        command += ["--master-addr=127.0.0.1", f"--master-port={loopback_port()}", *arguments]
+        command += ["--master-addr=127.0.0.1", f"--master-port={free_port()}", *arguments]
         process = subprocess.Popen(
             command,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

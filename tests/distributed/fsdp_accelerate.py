@@ -1,13 +1,7 @@
-"""A plain script with accelerate: the optimizer is built first, ``prepare`` splits the model and swaps its parameters.
-
-torchrun --nproc-per-node 2 fsdp_accelerate.py RESULTS.json FOLDER
-"""
+"""A plain script with accelerate: ``prepare`` splits the model and swaps the parameters of its optimizer."""
 
 import gc
-import json
-import sys
 import weakref
-from pathlib import Path
 
 import cells
 import torch
@@ -19,7 +13,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from gracile.optim.distributed import UnsupportedLayout
-from gracile.train.engines.process_exit import leave
 
 CELL = {"optimizer": "GaLoreAdamW", "proj_type": "left"}
 PLACED = {"optimizer": "APOLLOAdamW"}  # draws its projections by a parameter's place
@@ -123,9 +116,7 @@ def with_state(accelerator):
     train(accelerator, *accelerator.prepare(net, optimizer), 1, 2)
 
 
-def main():
-    results, folder = sys.argv[1:]
-    torch.set_num_threads(1)
+def measure(folder):
     split_on_cpus()
     told = {}
     for form in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
@@ -145,11 +136,4 @@ def main():
     net, optimizer = split_later(in_another_order)
     told["in_another_order"] = refusal(lambda: train(accelerator, net, optimizer, 0, 1))
     told["with_state"] = refusal(lambda: with_state(accelerator))
-    if accelerator.is_main_process:
-        Path(results).write_text(json.dumps(told))
-    dist.barrier()
-    leave(0)
-
-
-if __name__ == "__main__":
-    main()
+    return told

@@ -1,14 +1,7 @@
-"""Save and load FSDP2 runs through torch.distributed.checkpoint, in the processes of one launch.
-
-    torchrun --nproc-per-node 4 fsdp_checkpoints.py CELLS.json RESULTS.json FOLDER save
-    torchrun --nproc-per-node 2 fsdp_checkpoints.py CELLS.json RESULTS.json FOLDER load
+"""Save and load FSDP2 runs through torch.distributed.checkpoint, on the processes of a pool's job.
 
 ``save``: half a run, a checkpoint, the rest, and once more from the checkpoint. ``load``: the rest alone.
 """
-
-import json
-import sys
-from pathlib import Path
 
 import cells
 import torch
@@ -20,7 +13,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from gracile import optim
-from gracile.train.engines.process_exit import leave
 
 HALF, STEPS = 8, 16  # refreshes at 0, 5, 7 and 10, 14, 15
 
@@ -160,16 +152,6 @@ def run(cell, folder, task):
     return {"kept": kept, "plain": plain, "same_bits": same_bits(undisturbed, again)} | apart(undisturbed[0], cell)
 
 
-def main():
-    todo, results, folder, task = sys.argv[1:]
-    torch.set_num_threads(1)
+def measure(todo, folder, task):
     dist.init_process_group("gloo")
-    told = [run(cell, f"{folder}/{i}", task) for i, cell in enumerate(json.loads(Path(todo).read_text()))]
-    if dist.get_rank() == 0:
-        Path(results).write_text(json.dumps(told))
-    dist.barrier()
-    leave(0)
-
-
-if __name__ == "__main__":
-    main()
+    return [run(cell, f"{folder}/{i}", task) for i, cell in enumerate(todo)]

@@ -10,23 +10,22 @@ beside it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from pool import Pool
+
 Cell = dict[str, Any]
 
-WORKER = Path(__file__).with_name("cells.py")
-BATCH_OF_CELLS = 30  # cells a launch runs: starting processes costs more than a cell
+BATCH_OF_CELLS = 30  # cells of one job, after which a dot is printed
 
 OPTIMIZERS = [
     "Lion", "GaLoreAdamW", "GaLoreAdamW svd", "GaLoreAdamW8bit", "GaLoreAdamW8bit Q-GaLore", "GaLoreAdafactor",
@@ -133,6 +132,7 @@ def task(cell: Cell, optimizer: str | None = None) -> Cell:
         "accumulation": cell["accumulation"],
         "clip": cell["clip"],
         "zero_init": cell["zero_init"],
+        "traffic": True,
         "zero": OPTIONS[cell["option"]][0],
         "keys": {"shard_basis": True} if cell["shard_basis"] and _keeps_a_basis(cell["optimizer"]) else {},
         **(LARGE if "8bit" in cell["optimizer"] else {}),
@@ -143,35 +143,12 @@ def _keeps_a_basis(optimizer: str) -> bool:
     return not optimizer.startswith(("Lion", "DCT"))
 
 
-def launch(ranks: int, tasks: list[Cell], folder: Path) -> list[Cell]:
+def launch(pool: Pool, ranks: int, tasks: list[Cell]) -> list[Cell]:
     """What cells.py says of ``tasks`` on ``ranks`` processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    todo, done = folder / "cells.json", folder / "results.json"
-    todo.write_text(json.dumps(tasks))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    command += ["--master-addr=127.0.0.1", f"--master-port={port}", str(WORKER), str(todo), str(done)]
-    with (folder / "log.txt").open("w+") as log:
-        process = subprocess.Popen(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            process.wait(timeout=60 + 30 * len(tasks))
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-                path.unlink(missing_ok=True)  # 69 MB a process
-        if process.returncode != 0:
-            log.seek(0)
-            told = log.read()
-            raise SystemExit(f"{told[max(0, told.find('Traceback')) :][:4000]}\n{ranks} ranks failed")
-    return json.loads(done.read_text())
+    return pool.call(ranks, "cells:measure", tasks, timeout=60 + 30 * len(tasks))
 
 
-def measure(cells: list[Cell], folder: Path) -> list[tuple[Cell, Cell, Cell | None]]:
+def measure(cells: list[Cell], pool: Pool, folder: Path) -> list[tuple[Cell, Cell, Cell | None]]:
     """For each cell what it measured, and AdamW's measure in the same setting where it is bf16."""
     settings: dict[str, str] = {}  # of a bf16 task -> the file of its run on one rank
     tasks = []
@@ -182,13 +159,13 @@ def measure(cells: list[Cell], folder: Path) -> list[tuple[Cell, Cell, Cell | No
             tasks.append((cell["ranks"], own))
     alone = [{**json.loads(text), "alone": path} for text, path in settings.items()]
     for some in _batches(alone):
-        launch(1, some, folder)
+        launch(pool, 1, some)
         print(".", end="", file=sys.stderr, flush=True)
     told: dict[str, Cell] = {}
     for ranks in FACTORS["ranks"]:
         own = list({json.dumps(t): t for r, t in tasks if r == ranks}.values())
         for some in _batches(own):
-            for asked, result in zip(some, launch(ranks, some, folder), strict=True):
+            for asked, result in zip(some, launch(pool, ranks, some), strict=True):
                 told[json.dumps((ranks, asked))] = result
             print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
@@ -244,8 +221,8 @@ def main() -> int:
     if chosen.list:
         print(*cells, sep="\n")
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        results = measure(cells, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(Pool()) as pool:
+        results = measure(cells, pool, Path(folder))
     text = table(results)
     print(text)
     failed = sum(not told["holds"] for _, told, _ in results)

@@ -1,18 +1,12 @@
-"""The optimizer state that processes hold of a LLaMA under DeepSpeed's engine, after one step.
+"""The optimizer state that processes hold of a LLaMA under DeepSpeed's engine, after one step."""
 
-torchrun --nproc-per-node 2 state_bytes.py CELLS.json RESULTS.json
-"""
-
-import json
-import sys
-
-from cells import LAYERS, OPTIMIZERS, convert, deepspeed, dist, skip_inference_reduce, torch
+import cells
+from cells import LAYERS, OPTIMIZERS, convert, deepspeed, dist, torch
 
 from gracile.models import build_llama
 from gracile.optim import param_groups, state_bytes
 from gracile.optim.distributed import as_one_buffer, each_alone
 from gracile.optim.memory import planned_state_by_kind
-from gracile.train.engines.process_exit import leave
 
 
 def llama(cell):
@@ -53,9 +47,12 @@ def planned_bytes(cell):
     return planned_state_by_kind(optimizer, cut, dist.get_rank(), dist.get_world_size(), torch.float32).total()
 
 
-def measure(cell):
-    model = llama(cell)
-    alone = stepped(model, made(model, cell))
+def measured(cell):
+    told = {}
+    if dist.get_rank() == 0:
+        model = llama(cell)
+        alone = stepped(model, made(model, cell))
+        told = {"alone": state_bytes(alone), "basis": basis_bytes(alone)}
     model = llama(cell)
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -71,29 +68,9 @@ def measure(cell):
     held = torch.tensor([state_bytes(optimizer), -state_bytes(optimizer), abs(planned - state_bytes(optimizer))])
     dist.all_reduce(held, dist.ReduceOp.MAX)
     engine.destroy()
-    most, least = held[0].item(), -held[1].item()
-    return {
-        "most": most,
-        "least": least,
-        "off plan": held[2].item(),
-        "alone": state_bytes(alone),
-        "basis": basis_bytes(alone),
-    }
+    return {**told, "most": held[0].item(), "least": -held[1].item(), "off plan": held[2].item()}
 
 
-def main():
-    cells, results = sys.argv[1:3]
-    torch.set_num_threads(1)
-    skip_inference_reduce()
-    deepspeed.init_distributed("gloo")
-    with open(cells) as file:
-        told = [measure(cell) for cell in json.load(file)]
-    if dist.get_rank() == 0:
-        with open(results, "w") as file:
-            json.dump(told, file)
-    dist.barrier()
-    leave(0)
-
-
-if __name__ == "__main__":
-    main()
+def measure(todo):
+    cells.start()
+    return [measured(cell) for cell in todo]

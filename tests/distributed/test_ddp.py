@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from gracile.train.pretrain import main
 
 
-def test_two_ranks_train_the_run_of_one(tiny, tmp_path, metrics, torchrun):
+def test_two_ranks_train_the_run_of_one(tiny, tmp_path, metrics, torchrun, pool):
     config = tiny(max_steps=12)
     assert main([config]) == 0
     two = tmp_path / "two"
@@ -26,7 +26,7 @@ def test_two_ranks_train_the_run_of_one(tiny, tmp_path, metrics, torchrun):
     ):
         assert torch.linalg.vector_norm(a - b) <= 1e-4 * torch.linalg.vector_norm(a), name
 
-    resumed = torchrun(
+    resumed = pool.run(
         2, "-m", "gracile.train.pretrain", config, "--gradient_accumulation_steps", "1", "--output_dir", str(two),
         "--resume_from_checkpoint", str(two / "checkpoint-5"),
     )  # fmt: skip
@@ -34,8 +34,8 @@ def test_two_ranks_train_the_run_of_one(tiny, tmp_path, metrics, torchrun):
     assert metrics(two)["history"] == other["history"], "bit for bit"
 
 
-def test_bad_input_is_said_once_for_all_ranks(tiny, tmp_path, torchrun):
-    result = torchrun(2, "-m", "gracile.train.pretrain", tiny(rank=0))
+def test_bad_input_is_said_once_for_all_ranks(tiny, tmp_path, pool):
+    result = pool.run(2, "-m", "gracile.train.pretrain", tiny(rank=0))
     assert result.returncode != 0
     assert result.stdout.count("gracile pretrain: rank must be at least 1, got 0") == 1
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,7 @@
-"""A training script for DeepSpeed that knows nothing of gracile, with one line changed, under DeepSpeed's launcher."""
+"""A training script for DeepSpeed that knows nothing of gracile, with one line changed.
+
+In each stage it runs whole, is killed, and goes on. In stage 3 DeepSpeed's launcher starts what is killed and goes on.
+"""
 
 import json
 import os
@@ -8,12 +11,14 @@ import signal
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from pool import free_port
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -29,6 +34,8 @@ LINES = {
     2: f"import gracile.optim as g; optimizer = g.FiraAdamW({RANKED}, lr=args.lr)",
     3: f"import gracile.optim as g; optimizer = g.GaLoreAdamW({RANKED}, lr=args.lr)",
 }
+
+LAUNCHED = 3
 
 by_stage = pytest.mark.parametrize("stage", LINES)
 
@@ -55,17 +62,35 @@ def configured(stage, folder):
     return path
 
 
-def launch(port, script, config, output_dir, *arguments, kill_after=None):
-    """The losses that the launched script printed, by step, and its exit code.
+def command(script, config, output_dir):
+    arguments = [str(script), "--deepspeed_config", str(config), "--output_dir", str(output_dir)]
+    return [*arguments, "--steps", str(STEPS), "--save_steps", str(SAVE_STEPS), "--lr", str(LR)]
 
-    All its processes are killed after ``kill_after`` steps, or when they take too long.
-    """
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", str(port)]
-    command += [str(script), "--deepspeed_config", str(config), "--output_dir", str(output_dir)]
-    command += ["--steps", str(STEPS), "--save_steps", str(SAVE_STEPS), "--lr", str(LR), *arguments]
+
+def told_by(text):
+    """The losses that the script printed, by step."""
+    entries = [json.loads(told) for told in re.findall(r'\{"step": [^}]*\}', text)]
+    return {entry["step"]: entry["loss"] for entry in entries}
+
+
+def run_in_pool(pool, *arguments, kill_after=None):
+    """The losses of the script in processes of the pool, which are killed after ``kill_after`` steps."""
+    job = pool.start(2, *arguments)
+    while kill_after is not None and kill_after not in told_by(job.output()):
+        assert not job.ended(), job.output()[-3000:]
+        time.sleep(0.02)
+    if kill_after is not None:
+        job.kill()
+    assert job.wait(300) == (0 if kill_after is None else -signal.SIGKILL), job.output()[-3000:]
+    return told_by(job.output())
+
+
+def launch(*arguments, kill_after=None):
+    """The same under DeepSpeed's launcher, which is killed with all of its processes."""
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
     losses, log = {}, []
     process = subprocess.Popen(
-        command,
+        [*launcher, "--master_port", str(free_port()), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -77,9 +102,7 @@ def launch(port, script, config, output_dir, *arguments, kill_after=None):
     try:
         for text in process.stdout:
             log.append(text)
-            for told in re.findall(r'\{"step": [^}]*\}', text):
-                entry = json.loads(told)
-                losses[entry["step"]] = entry["loss"]
+            losses |= told_by(text)
             if kill_after in losses:
                 os.killpg(process.pid, signal.SIGKILL)
                 break
@@ -94,26 +117,24 @@ def launch(port, script, config, output_dir, *arguments, kill_after=None):
     return losses
 
 
-def train(stage, folder, loopback_port):
+def train(stage, folder, pool):
     """An undisturbed run, one that is killed some steps after a checkpoint, and what goes on from there."""
     script, config = rewritten(LINES[stage], folder), configured(stage, folder)
     whole, broken = folder / "whole", folder / "broken"
-    told = {"whole": launch(loopback_port(), script, config, whole)}
-    told["killed"] = launch(loopback_port(), script, config, broken, kill_after=SAVE_STEPS + 2)
+    start = launch if stage == LAUNCHED else partial(run_in_pool, pool)
+    told = {"whole": run_in_pool(pool, *command(script, config, whole))}
+    told["killed"] = start(*command(script, config, broken), kill_after=SAVE_STEPS + 2)
     assert not (broken / "model.bin").exists(), "the run ended before it was killed"
-    told["resumed"] = launch(loopback_port(), script, config, broken, "--resume")
+    told["resumed"] = start(*command(script, config, broken), "--resume")
     for run, output_dir in (("whole", whole), ("resumed", broken)):
         told[f"{run} weights"] = torch.load(output_dir / "model.bin", weights_only=True)
     return told
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, loopback_port):
-    """Of all stages, at once: a start is slow and leaves processors idle."""
-    with ThreadPoolExecutor(len(LINES)) as pool:
-        folders = {stage: tmp_path_factory.mktemp(f"zero{stage}") for stage in LINES}
-        told = {stage: pool.submit(train, stage, folders[stage], loopback_port) for stage in LINES}
-    return lambda stage: told[stage].result()
+def runs(tmp_path_factory, pool):
+    told = {stage: train(stage, tmp_path_factory.mktemp(f"zero{stage}"), pool) for stage in LINES}
+    return told.__getitem__
 
 
 def alone(line):

@@ -1,18 +1,11 @@
 """accelerate splits a model (FSDP2) after its optimizer was built, and swaps the parameters in its groups."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 
 @pytest.fixture(scope="module")
-def told(torchrun, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("accelerate")
-    script = Path(__file__).with_name("fsdp_accelerate.py")
-    process = torchrun(2, str(script), str(folder / "told.json"), str(folder / "state"), timeout=600)
-    assert process.returncode == 0, process.stdout[-3000:]
-    return json.loads((folder / "told.json").read_text())
+def told(pool, tmp_path_factory):
+    return pool.call(2, "fsdp_accelerate:measure", str(tmp_path_factory.mktemp("accelerate") / "state"), timeout=600)
 
 
 @pytest.mark.parametrize("form", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])

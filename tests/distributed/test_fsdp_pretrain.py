@@ -25,14 +25,14 @@ def assert_close(whole, split):
 
 
 @pytest.mark.parametrize("form", [pytest.param("FULL_STATE_DICT", marks=pytest.mark.thorough), "SHARDED_STATE_DICT"])
-def test_two_processes_train_the_run_of_one(form, tiny, tmp_path, metrics, torchrun):
+def test_two_processes_train_the_run_of_one(form, tiny, tmp_path, metrics, pool):
     """And stopped after a checkpoint, they go on to the same bits; what is saved is whole."""
     config = tiny(max_steps=12)
     assert main([config]) == 0
     two = tmp_path / "two"
     command = [ON_CPU, config, "--gradient_accumulation_steps", "1", "--output_dir", str(two)]
     command += fsdp(state_dict_type=form)
-    done = torchrun(2, *command)
+    done = pool.run(2, *command)
     assert done.returncode == 0, done.stdout[-3000:]
     one, other = metrics(tmp_path / "run"), metrics(two)
     assert (other["tokens"], other["parameters"]) == (one["tokens"], one["parameters"])
@@ -49,44 +49,44 @@ def test_two_processes_train_the_run_of_one(form, tiny, tmp_path, metrics, torch
         assert 0.5 * one[key] <= other[key] <= 0.51 * one[key], key
     assert other["optimizer_state_bytes"] < 0.6 * one["optimizer_state_bytes"]
 
-    again = torchrun(2, *command, "--resume_from_checkpoint", str(two / "checkpoint-5"))
+    again = pool.run(2, *command, "--resume_from_checkpoint", str(two / "checkpoint-5"))
     assert again.returncode == 0, again.stdout[-3000:]
     resumed = load_file(two / "model.safetensors")
     assert all(torch.equal(split[key], value) for key, value in resumed.items())
     assert metrics(two)["history"] == other["history"]
 
 
-def test_on_four_processes_it_goes_on_from_the_checkpoint_of_two(tiny, tmp_path, torchrun):
+def test_on_four_processes_it_goes_on_from_the_checkpoint_of_two(tiny, tmp_path, pool):
     command = [ON_CPU, tiny(max_steps=12, gradient_accumulation_steps=1), *fsdp(state_dict_type="SHARDED_STATE_DICT")]
-    done = torchrun(2, *command)
+    done = pool.run(2, *command)
     assert done.returncode == 0, done.stdout[-3000:]
     run = tmp_path / "run"
     whole = load_file(run / "model.safetensors")
     four = ["--resume_from_checkpoint", str(run / "checkpoint-5"), "--per_device_train_batch_size", "2"]
-    onward = torchrun(4, *command, *four)
+    onward = pool.run(4, *command, *four)
     assert onward.returncode == 0, onward.stdout[-3000:]
     assert "continuing from" in onward.stdout
     assert_close(whole, load_file(run / "model.safetensors"))
 
 
-def test_a_finished_run_is_evaluated_again_and_not_trained(tiny, tmp_path, metrics, torchrun):
+def test_a_finished_run_is_evaluated_again_and_not_trained(tiny, tmp_path, metrics, pool):
     command = [ON_CPU, tiny(max_steps=2), *fsdp()]
-    done = torchrun(2, *command)
+    done = pool.run(2, *command)
     assert done.returncode == 0, done.stdout[-3000:]
     before = metrics(tmp_path / "run")
-    again = torchrun(2, *command, "--resume_from_checkpoint", "true")
+    again = pool.run(2, *command, "--resume_from_checkpoint", "true")
     assert again.returncode == 0, again.stdout[-3000:]
     assert "nothing left to train" in again.stdout
     for key in ("history", "validation_loss", "optimizer_state_bytes", "weight_bytes"):
         assert metrics(tmp_path / "run")[key] == before[key], key
 
 
-def test_what_cannot_be_split_is_refused_in_one_line(tiny, tmp_path, torchrun, capsys):
+def test_what_cannot_be_split_is_refused_in_one_line(tiny, tmp_path, pool, capsys):
     assert main([tiny(), *fsdp()]) == 2
     assert "fsdp splits a model over processes, and there is one" in capsys.readouterr().err
     assert main([tiny(), *fsdp(version=1)]) == 2
     assert "fsdp_config: version must be 2, got 1" in capsys.readouterr().err
-    result = torchrun(2, "-m", "gracile.train.pretrain", tiny(), *fsdp())
+    result = pool.run(2, "-m", "gracile.train.pretrain", tiny(), *fsdp())
     assert result.returncode != 0
     assert result.stdout.count("gracile pretrain: fsdp: accelerate splits models over GPUs, not over CPUs") == 1
     assert not (tmp_path / "run").exists()

@@ -1,15 +1,12 @@
 """A run that stops on four processes and goes on on two, in another layout, is the run of one process."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 from gracile.optim import GaLoreAdamW, LDAdamW, full_state, load_full_state
 
-CELLS = Path(__file__).with_name("cells.py")
+STEPS = 16  # of cells.py: refreshes at 7 and 14, and at 5, 10 and 15
 
 # optimizer, layout on four processes, layout on two
 MOVES = [
@@ -39,29 +36,26 @@ THOROUGH = [
 
 
 @pytest.fixture(scope="module")
-def moved(torchrun, tmp_path_factory):
-    return moved_once(torchrun, tmp_path_factory.mktemp("moved"), MOVES)
+def moved(pool, tmp_path_factory):
+    return moved_once(pool, tmp_path_factory.mktemp("moved"), MOVES)
 
 
 @pytest.fixture(scope="module")
-def moved_thoroughly(torchrun, tmp_path_factory):
-    return moved_once(torchrun, tmp_path_factory.mktemp("thorough"), THOROUGH)
+def moved_thoroughly(pool, tmp_path_factory):
+    return moved_once(pool, tmp_path_factory.mktemp("thorough"), THOROUGH)
 
 
-def moved_once(torchrun, folder, moves):
-    """What came of each move: all of them in two launches."""
+def moved_once(pool, folder, moves):
+    """What came of each move: all of them in two jobs."""
     first, second = [], []
     for number, (optimizer, before, after) in enumerate(moves):
         side = "left" if number % 2 else "std"
-        cell = {"optimizer": optimizer, "proj_type": side}
+        cell = {"optimizer": optimizer, "proj_type": side, "watched": False}
         state = str(folder / f"{number}.pt")
         first.append({**cell, "layout": before, "steps": [0, 11], "save": state})
-        second.append({**cell, "layout": after, "steps": [11, 20], "load": state})
-    for ranks, cells in ((4, first), (2, second)):
-        (folder / "cells.json").write_text(json.dumps(cells))
-        process = torchrun(ranks, str(CELLS), str(folder / "cells.json"), str(folder / "results.json"), timeout=600)
-        assert process.returncode == 0, process.stdout[-3000:]
-    return json.loads((folder / "results.json").read_text())
+        second.append({**cell, "layout": after, "steps": [11, STEPS], "load": state})
+    pool.call(4, "cells:measure", first, timeout=600)
+    return pool.call(2, "cells:measure", second, timeout=600)
 
 
 @pytest.mark.parametrize("number", range(len(MOVES)), ids=[" ".join(move) for move in MOVES])

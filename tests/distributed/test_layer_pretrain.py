@@ -34,7 +34,7 @@ def written(tiny, tmp_path, layer, start):
 
 
 @pytest.fixture(params=["zero2", *(pytest.param(name, marks=pytest.mark.thorough) for name in list(ON)[1:])])
-def launched(request, tiny, tmp_path, torchrun):
+def launched(request, tiny, tmp_path, pool):
     """Each layer's run in one process, in two, and in two again from the fifth step on."""
     start = str(tmp_path / "start")
     assert main([tiny(max_steps=1, output_dir=start, optimizer="adamw")]) == 0
@@ -48,7 +48,7 @@ def launched(request, tiny, tmp_path, torchrun):
         arguments += [[*command, "--output_dir", str(tmp_path / f"{layer} split")]]
         arguments += [[*command, *again, "--output_dir", str(tmp_path / f"{layer} again")]]
     (tmp_path / "todo.json").write_text(json.dumps(arguments))
-    done = torchrun(2, SEVERAL, str(tmp_path / "todo.json"), timeout=600)
+    done = pool.run(2, SEVERAL, str(tmp_path / "todo.json"), timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]
     return ON[request.param], tmp_path
 

@@ -1,11 +1,6 @@
 """Every optimizer, split over processes in every way, beside one process. ``cells.py`` runs in the processes."""
 
-import json
-from pathlib import Path
-
 import pytest
-
-CELLS = Path(__file__).with_name("cells.py")
 
 
 def cell(optimizer, layout, **options):
@@ -115,18 +110,13 @@ LAUNCHES |= {f"{ranks} thorough": cells for ranks, cells in THOROUGH.items()}
 
 
 @pytest.fixture(scope="module")
-def results(torchrun, tmp_path_factory):
-    """Run all cells of one number of processes at once: starting them costs more than a cell."""
+def results(pool):
+    """All cells of one number of processes run in one job."""
     told = {}
 
     def of(launch):
         if launch not in told:
-            folder = tmp_path_factory.mktemp("cells")
-            todo, done = folder / "cells.json", folder / "results.json"
-            todo.write_text(json.dumps(LAUNCHES[launch]))
-            process = torchrun(int(launch.split()[0]), str(CELLS), str(todo), str(done), timeout=600)
-            assert process.returncode == 0, process.stdout[-3000:]
-            told[launch] = json.loads(done.read_text())
+            told[launch] = pool.call(int(launch.split()[0]), "cells:measure", LAUNCHES[launch], timeout=600)
         return told[launch]
 
     return of
@@ -142,7 +132,7 @@ def results(torchrun, tmp_path_factory):
     ids=lambda value: str(value),
 )
 def test_split_over_processes_it_is_what_it_is_in_one(results, launch, number):
-    """20 steps with two or three refreshes; ``cells.holds`` has the limits. Replicas are equal to the bit, and no
+    """16 steps with two or three refreshes; ``cells.holds`` has the limits. Replicas are equal to the bit, and no
     process holds all of the state."""
     told = results(launch)[number]
     assert {key: told[key] for key in LAUNCHES[launch][number]} == LAUNCHES[launch][number]

@@ -18,10 +18,10 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_plan_is_what_is_measured(name, keys, tiny, torchrun):
+def test_the_plan_is_what_is_measured(name, keys, tiny, pool):
     config = tiny(gradient_accumulation_steps=1, **keys)
     command = ["-m", "gracile.train.profile", config, "--steps", "1", "--json"]
-    done = torchrun(2, *command, "--deepspeed", str(CONFIGS / f"{name}.json"))
+    done = pool.run(2, *command, "--deepspeed", str(CONFIGS / f"{name}.json"))
     assert done.returncode == 0, done.stdout[-3000:]
     found = json.loads(done.stdout[done.stdout.index('{\n  "model"') : done.stdout.rindex("\n}") + 2])
     for kind, planned in found["planned"].items():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pool import free_port
 from safetensors.torch import load_file
 
 from gracile.train.engines.layout import Layout, needs_resharding
@@ -60,16 +61,16 @@ def farthest(one: Path, other: Path) -> float:
     ],
     ids=lambda place: f"{place[0]} {place[1] or 'plain'}",
 )
-def test_a_run_goes_on_elsewhere_as_if_it_had_never_stopped(before, after, start, tmp_path, torchrun, capsys):
+def test_a_run_goes_on_elsewhere_as_if_it_had_never_stopped(before, after, start, tmp_path, pool):
     run = tmp_path / "run"
     command = ["-m", "gracile.train.pretrain", start, "--output_dir", str(run)]
-    done = torchrun(before[0], *command, *options(*before))
+    done = pool.run(before[0], *command, *options(*before))
     assert done.returncode == 0, done.stdout[-3000:]
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
     shutil.copy(run / "model.safetensors", undisturbed)
     stopped_after(run, 5)
-    again = torchrun(after[0], *command, *options(*after), "--resume_from_checkpoint", "true")
+    again = pool.run(after[0], *command, *options(*after), "--resume_from_checkpoint", "true")
     assert again.returncode == 0, again.stdout[-3000:]
     assert again.stdout.count("its state is split anew") == 1
     assert "examples now" not in again.stdout
@@ -77,16 +78,19 @@ def test_a_run_goes_on_elsewhere_as_if_it_had_never_stopped(before, after, start
     assert json.loads((run / "metrics.json").read_text())["steps"] == 12
 
 
-def test_killed_under_the_launcher_it_goes_on_to_the_same_bits(start, tmp_path, metrics, loopback_port):
+def test_killed_under_the_launcher_it_goes_on_to_the_same_bits(start, tmp_path, metrics, pool):
     """SIGKILL to the launcher and both processes of ``deepspeed --num_accelerators 2``, after the first checkpoint."""
+
+    def command(output_dir):
+        return ["gracile.train.pretrain", start, "--output_dir", str(output_dir), *options(2, "zero3")]
 
     def launch(output_dir, *more):
         launcher = Path(sys.executable).with_name("deepspeed")
-        command = [str(launcher), "--num_accelerators", "2", "--master_port", str(loopback_port()), "--module"]
-        command += ["gracile.train.pretrain", start, "--output_dir", str(output_dir), *options(2, "zero3"), *more]
+        arguments = [str(launcher), "--num_accelerators", "2", "--master_port", str(free_port()), "--module"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         log = (tmp_path / f"{output_dir.name}.log").open("a")
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        arguments += [*command(output_dir), *more]
+        return subprocess.Popen(arguments, env=environment, stdout=log, stderr=log, start_new_session=True)
 
     def finish(process, output_dir):
         try:
@@ -97,7 +101,8 @@ def test_killed_under_the_launcher_it_goes_on_to_the_same_bits(start, tmp_path, 
                 process.wait()
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(launch(whole), whole)
+    done = pool.run(2, "-m", *command(whole))
+    assert done.returncode == 0, done.stdout[-3000:]
     process = launch(killed)
     try:
         deadline = time.monotonic() + 300

@@ -1,11 +1,6 @@
 """State is split like the weights: a process of n holds an n-th of it, to 5 percent. ``state_bytes.py`` runs there."""
 
-import json
-from pathlib import Path
-
 import pytest
-
-WORKER = Path(__file__).with_name("state_bytes.py")
 
 OPTIMIZERS = [
     "Lion", "GaLoreAdamW8bit", "GaLoreAdamW8bit Q-GaLore", "GaLoreAdafactor", "GaLoreLion", "GaLorePlusAdamW",
@@ -18,30 +13,41 @@ CELLS += [
     {"optimizer": name, "stage": stage, "keys": {"shard_basis": True}}
     for name, stage in (("GaLoreAdamW", 1), ("GaLoreAdamW8bit Q-GaLore", 2), ("LDAdamW", 3), ("FiraAdamW", 3))
 ]
+# On four processes one class of each kind of state, and whatever has more than one cell.
+KINDS = ("Lion", "GaLoreAdafactor", "DCTAdamW fed back in 8 bits", "SLTrainAdamW", "RigLAdamW")
+ON_FOUR = [i for i, cell in enumerate(CELLS) if i >= len(OPTIMIZERS) or cell["optimizer"] in KINDS]
+RUNS = {"2": (2, range(len(CELLS))), "4": (4, ON_FOUR)}
+RUNS["4 thorough"] = 4, [i for i in range(len(CELLS)) if i not in ON_FOUR]
 
 
 @pytest.fixture(scope="module")
-def measured(torchrun, tmp_path_factory):
+def measured(pool):
     told = {}
 
-    def on(ranks):
-        if ranks not in told:
-            folder = tmp_path_factory.mktemp(f"bytes{ranks}")
-            todo, done = folder / "cells.json", folder / "results.json"
-            todo.write_text(json.dumps(CELLS))
-            process = torchrun(ranks, str(WORKER), str(todo), str(done), timeout=600)
-            assert process.returncode == 0, process.stdout[-3000:]
-            told[ranks] = json.loads(done.read_text())
-        return told[ranks]
+    def on(run):
+        if run not in told:
+            ranks, numbers = RUNS[run]
+            results = pool.call(ranks, "state_bytes:measure", [CELLS[i] for i in numbers], timeout=600)
+            told[run] = dict(zip(numbers, results, strict=True))
+        return told[run]
 
     return on
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("number", range(len(CELLS)), ids=lambda i: " ".join(map(str, CELLS[i].values())))
-def test_a_process_holds_its_part_of_the_state(measured, ranks, number):
+@pytest.mark.parametrize(
+    ("run", "number"),
+    [
+        pytest.param(
+            run, i, id=f"{' '.join(map(str, CELLS[i].values()))}-{run}",
+            marks=pytest.mark.thorough if "thorough" in run else (),
+        )
+        for run, (_, numbers) in RUNS.items()
+        for i in numbers
+    ],
+)  # fmt: skip
+def test_a_process_holds_its_part_of_the_state(measured, run, number):
     """Beside it, all of the basis where each process keeps it."""
-    told = measured(ranks)[number]
+    ranks, told = RUNS[run][0], measured(run)[number]
     basis = 0 if CELLS[number]["keys"] else told["basis"]
     moments = told["alone"] - basis
     assert told["most"] <= 1.05 * moments / ranks + basis, told

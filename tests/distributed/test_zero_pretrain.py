@@ -13,7 +13,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 
 
 @pytest.mark.parametrize("name", [pytest.param("zero2", marks=pytest.mark.thorough), "zero3"])
-def test_two_processes_train_the_run_of_one(name, tiny, tmp_path, metrics, torchrun, monkeypatch):
+def test_two_processes_train_the_run_of_one(name, tiny, tmp_path, metrics, pool, monkeypatch):
     """And stopped after a checkpoint, they go on to the same bits; the saved model is whole. Nothing is compiled.
 
     From a saved model: ZeRO 3 draws the weights of a new one in another order.
@@ -27,7 +27,7 @@ def test_two_processes_train_the_run_of_one(name, tiny, tmp_path, metrics, torch
     two = tmp_path / "two"
     command = ["-m", "gracile.train.pretrain", config, "--gradient_accumulation_steps", "1", "--output_dir", str(two)]
     command += ["--deepspeed", str(CONFIGS / f"{name}.json")]
-    done = torchrun(2, *command)
+    done = pool.run(2, *command)
     assert done.returncode == 0, done.stdout[-3000:]
     assert not compiled.exists()
     one, other = metrics(tmp_path / "run"), metrics(two)
@@ -39,7 +39,7 @@ def test_two_processes_train_the_run_of_one(name, tiny, tmp_path, metrics, torch
     for key, value in whole.items():
         assert torch.linalg.vector_norm(value - split[key]) <= 1e-4 * torch.linalg.vector_norm(value), key
 
-    again = torchrun(2, *command, "--resume_from_checkpoint", str(two / "checkpoint-5"))
+    again = pool.run(2, *command, "--resume_from_checkpoint", str(two / "checkpoint-5"))
     assert again.returncode == 0, again.stdout[-3000:]
     resumed = load_file(two / "model.safetensors")
     assert all(torch.equal(split[key], value) for key, value in resumed.items())

@@ -38,11 +38,24 @@ def settings(layer, **changes):
     return {"layer": layer, **RUNS[layer], "update_proj_gap": None, **changes}
 
 
+@pytest.fixture(scope="module")
+def trained(tiny_in, tmp_path_factory):
+    """The configuration and the folder of a run with each layer, which nobody changes."""
+    runs = {}
+
+    def of(layer):
+        if layer not in runs:
+            folder = tmp_path_factory.mktemp(layer)
+            runs[layer] = tiny_in(folder, **settings(layer)), folder / "run"
+            assert main([runs[layer][0]]) == 0
+        return runs[layer]
+
+    return of
+
+
 @pytest.mark.parametrize("layer", RUNS)
-def test_a_run_goes_on_to_the_bit_and_its_model_loads_without_gracile(layer, tiny, tmp_path, metrics):
-    config = tiny(**settings(layer))
-    assert main([config]) == 0
-    run = tmp_path / "run"
+def test_a_run_goes_on_to_the_bit(layer, trained, tmp_path, metrics):
+    config, run = trained(layer)
     copy = interrupt(run, tmp_path / "copy", keep="checkpoint-5")
     assert main([config, "--output_dir", str(copy), "--resume_from_checkpoint", "true"]) == 0
     assert same(weights(run), weights(copy))
@@ -51,24 +64,27 @@ def test_a_run_goes_on_to_the_bit_and_its_model_loads_without_gracile(layer, tin
     assert same(last, load_file(copy / "checkpoint-12" / "model.safetensors"))
     assert not same(last, weights(run)), "what is saved to go on with is not what is merged"
 
+
+def test_its_model_loads_without_gracile(trained):
     script = """
 import sys
 from transformers import AutoModelForCausalLM
-model, told = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-assert not any(told.values()), told
+for folder in sys.argv[1:]:
+    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(told.values()), (folder, told)
 assert "gracile" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", script, str(run)], capture_output=True, text=True, timeout=120)
+    folders = [str(trained(layer)[1]) for layer in RUNS]
+    done = subprocess.run([sys.executable, "-c", script, *folders], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("layer", RUNS)
-def test_the_saved_model_computes_what_the_trained_one_did(layer, tiny, tmp_path, metrics):
+def test_the_saved_model_computes_what_the_trained_one_did(layer, trained, tiny, tmp_path, metrics):
     """Its loss on the validation blocks is what the run told."""
-    assert main([tiny(**settings(layer))]) == 0
-    told = metrics(tmp_path / "run")
-    start = str(tmp_path / "run")
-    again = tiny(model=start, model_overrides=None, max_steps=1, learning_rate=0.0, optimizer="adamw",
+    run = trained(layer)[1]
+    told = metrics(run)
+    again = tiny(model=str(run), model_overrides=None, max_steps=1, learning_rate=0.0, optimizer="adamw",
                  output_dir=str(tmp_path / "again"), update_proj_gap=None)  # fmt: skip
     assert main([again]) == 0
     assert metrics(tmp_path / "again")["validation_loss"] == pytest.approx(told["validation_loss"], rel=1e-5)

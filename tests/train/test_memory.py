@@ -54,8 +54,17 @@ def trained():
     return of
 
 
-@pytest.mark.parametrize("size", ["2m", pytest.param("9m", marks=pytest.mark.thorough), "60m"])
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "adamw on low_rank", "adamw on maestro", "adamw on autosparse"])
+NAMES = [*OPTIMIZERS, "adamw on low_rank", "adamw on maestro", "adamw on autosparse"]
+# Every class plans the shapes of the smallest model; those of another, one class of each kind of state.
+KINDS = ("galore_adamw_8bit", "galore_adafactor", "dct_adamw", "sltrain_adamw_8bit", "srigl_adamw", "adamw on maestro")
+CASES = [("2m", name, False) for name in NAMES] + [("9m", name, False) for name in KINDS]
+CASES += [("9m", name, True) for name in NAMES if name not in KINDS] + [("60m", name, True) for name in NAMES]
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [pytest.param(*case, marks=pytest.mark.thorough if thorough else ()) for *case, thorough in CASES],
+)
 def test_weights_gradients_and_state_to_the_byte(trained, size, name):
     name, _, layer = name.partition(" on ")
     layer = layer or OPTIMIZERS[name].layer
