@@ -7,19 +7,13 @@ import re
 import sys
 from pathlib import Path
 
-try:
-    from gracile import registry
-except ImportError:  # AFTER-MERGE: remove this branch and the folder `fallback` when gracile.registry exists
-    registry = None  # type: ignore[assignment]
+from gracile import registry
 
 TABLES = {"optimizers": "optimizer_table", "layers": "layer_table", "recipes": "recipe_table"}
-FALLBACK = Path(__file__).parent / "fallback"
 
 
 def table(kind: str) -> str:
     """The Markdown table of optimizers, layers or recipes."""
-    if registry is None:
-        return (FALLBACK / f"{kind}.md").read_text(encoding="utf-8").strip()
     text: str = getattr(registry, TABLES[kind])()
     return text.strip()
 
