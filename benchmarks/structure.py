@@ -89,12 +89,13 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-def rooms(graph: dict[str, set[str]], known: dict[str, Path]) -> dict[str, set[str]]:
-    """The same between folders: which imports which."""
-    folder = {name: str(path.parent) for name, path in known.items()}
-    found: dict[str, set[str]] = {place: set() for place in folder.values()}
+def rooms(graph: dict[str, set[str]], known: dict[str, Path], root: Path) -> dict[str, set[str]]:
+    """The same between folders; files that stand at the top of a package count each for itself."""
+    depth = {name: len(path.relative_to(root).parts) for name, path in known.items()}
+    room = {name: name if depth[name] < 3 else str(known[name].parent.relative_to(root)) for name in known}
+    found: dict[str, set[str]] = {place: set() for place in room.values()}
     for name, others in graph.items():
-        found[folder[name]] |= {folder[other] for other in others} - {folder[name]}
+        found[room[name]] |= {room[other] for other in others} - {room[name]}
     return found
 
 
@@ -148,9 +149,8 @@ def main() -> None:
     print(f"\nmethods overridden privately: {len(overridden)}", *overridden, sep="\n  ")
     between = circles(graph)
     print(f"\ncircles of imports between modules: {len(between)}", *map(" <-> ".join, between), sep="\n  ")
-    between = circles(rooms(graph, known))
-    told = [" <-> ".join(str(Path(place).relative_to(root)) for place in circle) for circle in between]
-    print(f"\ncircles of imports between folders: {len(between)}", *told, sep="\n  ")
+    between = circles(rooms(graph, known, root))
+    print(f"\ncircles of imports between folders: {len(between)}", *map(" <-> ".join, between), sep="\n  ")
 
 
 if __name__ == "__main__":

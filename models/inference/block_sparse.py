@@ -77,7 +77,7 @@ class BlockSparseLinear(InferenceLinear):
         bias = self.bias
         return (y.view(-1) if bias is None else y.view(-1) + bias).view(*x.shape[:-1], -1)
 
-    def _make(self) -> tuple[Tensor, Tensor, Tensor, int, int, int] | None:
+    def prepare(self) -> tuple[Tensor, Tensor, Tensor, int, int, int] | None:
         """What a pass of one token reads, at hand."""
         return None if is_narrow(self.values) else (self.values, self.columns.view(-1), self.rows, *self.values.shape)
 

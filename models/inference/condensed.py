@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...validation import require
-from ..factored_linear import FactoredLinear
+from ..core.factored_linear import FactoredLinear
 
 Packed = TypeVar("Packed", bound="InferenceLinear")
 PADDING = 0.25  # at most this share of stored values may be there only to make rows equally long
@@ -113,10 +113,10 @@ class InferenceLinear(FactoredLinear):
         """W as a kernel takes it, made of the buffers where it is first needed, and kept until they change."""
         if self._made is None:
             with torch.inference_mode(False), torch.no_grad():  # else it could be used in inference mode alone
-                self._made = self._make()
+                self._made = self.prepare()
         return self._made
 
-    def _make(self) -> Any:
+    def prepare(self) -> Any:
         return None
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
@@ -163,7 +163,7 @@ class RowLinear(InferenceLinear):
             return _csr_product(S, x)
         return row_sums(self.values.view(-1), self.columns.view(-1), self.starts, x, self.fan_in)
 
-    def _make(self) -> Tensor | None:
+    def prepare(self) -> Tensor | None:
         """torch's CSR tensor, which shares the memory of the buffers."""
         if not _mkl_takes(self.values):
             return None

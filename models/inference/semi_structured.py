@@ -50,7 +50,7 @@ class SemiStructuredLinear(InferenceLinear):
     def product(self, x: Tensor) -> Tensor:
         return F.linear(x, self._kernel())
 
-    def _make(self) -> Tensor:
+    def prepare(self) -> Tensor:
         where, dtype = self.values.device, self.values.dtype
         expectation = "2:4 needs 16-bit weights on a GPU of capability 8.0 or later"
         require(self.usable(where, dtype), expectation, f"{dtype} on {where}")

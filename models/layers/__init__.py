@@ -1,6 +1,6 @@
 """Linear layers whose weight is made of other parameters: one a file."""
 
-from ..factored_linear import FactoredLinear
+from ..core.factored_linear import FactoredLinear
 from ..inference.block_sparse import BlockSparseLinear
 from ..inference.condensed import CondensedLinear, CSRLinear, InferenceLinear
 from ..inference.semi_structured import SemiStructuredLinear

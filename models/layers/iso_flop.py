@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...validation import is_real, require
-from ..factored_linear import FactoredLinear
+from ..core.factored_linear import FactoredLinear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 MULTIPLE = 8  # what ranks and widths are rounded to, for fast products

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...validation import is_whole, require
-from ..factored_linear import FactoredLinear
+from ..core.factored_linear import FactoredLinear
 
 
 class LowRankLinear(FactoredLinear):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...validation import is_real, is_whole, require
-from ..factored_linear import FactoredWeight
+from ..core.factored_linear import FactoredWeight
 
 
 class OrderedLowRankLinear(FactoredWeight):

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ...rng import generator_of
 from ...validation import is_real, is_whole, require
-from ..factored_linear import FactoredLinear, Parts
+from ..core.factored_linear import FactoredLinear, Parts
 
 ROWS = 1024  # of W that are folded at a time
 

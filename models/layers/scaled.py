@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ...nm_pattern import check_pattern, largest
 from ...validation import is_whole, require
-from ..factored_linear import DenseWeight, as_rows
+from ..core.factored_linear import DenseWeight, as_rows
 
 
 class ScaledLinear(DenseWeight):

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ...rng import generator_of
 from ...validation import is_real, is_whole, require
-from ..factored_linear import FactoredLinear
+from ..core.factored_linear import FactoredLinear
 
 INT32 = 2**31 - 1
 

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...validation import is_whole, require
-from ..factored_linear import FactoredWeight, Parts, as_rows
+from ..core.factored_linear import FactoredWeight, Parts, as_rows
 
 
 class SpectralLinear(FactoredWeight):

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...validation import is_real, require
-from ..factored_linear import DenseWeight
+from ..core.factored_linear import DenseWeight
 
 MARGIN = 1 / 64  # below the weight that must stay: what bf16 rounds, and weights that tie
 

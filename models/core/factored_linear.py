@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..layer_registry import register
+from ...layer_registry import register
 
 Layer = TypeVar("Layer", bound="FactoredLinear")
 Parts = Mapping[str, Tensor]  # the parameters and buffers of a layer by their own names, each whole

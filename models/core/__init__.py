@@ -1,0 +1,1 @@
+"""What every layer that takes the place of a linear one is."""
