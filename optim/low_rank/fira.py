@@ -44,7 +44,7 @@ RESIDUALS = ("reference", "orthogonal")
 class FiraAdamW(LowRankOptimizer):
     """GaLore's AdamW plus the rest of the gradient, scaled by norms and limited in growth (arXiv:2410.01623).
 
-    The memory of ``GaLoreAdamW`` and one number more.
+    The counterpart of ``fira.FiraAdamW``. Groups without a ``rank`` get plain AdamW.
 
     Args:
         params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method,
@@ -54,9 +54,21 @@ class FiraAdamW(LowRankOptimizer):
         residual: ``reference`` subtracts the scaled projection, as the authors' code does; ``orthogonal`` all of it.
         limit_after_bias_correction: let the limiter see bias-corrected norms.
 
+    State of an m x n matrix: that of ``GaLoreAdamW`` and one number, the residual's last norm.
+
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import FiraAdamW
+        >>> weight = nn.Parameter(torch.zeros(32, 64))
+        >>> optimizer = FiraAdamW([{"params": [weight], "rank": 4}], lr=0.01)
+        >>> weight.grad = torch.randn(32, 64)
+        >>> optimizer.step()
+        >>> int(torch.linalg.matrix_rank(weight.detach()))  # GaLoreAdamW's update would have rank 4
+        32
     """
 
     checks: ClassVar[Mapping[str, Check]] = {
