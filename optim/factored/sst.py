@@ -65,7 +65,24 @@ class SSTAdamW(FactoredOptimizer):
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range, or where no
             parameter belongs to such a layer.
-        UnsupportedLayout: at ``step``, where U, V and sigma of a layer are not stepped together.
+        RuntimeError: at ``step``, for sparse gradients, or (UnsupportedLayout) where U, V and sigma of a layer are not
+            stepped together.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.convert import convert
+        >>> from gracile.models.layers import SpectralLinear
+        >>> from gracile.optim import SSTAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> model = convert(model, SpectralLinear, ["0"], rank=4)
+        >>> optimizer = SSTAdamW(param_groups(model), lr=0.01)
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> layer = model[0]
+        >>> torch.allclose(layer.U.norm(dim=0), torch.ones(4)), bool((layer.sigma >= 0).all())  # after every step
+        (True, True)
+        >>> {name: tuple(optimizer.state[getattr(layer, name)]["exp_avg"].shape) for name in ("U", "V", "sigma")}
+        {'U': (32, 4), 'V': (64, 4), 'sigma': (32,)}
     """
 
     method = "sst"

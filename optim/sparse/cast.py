@@ -65,6 +65,19 @@ class CastAdamS(NMOptimizer):
     Raises:
         ValueError: at construction, naming key and value, for an unknown key, a value out of range, a parameter that a
             group with an ``n`` cannot hold, or one that needs a mask and would have none.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import CastAdamS, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> groups = param_groups(model, target_modules=["0"], n=2, m=4)
+        >>> optimizer = CastAdamS(groups, lr=1e-3, total_steps=3)
+        >>> for _ in range(3):
+        ...     model(torch.randn(16, 64)).square().mean().backward()
+        ...     optimizer.step()
+        >>> (model[0].weight != 0).view(-1, 4).sum(dim=1).unique()  # of every 4 weights
+        tensor([2])
     """
 
     checks: ClassVar[Mapping[str, Check]] = {"lam": number(">= 0"), "mask_every": whole(1)}

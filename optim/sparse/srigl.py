@@ -25,7 +25,7 @@ from .rigl import CHOSEN
 
 
 class SRigLAdamW(SparseOptimizer):
-    """RigL with constant fan-in and neuron ablation.
+    """RigL with constant fan-in, as many weights in every row, and neuron ablation (SRigL, arXiv:2305.02299).
 
     Args:
         params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
@@ -40,6 +40,20 @@ class SRigLAdamW(SparseOptimizer):
         ValueError: at construction, naming key and value, for an unknown key or a value out of range, or where a row
             would have less than one weight.
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import CondensedLinear
+        >>> from gracile.optim import SRigLAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> groups = param_groups(model, sparsity=0.75, target_modules="all-linear", gamma_sal=0)
+        >>> optimizer = SRigLAdamW(groups, lr=0.01, distribution="uniform", t_end=750)
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> (model[0].weight != 0).sum(dim=1).unique()  # weights in a row of 64
+        tensor([16])
+        >>> CondensedLinear.from_linear(model[0]).values.shape  # for inference
+        torch.Size([32, 16])
     """
 
     fixed: ClassVar[Mapping[str, Any]] = {**CHOSEN, "grow": "gradient", "structure": "constant_fan_in"}
