@@ -54,6 +54,17 @@ def param_groups(
 
     Raises:
         ValueError: for a pattern that matches no trainable matrix, or matrix keys without one that makes their group.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import param_groups
+        >>> layers = {"embed": nn.Embedding(256, 64), "q_proj": nn.Linear(64, 64), "norm": nn.LayerNorm(64)}
+        >>> model = nn.ModuleDict(layers)
+        >>> for group in param_groups(model, rank=8, target_modules=["q_proj"], weight_decay=0.1, scale=0.25):
+        ...     print([tuple(p.shape) for p in group.pop("params")], group)
+        [(64, 64)] {'rank': 8, 'scale': 0.25, 'weight_decay': 0.1}
+        [(256, 64)] {'weight_decay': 0.1}
+        [(64,), (64,), (64,)] {'weight_decay': 0.0}
     """
     marks = [key for key in OTHER_MARKS if matrix_keys.get(key) is not None]
     if rank is None and matrix_keys and not marks:
