@@ -18,12 +18,26 @@ Parts = Mapping[str, Tensor]  # the parameters and buffers of a layer by their o
 
 
 class FactoredLinear(nn.Module, ABC):
-    """y = x W^T + bias, where W (out x in) is not a parameter itself.
+    """y = x W^T + bias, where W (out x in) is not a parameter itself: the base of the layers in this package.
 
     Args:
         in_features: n, the columns of W.
         out_features: m, the rows of W.
         bias: whether there is one, as ``nn.Linear`` draws it.
+        device: where the parameters are made, as for ``nn.Linear``; ``"meta"`` allocates nothing.
+        dtype: of the parameters, as for ``nn.Linear``.
+
+    Raises:
+        TypeError: where this class itself is constructed, which is abstract.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import FactoredLinear, LowRankLinear
+        >>> layer = LowRankLinear.from_linear(nn.Linear(64, 32), rank=4)
+        >>> isinstance(layer, FactoredLinear), tuple(layer.dense().shape)
+        (True, (32, 64))
+        >>> layer.merge()
+        Linear(in_features=64, out_features=32, bias=True)
     """
 
     replaced: type[nn.Module] = nn.Linear  # what it stands in place of, where that is another class
