@@ -24,7 +24,7 @@ def convert(
 
     Args:
         model: any module; ``nn.Linear`` and the ``Conv1D`` of transformers' GPT-2 are linear layers. Dtype, device
-            (also meta) and training mode stay; a layer that several names share stays shared.
+            (also meta) and training mode are kept; a layer that several names share remains shared.
         layer: a class of ``gracile.models.layers``.
         target_modules: a list of patterns, each a part of a name or a regular expression for all of it; or one regular
             expression for all of the name. Each must match.
@@ -65,8 +65,9 @@ def convert(
 
 
 def merge(model: Model) -> Model:
-    """``model`` itself, with plain linear layers in place of those that ``convert`` put there, of the classes that
-    were there before: it saves and loads without gracile.
+    """``model`` itself, with plain linear layers in place of those that ``convert`` put there.
+
+    They are of the classes that were there before: the model saves and loads without gracile.
 
     Args:
         model: any module, which computes afterwards what it did before, up to rounding.

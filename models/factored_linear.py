@@ -63,15 +63,18 @@ class FactoredLinear(nn.Module, ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """W (out x in), made anew: a tensor without a graph."""
+        """W (out x in), computed from the parameters: a new tensor, detached from autograd's graph."""
 
     @abstractmethod
     def reset_parameters(self) -> None:
-        """Draw everything anew."""
+        """Draw new values for all parameters."""
 
     def parts(self) -> dict[str, Tensor]:
-        """The layer's own parameters and buffers. What changes a layer at times takes others in their place: where an
-        engine splits parameters, or keeps wider ones, an optimizer puts them together."""
+        """The layer's own parameters and buffers by name, detached.
+
+        Methods with an argument ``parts`` take others in their place: gathered or wider tensors, which an optimizer
+        passes where an engine splits parameters or casts them.
+        """
         own = chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False))
         return {name: tensor.detach() for name, tensor in own}
 
@@ -81,7 +84,11 @@ class FactoredLinear(nn.Module, ABC):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def merge(self) -> nn.Linear:
-        """A plain layer that computes the same, on the same device and in the same dtype."""
+        """A plain layer that computes the same, on the same device and in the same dtype.
+
+        Raises:
+            ValueError: for a layer that is not linear, such as ``ParallelLinear``.
+        """
         weight = self.dense()
         keys = {"device": weight.device, "dtype": weight.dtype}
         plain = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **keys)
@@ -93,7 +100,15 @@ class FactoredLinear(nn.Module, ABC):
 
     @classmethod
     def from_linear(cls: type[Layer], linear: nn.Linear, **keywords: Any) -> Layer:
-        """A layer in place of ``linear``: its shape, dtype, device and bias. See the class for what becomes of W."""
+        """A layer in place of ``linear``: its shape, dtype, device and bias. Each class says whether W is kept.
+
+        Args:
+            linear: the layer to replace.
+            keywords: the class's own arguments, such as ``rank``.
+
+        Raises:
+            ValueError: as the constructor does.
+        """
         keys: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, **keys, **keywords)
         layer.take(linear)

@@ -24,7 +24,7 @@ FORMAT = 1
 
 @torch.no_grad()
 def full_state(optimizer: ShardedOptimizer) -> dict[str, Any]:
-    """Everything that ``optimizer`` remembers, and the weights where it holds them in parts.
+    """The whole state of ``optimizer``, independent of how it is split over processes, and weights that are split.
 
     Collective: every process calls it, after the first step. Process 0 of each parameter's group gets the tensors, on
     the CPU; the others an empty mapping. 8-bit moments are given in fp32.
@@ -66,7 +66,7 @@ def full_state_of(class_name: str, saved: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_full_state(optimizer: ShardedOptimizer, saved: dict[str, Any]) -> None:
-    """Take over what ``full_state`` gave, in whatever layout this process is. Every process passes all of it.
+    """Load what ``full_state`` returned into an optimizer of any layout. Every process passes all of it.
 
     Args:
         optimizer: of the same class and for the same parameters; its layout and number of processes may differ.

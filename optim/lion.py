@@ -25,7 +25,7 @@ class Lion(ShardedOptimizer):
     Against AdamW, use a learning rate 3 to 10 times smaller and a decay as much larger.
 
     Args:
-        params: parameters, named parameters or groups; no subspace keys.
+        params: parameters, named parameters or groups, as for ``torch.optim.AdamW``; there is no ``rank``.
         lr: learning rate; every entry moves by it.
         betas: of the interpolation and of the moment.
         weight_decay: decoupled, applied before the step.

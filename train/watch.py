@@ -44,7 +44,7 @@ class MemoryWatch:
 
     Raises:
         ValueError: for ``every`` below 1.
-        RuntimeError: when it is entered twice at a time.
+        RuntimeError: where it is entered while it is in use.
 
     Example:
         >>> from torch import nn

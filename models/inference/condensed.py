@@ -45,7 +45,8 @@ class InferenceLinear(FactoredLinear):
     Nothing is trained: ``from_linear`` and ``from_tensors`` make one.
 
     Args:
-        in_features, out_features: as for ``FactoredLinear``.
+        in_features: n, the columns of W.
+        out_features: m, the rows of W.
         tensors: the buffers by name, as ``pack`` makes them.
         bias: its values (out), or None.
 

@@ -40,7 +40,7 @@ def rounded_up(size: float) -> int:
 
 
 class IsoFlopLinear(FactoredLinear):
-    """A layer of as many weights as a dense one has, in more places (Sparse-IFT, arXiv:2303.11525): the base of three.
+    """A larger, sparser layer with as many weights as a dense one (Sparse-IFT, arXiv:2303.11525): the base of three.
 
     ``sparse_parts`` names the parameters that an optimizer of masks, such as ``RigLAdamW``, shall keep sparse, and the
     density of each; ``gracile.optim.param_groups`` asks for it. ``from_linear`` keeps no weight: the method trains from
@@ -77,7 +77,7 @@ class IsoFlopLinear(FactoredLinear):
 
     @abstractmethod
     def sparse_parts(self) -> dict[str, float]:
-        """The parameters that are to be masked, by name, and the share of each that stays."""
+        """The parameters that are to be masked, by name, and the share of each that is kept."""
 
     @abstractmethod
     def product(self) -> Tensor:
@@ -245,7 +245,7 @@ class DopedLinear(IsoFlopLinear):
 
     Args:
         in_features, out_features, bias: as for ``FactoredLinear``.
-        sparsity: about, of W: ``density`` is exact. So small that no rank is left, W is dense, and there is no U.
+        sparsity: about, of W: ``density`` is exact. Where it is too small for a rank of 1, W is dense, without U, V.
         placed: ``device`` and ``dtype``, as for ``FactoredLinear``.
 
     Parameters: W (out x in, dense until an optimizer masks it), U, V, and the bias.

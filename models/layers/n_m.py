@@ -38,7 +38,7 @@ class NMLinear(DenseWeight):
 
     Args:
         in_features, out_features, bias: as for ``FactoredLinear``.
-        n: how many of each group stay.
+        n: how many weights of each group are kept.
         m: the size of a group of consecutive inputs.
         flow: of the gradient to the weight: ``ste``, all of it, or ``scaled``, the literal derivative.
         placed: ``device`` and ``dtype``, as for ``FactoredLinear``.

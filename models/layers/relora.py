@@ -35,7 +35,7 @@ class ReLoRALinear(FactoredLinear):
         in_features, out_features, bias: as for ``FactoredLinear``.
         rank: r, of A (rank x in) and B (out x rank).
         alpha: s = alpha / rank.
-        dropout: probability, on what A sees. (The authors' is 0.1.)
+        dropout: probability, of A's input. (The authors' is 0.1.)
         seed, name: what A is drawn from at each fold.
         placed: ``device`` and ``dtype``, as for ``FactoredLinear``.
 

@@ -92,7 +92,7 @@ class ScaledLinear(DenseWeight):
 
     @torch.no_grad()
     def sparsify(self) -> None:
-        """W <- W * P. CAST has pulled what goes to nearly zero by then; the optimizer does this after its last step."""
+        """W <- W * P. Pruned weights are nearly zero by then; ``CastAdamS`` does the same after its last step."""
         self.weight.mul_(largest(self.weight, self.n, self.m))
 
     def extra_repr(self) -> str:

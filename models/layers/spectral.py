@@ -93,7 +93,7 @@ class SpectralLinear(FactoredWeight):
 
     @torch.no_grad()
     def swap(self, chosen: Tensor, parts: Parts | None = None) -> Tensor:
-        """Make the pairs ``chosen`` (rank different numbers below k) the active ones. W stays.
+        """Make the pairs ``chosen`` (rank different numbers below k) the active ones. W does not change.
 
         Args:
             parts: in place of the layer's own, written to.

@@ -37,7 +37,7 @@ RESETS = ("zero", "random", "magnitude")
 
 
 class ReLoRAAdamW(FactoredOptimizer):
-    """AdamW for models with ``ReLoRALinear`` layers, which it folds (arXiv:2307.05695).
+    """AdamW for models with ``ReLoRALinear`` layers, whose factors it merges into their weights (arXiv:2307.05695).
 
     Other parameters, which stay of full rank, get plain AdamW. The learning rate's schedule is ``JaggedCosineLR``.
 

@@ -42,7 +42,7 @@ from .optimizer import FactoredOptimizer, LayerStep, Parts
 
 
 class SSTAdamW(FactoredOptimizer):
-    """AdamW for models with ``SpectralLinear`` layers, whose vectors it draws and decomposes anew (arXiv:2405.15481).
+    """AdamW for models with ``SpectralLinear`` layers: trains some singular vectors at a time (arXiv:2405.15481).
 
     Other parameters get plain AdamW.
 
@@ -55,8 +55,8 @@ class SSTAdamW(FactoredOptimizer):
         iterations: draws between singular value decompositions; None for ceil(k / r), each layer's own.
         warmup_steps: over which the learning rate of U and V rises after a draw.
         seed: of the draws.
-        synchronize: where a process group has been started, replicas of a model (DistributedDataParallel) share the
-            decompositions, and take each other's bits. False for a model that one process of them trains alone, which
+        synchronize: where a process group has been started, one replica of a model (DistributedDataParallel) computes
+            a decomposition and the others copy it. False for a model that only one of the processes trains, which
             would wait for the others.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
 

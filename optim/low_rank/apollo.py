@@ -67,10 +67,10 @@ class APOLLOAdamW(LowRankOptimizer):
         scale: its square root multiplies the update of a matrix.
         rank: r, the dimension of the subspace; None gives a group plain AdamW. Capped at min(m, n).
         proj: ``random``, or ``svd`` for GaLore's subspace, which is kept as state.
-        shard_basis: as for ``GaLoreAdamW``; a random projection is drawn anew and never kept.
-        scale_type: one factor a ``channel`` (each line along the long side) or one for the whole ``tensor``.
+        shard_basis: as for ``GaLoreAdamW``; a random projection is drawn again at each step and not stored.
+        scale_type: a factor for each ``channel`` (a row, or a column of a wide matrix) or one for the whole ``tensor``.
         scale_front: multiply by the root of ``scale`` before the growth limiter instead of after.
-        disable_nl: leave out the limiter on the growth of the update's norm.
+        disable_nl: turn off the limiter on the growth of the update's norm.
         seed: the parameter at position i of all starts from seed + i.
 
     State of an m x n matrix: ``2 * r * long`` numbers, a seed, a norm and a counter; with ``proj="svd"`` also P.

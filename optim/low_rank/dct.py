@@ -52,7 +52,7 @@ def _norm(key: str, value: object) -> None:
 
 
 class DCTAdamW(LowRankOptimizer):
-    """AdamW in r columns of a cosine basis, chosen anew as often as at every step, without any SVD (arXiv:2505.17967).
+    """AdamW in r columns of a cosine basis, chosen again as often as at every step, without any SVD (arXiv:2505.17967).
 
     Groups without a ``rank`` get AdamW as torch has it.
 
@@ -67,8 +67,8 @@ class DCTAdamW(LowRankOptimizer):
             ``4bit``.
 
     State of an m x n matrix: ``2 * r * long`` numbers, r int32, a counter, and with error feedback m * n fp32, or m * n
-    bytes or half of them and 8 more a line. All matrices share one fp32 k x k cosine matrix for each distinct side k,
-    which is not state.
+    bytes or half of them and ``8 * long`` more. All matrices share one fp32 k x k cosine matrix for each distinct side
+    k, which is not state.
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.

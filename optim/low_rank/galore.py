@@ -114,7 +114,7 @@ class GaLoreAdamW(GaLore):
 class GaLoreLion(GaLore):
     """Lion whose moment lives in the leading singular subspace of each matrix's gradient (arXiv:2403.03507).
 
-    The sign is taken of the coordinates, so the entries of a lifted update are no longer of equal size. Groups without
+    The sign is taken of the coordinates, so the entries of the whole update are not of equal size. Groups without
     a ``rank`` get plain ``Lion`` (arXiv:2302.06675).
 
     Args:

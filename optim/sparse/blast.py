@@ -23,7 +23,7 @@ from .optimizer import SparseOptimizer
 
 
 class BlockSparseAdamW(SparseOptimizer):
-    """AdamW that ends with blocks of weights, for block-sparse products (BLaST, arXiv:2507.03117).
+    """AdamW that prunes whole blocks of weights, more and more, for block-sparse products (BLaST, arXiv:2507.03117).
 
     Args:
         params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
@@ -33,7 +33,7 @@ class BlockSparseAdamW(SparseOptimizer):
         initial_sparsity: at the start; None for ``sparsity`` from the first step on.
 
     State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
-    While the matrix is dense that is half as much again as AdamW's.
+    While the matrix is dense that is 1.5 times AdamW's.
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.

@@ -55,10 +55,10 @@ class CastAdamS(NMOptimizer):
         lr: learning rate; the paper's 2e-5 is for a model of 7B. It must fall towards the end.
         betas, eps: as for ``torch.optim.AdamW``.
         weight_decay: decoupled, before the step; the paper has none.
-        n, m: how many of every m consecutive entries of a row stay.
+        n, m: of every m consecutive weights of a row, n are kept.
         total_steps: T, after which masks are applied.
-        lam: size of the pull to zero of what masks leave out.
-        mask_every: T1, steps between masks.
+        lam: strength of the pull to zero on weights outside of the mask.
+        mask_every: T1, steps between updates of the masks.
 
     State of an m x n matrix: ``2 * m * n`` elements in fp32, m * n bits for the mask, and a counter.
 

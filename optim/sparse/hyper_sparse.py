@@ -45,7 +45,7 @@ LEAST = 1e-12  # of the quantile: half of a model may be zero
 
 
 class HyperSparseAdamW(ShardedOptimizer):
-    """AdamW whose groups with a ``sparsity`` are squeezed into their largest weights, then pruned (arXiv:2308.07163).
+    """AdamW with a growing penalty on small weights of groups with a ``sparsity``, then pruning (arXiv:2308.07163).
 
     Args:
         params: parameters, named parameters or groups; a group with a ``sparsity`` is one vector, of which it is the
@@ -60,7 +60,7 @@ class HyperSparseAdamW(ShardedOptimizer):
         quantile_every: steps between new quantiles and sums.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
 
-    State of an m x n matrix: ``2 * m * n`` elements, and four numbers. Pruned weights are remembered by being zero.
+    State of an m x n matrix: ``2 * m * n`` elements, and four numbers. Pruned weights are known by being zero.
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.

@@ -34,11 +34,11 @@ class SparseAdamW(SparseOptimizer):
         update_every: steps between changes of the masks.
         drop_fraction: the share of a mask that changes at a time, at first; 0 keeps the first masks.
         t_begin, t_end: steps between which masks change. RigL's t_end is three quarters of the run. None, without an
-            end, goes with ``schedule="constant"``, or with a ``drop_fraction`` of 0.
+            end, is allowed with ``schedule="constant"`` or a ``drop_fraction`` of 0.
         initial_sparsity: where given, sparsity rises from it to ``sparsity`` at ``t_end`` by a cubic.
         init: first masks are ``random``, or of the largest ``magnitude``; None: random but for lamp and global.
         rescale_init: multiply weights that are masked for the first time by 1 / sqrt(density), as fan-in asks.
-        reinit_when_same: a weight that is dropped and grown in one update starts from zero, and does not stay.
+        reinit_when_same: a weight that is dropped and grown in one update starts from zero; else it keeps its value.
         drop_lambda: weight of gradients in ``gradient_magnitude``.
         gamma_sal: of ``constant_fan_in``: a row with a smaller share of salient weights is ablated, whole; None: 0.3.
         block_size: of ``block``: rows and columns of a block; None: 64.

@@ -40,9 +40,9 @@ class SRSTEAdamW(NMOptimizer):
         params: parameters, named parameters or groups; a group with an ``n`` holds matrices only, with ``n=None``
             anything: plain AdamW.
         lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
-        n, m: how many of every m consecutive entries of a row stay.
+        n, m: of every m consecutive weights of a row, n are kept.
         sr_lambda: strength of the pull: this share of a pruned weight is added to its gradient.
-        decoupled: pull beside the moments and not through them.
+        decoupled: apply the pull to the weights, as decoupled decay is, and not through the moments.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
 
     State of an m x n matrix: ``2 * m * n`` elements and a counter, as AdamW.

@@ -31,8 +31,8 @@ class SRigLAdamW(SparseOptimizer):
         params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
         sparsity, density, distribution, update_every, drop_fraction, t_end, init, rescale_init, reinit_when_same, seed,
             state_dtype: as for ``SparseAdamW``.
-        gamma_sal: the share of a row's weights that must be salient for it to stay, or their number, from 1 on; 0
-            ablates none. The authors tune it: 0.3 for convolutions, 0.95 for transformers.
+        gamma_sal: a row is kept if at least this share of its weights is salient, or this number of them, from 1 on;
+            0 keeps every row. The authors tune it: 0.3 for convolutions, 0.95 for transformers.
 
     State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
 
