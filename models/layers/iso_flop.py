@@ -49,7 +49,7 @@ class IsoFlopLinear(FactoredLinear):
     Args:
         in_features, out_features, bias: as for ``FactoredLinear``.
         sparsity: s, at least 0 and below 1.
-        placed: ``device`` and ``dtype``, as for ``FactoredLinear``, as a mapping.
+        placed: a mapping of ``device`` and ``dtype``, as for ``FactoredLinear``.
 
     Raises:
         ValueError: for a sparsity out of range.

@@ -37,8 +37,8 @@ class SpectralLinear(FactoredWeight):
     them. ``from_linear`` keeps the weight; a new one is drawn as ``nn.Linear``'s.
 
     Args:
-        in_features, out_features, bias: as for ``FactoredLinear``; k = min(in, out).
-        rank: r, how many pairs of vectors are trained at a time.
+        in_features, out_features, bias: as for ``FactoredLinear``.
+        rank: r, how many of the k = min(in, out) pairs of vectors are trained at a time.
         placed: ``device`` and ``dtype``, as for ``FactoredLinear``.
 
     Raises:

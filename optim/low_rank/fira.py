@@ -47,9 +47,9 @@ class FiraAdamW(LowRankOptimizer):
     The counterpart of ``fira.FiraAdamW``. Groups without a ``rank`` get plain AdamW.
 
     Args:
-        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method,
-            shard_basis, state_dtype: as for ``GaLoreAdamW``. The authors' groups call ``scale`` alpha; it does
-            not scale the residual.
+        params, lr, betas, eps, weight_decay, rank, update_proj_gap, proj_type, subspace_method, shard_basis,
+            state_dtype: as for ``GaLoreAdamW``.
+        scale: factor on the projected update, not on the residual. The authors' groups call it alpha.
         growth: the norm of the residual grows by at most this factor a step (the paper's gamma).
         residual: ``reference`` subtracts the scaled projection, as the authors' code does; ``orthogonal`` all of it.
         limit_after_bias_correction: let the limiter see bias-corrected norms.

@@ -56,7 +56,8 @@ class GaLoreAdamW(GaLore):
     Args:
         params: parameters, named parameters or groups, as for ``torch.optim.AdamW``.
         lr: learning rate; a projected matrix moves by ``lr * scale``.
-        betas, eps: Adam's. ``eps`` is added before the bias correction, unlike in ``torch.optim.AdamW``.
+        betas: decay rates of Adam's first and second moment.
+        eps: Adam's; added before the bias correction, unlike in ``torch.optim.AdamW``.
         weight_decay: decoupled, applied after the step with the plain ``lr``.
         rank: r, the number of singular directions kept; None leaves a group unprojected. Capped at min(m, n).
         update_proj_gap: T, steps between refreshes of the subspace.
@@ -115,11 +116,12 @@ class GaLoreLion(GaLore):
     """Lion whose moment lives in the leading singular subspace of each matrix's gradient (arXiv:2403.03507).
 
     The sign is taken of the coordinates, so the entries of the whole update are not of equal size. Groups without
-    a ``rank`` get plain ``Lion`` (arXiv:2302.06675).
+    a ``rank`` get plain ``Lion`` (arXiv:2302.06675). Against GaLoreAdamW, use a learning rate 3 to 10 times smaller and
+    a decay as much larger.
 
     Args:
         params, lr, rank, update_proj_gap, scale, proj_type, subspace_method, shard_basis, state_dtype: as for
-            ``GaLoreAdamW``. Lion wants a learning rate 3 to 10 times smaller than AdamW, and a decay as much larger.
+            ``GaLoreAdamW``.
         betas: of the interpolation whose sign is taken, and of the moment.
         weight_decay: decoupled, applied before the step, as in Lion.
 

@@ -49,8 +49,9 @@ class GaLorePlusAdamW(GaLore):
     a group for each number of heads.
 
     Args:
-        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, shard_basis,
-            state_dtype: as for ``GaLoreAdamW``; with ``num_heads`` the side is always the right one.
+        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, shard_basis, state_dtype: as for
+            ``GaLoreAdamW``.
+        proj_type: as for ``GaLoreAdamW``; with ``num_heads`` P is always on the right.
         subspace_method: ``randomized``, or ``svd`` or ``iterate`` as for ``GaLoreAdamW``.
         num_heads: the rows of each matrix of the group are that many attention heads of equal size, and a refresh
             computes P from one of them; None computes it from the whole matrix.

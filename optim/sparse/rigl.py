@@ -36,12 +36,12 @@ class SETAdamW(SparseOptimizer):
     """Sparse weights: the smallest are dropped, others grow at random (SET: Mocanu et al. 2018).
 
     The paper is doi:10.1038/s41467-018-04316-3. No dense gradient is needed to choose.
+    ``drop_fraction`` falls to zero at ``t_end`` by a cosine.
 
     Args:
         params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
         sparsity, density, distribution, update_every, drop_fraction, t_end, init, rescale_init, reinit_when_same, seed,
-            state_dtype: as for ``SparseAdamW``. The fraction falls by a cosine, so that ``t_end`` is needed unless
-            ``drop_fraction`` is 0.
+            state_dtype: as for ``SparseAdamW``.
 
     State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
 
@@ -89,11 +89,12 @@ class SETAdamW(SparseOptimizer):
 class RigLAdamW(SparseOptimizer):
     """Sparse weights: the smallest are dropped, others grow where gradients are largest (RigL, arXiv:1911.11134).
 
+    ``drop_fraction`` falls to zero at ``t_end`` by a cosine.
+
     Args:
         params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
         sparsity, density, distribution, update_every, drop_fraction, t_end, init, rescale_init, reinit_when_same, seed,
-            state_dtype: as for ``SparseAdamW``. The fraction falls by a cosine, so that ``t_end`` is needed unless
-            ``drop_fraction`` is 0.
+            state_dtype: as for ``SparseAdamW``.
 
     State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
 

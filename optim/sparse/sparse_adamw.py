@@ -33,8 +33,9 @@ class SparseAdamW(SparseOptimizer):
         structure: ``unstructured``, ``constant_fan_in``: as many weights in every row, or ``block``.
         update_every: steps between changes of the masks.
         drop_fraction: the share of a mask that changes at a time, at first; 0 keeps the first masks.
-        t_begin, t_end: steps between which masks change. RigL's t_end is three quarters of the run. None, without an
-            end, is allowed with ``schedule="constant"`` or a ``drop_fraction`` of 0.
+        t_begin: the step after which masks change.
+        t_end: the step up to which they do; RigL's is three quarters of the run. None, without an end, is allowed with
+            ``schedule="constant"`` or a ``drop_fraction`` of 0.
         initial_sparsity: where given, sparsity rises from it to ``sparsity`` at ``t_end`` by a cubic.
         init: first masks are ``random``, or of the largest ``magnitude``; None: random but for lamp and global.
         rescale_init: multiply weights that are masked for the first time by 1 / sqrt(density), as fan-in asks.

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ RAISING = {
 ENTRY = re.compile(
     r"^    (?P<names>[a-z_]\w*(?:,\s+[a-z_]\w*)*):\s+(?P<text>.*?)(?=^    \w|\Z)", re.MULTILINE | re.DOTALL
 )
-REFERENCE = re.compile(r"^as for\s+``([\w.]+)``")
+REFERENCE = re.compile(r"as for\s+``([\w.]+)``\.?")
 
 
 def parameters(thing):
@@ -74,6 +75,13 @@ def test_where_an_argument_is_referred_to_it_is_described(name):
             assert parameter in there, f"{found[1]} does not describe {parameter}"
             onwards = REFERENCE.match(there[parameter])
             assert not onwards or onwards[1] not in SHORT, f"{found[1]} refers to another for {parameter}"
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_what_is_said_of_several_arguments_is_a_reference(name):
+    """The documentation repeats it for each of them."""
+    for text, count in Counter(described(OBJECTS[name]).values()).items():
+        assert count <= 2 or REFERENCE.fullmatch(text.strip()), text
 
 
 @pytest.mark.parametrize("name", RAISING)
