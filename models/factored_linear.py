@@ -63,18 +63,15 @@ class FactoredLinear(nn.Module, ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """W (out x in), computed from the parameters: a new tensor, detached from autograd's graph."""
+        """W (out x in), computed now; detached."""
 
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw new values for all parameters."""
 
     def parts(self) -> dict[str, Tensor]:
-        """The layer's own parameters and buffers by name, detached.
-
-        Methods with an argument ``parts`` take others in their place: gathered or wider tensors, which an optimizer
-        passes where an engine splits parameters or casts them.
-        """
+        """The layer's parameters and buffers. Methods that change a layer accept others in their place: an optimizer
+        gathers them, where an engine splits parameters or keeps fp32 copies."""
         own = chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False))
         return {name: tensor.detach() for name, tensor in own}
 
@@ -100,15 +97,7 @@ class FactoredLinear(nn.Module, ABC):
 
     @classmethod
     def from_linear(cls: type[Layer], linear: nn.Linear, **keywords: Any) -> Layer:
-        """A layer in place of ``linear``: its shape, dtype, device and bias. Each class says whether W is kept.
-
-        Args:
-            linear: the layer to replace.
-            keywords: the class's own arguments, such as ``rank``.
-
-        Raises:
-            ValueError: as the constructor does.
-        """
+        """A layer in place of ``linear``, of its shape, dtype, device and bias; the class says what becomes of W."""
         keys: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, **keys, **keywords)
         layer.take(linear)

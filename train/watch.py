@@ -38,13 +38,13 @@ class MemoryWatch:
     Args:
         model: whose parameters and gradients count.
         optimizer: any of torch's or gracile's, also as accelerate or ``deepspeed.initialize`` return it.
-        log_dir: where TensorBoard scalars ``memory/<kind>`` are written, in MiB; None for none.
-        every: steps between two measurements.
+        log_dir: where TensorBoard scalars ``memory/<kind>`` go, in MiB; None for none.
+        every: steps between two records.
         step: how many steps were done before.
 
     Raises:
         ValueError: for ``every`` below 1.
-        RuntimeError: where it is entered while it is in use.
+        RuntimeError: when it is entered again before it was closed.
 
     Example:
         >>> from torch import nn
@@ -120,7 +120,7 @@ class MemoryCallback(TrainerCallback):
 
     Args:
         log_dir: by default ``runs/memory`` in the Trainer's ``output_dir``.
-        every: steps between two measurements.
+        every: steps between two records.
 
     Raises:
         ValueError: for ``every`` below 1.

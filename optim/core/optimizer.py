@@ -199,17 +199,7 @@ class ShardedOptimizer(FaithfulLoading):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient.
-
-        Args:
-            closure: computes the loss and the gradients before the update, as for ``torch.optim``.
-
-        Returns:
-            The closure's loss; None without a closure.
-
-        Raises:
-            RuntimeError: for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
-        """
+        """One update of every parameter that has a gradient. Returns the closure's loss, if there is a closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -417,22 +407,12 @@ class ShardedOptimizer(FaithfulLoading):
     def state_bytes_for(cls, shape: Sequence[int], dtype: torch.dtype = torch.float32, **keys: Any) -> int:
         """Bytes of state for one parameter of ``shape`` and ``dtype`` under the group keys ``keys``.
 
-        What the first ``step()`` will allocate, to the byte, without allocating it. Keys that mark groups of matrices
-        (``rank``, ``sparsity``, ...) are left out for a shape that is no matrix.
-
-        Args:
-            shape: of the parameter.
-            dtype: of the parameter.
-            keys: the constructor's arguments, without ``params``.
+        What the first ``step()`` will allocate, to the byte, without allocating it. The keys that mark a group of
+        matrices hold for matrices.
 
         Raises:
             ValueError: as the constructor does.
             TypeError: for an unknown key.
-
-        Example:
-            >>> from gracile.optim import GaLoreAdamW
-            >>> [GaLoreAdamW.state_bytes_for(shape, rank=128) for shape in ((4096, 4096), (4096,))]
-            [6291460, 32772]
         """
         parameter = torch.empty(tuple(shape), dtype=dtype, device="meta", requires_grad=True)
         if not cls.is_matrix(tuple(shape)):
