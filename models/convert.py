@@ -24,8 +24,8 @@ def convert(
 
     Args:
         model: any module; ``nn.Linear`` and the ``Conv1D`` of transformers' GPT-2 are linear layers. Dtype, device
-            (also meta) and training mode stay; a layer that several names share stays shared.
-        layer: of ``gracile.models.layers``.
+            (also meta) and training mode are kept; a layer that several names share remains shared.
+        layer: a class of ``gracile.models.layers``.
         target_modules: a list of patterns, each a part of a name or a regular expression for all of it; or one regular
             expression for all of the name. Each must match.
         keywords: the layer's own, such as ``rank``.
@@ -34,6 +34,17 @@ def convert(
         ValueError: for a pattern that matches nothing, a value that the layer refuses, or weights that DeepSpeed ZeRO 3
             has split already.
         TypeError: for a keyword that the layer does not take.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.convert import convert
+        >>> from gracile.models.layers import SparseLowRankLinear
+        >>> model = nn.ModuleDict({"q_proj": nn.Linear(64, 64), "lm_head": nn.Linear(64, 256)})
+        >>> convert(model, SparseLowRankLinear, ["q_proj"], rank=4)
+        ModuleDict(
+          (q_proj): SparseLowRankLinear(in_features=64, out_features=64, bias=True, rank=4, alpha=32, density=0.03)
+          (lm_head): Linear(in_features=64, out_features=256, bias=True)
+        )
     """
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
     chosen = {name: linears[name] for name in targets(target_modules, linears)}
@@ -54,8 +65,29 @@ def convert(
 
 
 def merge(model: Model) -> Model:
-    """``model`` itself, with plain linear layers in place of those that ``convert`` put there, of the classes that
-    were there before: it saves and loads without gracile."""
+    """``model`` itself, with plain linear layers in place of those that ``convert`` put there.
+
+    They are of the classes that were there before: the model saves and loads without gracile.
+
+    Args:
+        model: any module, which computes afterwards what it did before, up to rounding.
+
+    Raises:
+        ValueError: for a layer that is not linear, such as ``ParallelLinear``.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.convert import convert, merge
+        >>> from gracile.models.layers import LowRankLinear
+        >>> model, x = convert(nn.Sequential(nn.Linear(64, 32)), LowRankLinear, ["0"], rank=4), torch.randn(16, 64)
+        >>> before = model(x)
+        >>> merge(model)
+        Sequential(
+          (0): Linear(in_features=64, out_features=32, bias=True)
+        )
+        >>> torch.allclose(model(x), before, atol=1e-5)
+        True
+    """
     every = model.named_modules(remove_duplicate=False)
     factored = {name: module for name, module in every if isinstance(module, FactoredLinear)}
     _swap(model, factored, lambda name, module: _merged(module))

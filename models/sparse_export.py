@@ -43,7 +43,23 @@ WHOLE = (torch.uint8, torch.uint16, torch.int32, torch.int64)
 
 
 class Exported(NamedTuple):
-    """What became of a layer. ``ms`` is its time in each form that can hold it, by number of tokens."""
+    """What became of a layer: one of the values that ``sparsify`` returns.
+
+    Args:
+        form: one of ``CHOICES`` without ``auto``: how the layer is stored now.
+        zeros: the share of its weight that is zero.
+        shape: of its weight, (out, in).
+        ms: its milliseconds in each form that can hold it, by number of tokens.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.sparse_export import sparsify
+        >>> model = nn.Sequential(nn.Linear(64, 32))
+        >>> _ = model[0].weight.data[:, 16:].zero_()
+        >>> exported = sparsify(model, form="csr", tokens=[4])["0"]
+        >>> exported.form, exported.zeros, exported.shape, {"dense", "condensed", "csr"} <= exported.ms[4].keys()
+        ('csr', 0.75, (32, 64), True)
+    """
 
     form: str
     zeros: float
@@ -60,9 +76,23 @@ def sparsify(model: nn.Module, form: str = AUTO, tokens: Sequence[int] = (1,)) -
         form: one of ``CHOICES``; ``auto`` takes the fastest at the first number of ``tokens``.
         tokens: numbers of tokens to measure every form at.
 
+    Returns:
+        For each layer, by its name, what became of it: ``Exported``.
+
     Raises:
         ValueError: for an unknown form, one that can hold no layer here, a number of tokens below 1, or a model
             without sparse layers.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.sparse_export import sparsify
+        >>> from gracile.optim import SRigLAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> groups = param_groups(model, sparsity=0.75, target_modules="all-linear")
+        >>> optimizer = SRigLAdamW(groups, distribution="uniform", t_end=750)  # masks the weights; then train
+        >>> exported = sparsify(model, form="condensed")
+        >>> model[0], exported["0"].zeros
+        (CondensedLinear(in_features=64, out_features=32, bias=True, stored=512), 0.75)
     """
     require(form in CHOICES, f"form must be one of {', '.join(CHOICES)}; {nearest(form, CHOICES)}", form)
     for number in tokens:
@@ -190,7 +220,24 @@ def wait_for(device: torch.device) -> None:
 
 
 def save(model: PreTrainedModel, folder: str | Path) -> int:
-    """Write ``model`` into ``folder``, which is made; returns the bytes of its weights' file."""
+    """Write ``model`` into ``folder``, which is made; returns the bytes of its weights' file.
+
+    Args:
+        model: of transformers, its sparse layers as ``sparsify`` has made them.
+        folder: for ``config.json``, ``sparse.json`` and ``sparse.safetensors``.
+
+    Example:
+        >>> from gracile.models import build_llama
+        >>> from gracile.models.sparse_export import save, sparsify
+        >>> from gracile.optim import RigLAdamW, param_groups
+        >>> small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+        >>> model = build_llama("2m", vocab_size=64, **small)
+        >>> optimizer = RigLAdamW(param_groups(model, sparsity=0.9), t_end=750)  # masks the weights; then train
+        >>> dense = sum(p.numel() * p.element_size() for p in model.parameters())
+        >>> exported = sparsify(model, form="csr")
+        >>> save(model, "sparse") < dense
+        True
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layers = {
@@ -224,8 +271,24 @@ def narrowed(places: Tensor) -> Tensor:
 def load(folder: str | Path, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The model that ``save`` wrote, in evaluation mode.
 
+    Args:
+        folder: that ``save`` wrote.
+        device: where to put the model.
+
     Raises:
         ValueError: for a folder that ``save`` did not write, or one that a later version wrote.
+
+    Example:
+        >>> from gracile.models import build_llama
+        >>> from gracile.models.sparse_export import load, save, sparsify
+        >>> from gracile.optim import RigLAdamW, param_groups
+        >>> small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+        >>> model = build_llama("2m", vocab_size=64, **small)
+        >>> optimizer = RigLAdamW(param_groups(model, sparsity=0.9), t_end=750)  # masks the weights; then train
+        >>> exported, tokens = sparsify(model, form="csr"), torch.tensor([[1, 2, 3]])
+        >>> size = save(model, "sparse")
+        >>> torch.allclose(load("sparse")(tokens).logits, model(tokens).logits, atol=1e-5)
+        True
     """
     folder = Path(folder)
     if not (folder / LAYOUT).is_file() or not (folder / WEIGHTS).is_file():

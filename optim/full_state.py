@@ -24,10 +24,27 @@ FORMAT = 1
 
 @torch.no_grad()
 def full_state(optimizer: ShardedOptimizer) -> dict[str, Any]:
-    """Everything that ``optimizer`` remembers, and the weights where it holds them in parts.
+    """The whole state of ``optimizer``, independent of how it is split over processes, and weights that are split.
 
     Collective: every process calls it, after the first step. Process 0 of each parameter's group gets the tensors, on
     the CPU; the others an empty mapping. 8-bit moments are given in fp32.
+
+    Args:
+        optimizer: of ``gracile.optim``, in one process or split by ZeRO or FSDP2.
+
+    Returns:
+        ``format``, ``class``, and in ``parameters`` the state of each parameter by its position among all.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import GaLoreAdamW, full_state, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> optimizer = GaLoreAdamW(param_groups(model, rank=4, target_modules="all-linear"), lr=0.01)
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> saved = full_state(optimizer)
+        >>> saved["class"], {key: tuple(tensor.shape) for key, tensor in saved["parameters"][0].items()}
+        ('GaLoreAdamW', {'step': (), 'basis': (32, 4), 'exp_avg': (4, 64), 'exp_avg_sq': (4, 64)})
     """
     parameters: dict[int, dict[str, Tensor]] = {}
     for ref, shard, group, state in optimizer.held_parameters():
@@ -49,10 +66,25 @@ def full_state_of(class_name: str, saved: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_full_state(optimizer: ShardedOptimizer, saved: dict[str, Any]) -> None:
-    """Take over what ``full_state`` gave, in whatever layout this process is. Every process passes all of it.
+    """Load what ``full_state`` returned into an optimizer of any layout. Every process passes all of it.
+
+    Args:
+        optimizer: of the same class and for the same parameters; its layout and number of processes may differ.
+        saved: what ``full_state`` returned at process 0.
 
     Raises:
         ValueError: where ``saved`` is of another class or of other parameters; nothing is changed then.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import GaLoreAdamW, full_state, load_full_state
+        >>> weight = nn.Parameter(torch.randn(64, 32))
+        >>> one, other = (GaLoreAdamW([{"params": [weight], "rank": 4}], lr=0.01) for _ in range(2))
+        >>> weight.square().sum().backward()
+        >>> one.step()
+        >>> load_full_state(other, full_state(one))
+        >>> all(torch.equal(tensor, other.state[weight][key]) for key, tensor in one.state[weight].items())
+        True
     """
     if saved.get("format") != FORMAT or saved.get("class") != type(optimizer).__name__:
         raise ValueError(

@@ -36,24 +36,35 @@ def param_groups(
     """Groups for an optimizer of this package: target matrices with a rank, other weights, norms and biases.
 
     Args:
-        model: any module; frozen parameters are left out, tied ones are owned once.
-        rank: of the target matrices. Without one, and without another key that says what is special of them
-            (``sparsity``, ``density``, ``n``, ``keep``), they have no group, and the groups suit ``torch.optim`` too.
+        model: any module; frozen parameters are left out, tied ones are in one group only.
+        rank: of the target matrices. Without it, and without another key that marks them (``sparsity``, ``density``,
+            ``n``, ``keep``), they have no group of their own, and the groups suit ``torch.optim`` too.
         target_modules: a list of patterns, each a part of a module's name or a regular expression for all of it;
             or one regular expression for all of the name; or ``"all-linear"``, every matrix but embeddings and the
             output layer. Each pattern must match.
-        weight_decay: for the two groups of weights; None leaves it to the optimizer. Norms and biases get 0. What a
-            layer of ``gracile.models.layers`` makes its weight of counts as weights, in one group, of any shape.
+        weight_decay: for the two groups of weights; None leaves it to the optimizer. Norms and biases get 0. The
+            parameters that a layer of ``gracile.models.layers`` builds its weight from are weights, of any shape.
         matrix_keys: further keys of the target matrices' group, such as ``update_proj_gap`` or ``scale``; the optimizer
             checks them. A mapping from patterns to values splits the group: ``num_heads={"q_proj": 32, "k_proj": 8}``
             holds for the targets whose names match, the first match counts, the others do without the key.
 
     With a ``sparsity`` or ``density``, layers that say which of their parameters are sparse (``sparse_parts``:
     ``ParallelLinear``, ``FactorisedLinear`` and ``DopedLinear``) have their own densities, one group for each, whether
-    their names match or not: more of them would be a larger dense model.
+    their names match or not: left dense, they would be more weights than those of the layers they replace.
 
     Raises:
         ValueError: for a pattern that matches no trainable matrix, or matrix keys without one that makes their group.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import param_groups
+        >>> layers = {"embed": nn.Embedding(256, 64), "q_proj": nn.Linear(64, 64), "norm": nn.LayerNorm(64)}
+        >>> model = nn.ModuleDict(layers)
+        >>> for group in param_groups(model, rank=8, target_modules=["q_proj"], weight_decay=0.1, scale=0.25):
+        ...     print([tuple(p.shape) for p in group.pop("params")], group)
+        [(64, 64)] {'rank': 8, 'scale': 0.25, 'weight_decay': 0.1}
+        [(256, 64)] {'weight_decay': 0.1}
+        [(64,), (64,), (64,)] {'weight_decay': 0.0}
     """
     marks = [key for key in OTHER_MARKS if matrix_keys.get(key) is not None]
     if rank is None and matrix_keys and not marks:

@@ -25,7 +25,7 @@ class Lion(ShardedOptimizer):
     Against AdamW, use a learning rate 3 to 10 times smaller and a decay as much larger.
 
     Args:
-        params: parameters, named parameters or groups; no subspace keys.
+        params: parameters, named parameters or groups, as for ``torch.optim.AdamW``; there is no ``rank``.
         lr: learning rate; every entry moves by it.
         betas: of the interpolation and of the moment.
         weight_decay: decoupled, applied before the step.
@@ -35,6 +35,18 @@ class Lion(ShardedOptimizer):
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import Lion, param_groups
+        >>> model = nn.Linear(4, 2)
+        >>> before = model.weight.detach().clone()
+        >>> optimizer = Lion(param_groups(model), lr=0.5)
+        >>> model(torch.ones(1, 4)).sum().backward()  # a gradient of ones
+        >>> optimizer.step()
+        >>> torch.allclose(model.weight, before - 0.5), sorted(optimizer.state[model.weight])
+        (True, ['exp_avg', 'step'])
     """
 
     rule = LION

@@ -28,7 +28,24 @@ __all__ = [
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors that ``optimizer`` (any torch optimizer) holds as state in this process."""
+    """Bytes of all tensors that ``optimizer`` (any torch optimizer) holds as state in this process.
+
+    Args:
+        optimizer: of ``gracile.optim`` or ``torch.optim``; it has no state before its first step.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import GaLoreAdamW, param_groups, state_bytes
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> groups = param_groups(model, rank=4, target_modules="all-linear")
+        >>> optimizers = GaLoreAdamW(groups, lr=0.01), torch.optim.AdamW(model.parameters())
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> for optimizer in optimizers:
+        ...     optimizer.step()
+        ...     print(state_bytes(optimizer))
+        4048
+        18768
+    """
     return state_by_kind(optimizer).total()
 
 

@@ -24,11 +24,25 @@ class JaggedCosineLR(LRScheduler):
         total_steps: T.
         warmup_steps: w, of the first rise.
         restart_every: steps between restarts, ReLoRA's ``merge_every``.
-        restart_warmup_steps: v.
+        restart_warmup_steps: v, of the rise after a restart.
         min_ratio: of the last learning rate to the peak.
+        last_epoch: steps that were taken before, as for every torch scheduler; -1 to begin.
 
     Raises:
         ValueError: for numbers of steps that do not fit into each other.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import JaggedCosineLR
+        >>> optimizer = torch.optim.AdamW(nn.Linear(4, 2).parameters(), lr=1.0)
+        >>> schedule = JaggedCosineLR(optimizer, 10, warmup_steps=2, restart_every=5, restart_warmup_steps=1)
+        >>> rates = []
+        >>> for _ in range(10):
+        ...     rates.append(round(schedule.get_last_lr()[0], 2))
+        ...     optimizer.step()
+        ...     schedule.step()
+        >>> rates
+        [0.0, 0.5, 1.0, 0.97, 0.87, 0.0, 0.55, 0.38, 0.23, 0.13]
     """
 
     def __init__(

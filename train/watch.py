@@ -47,6 +47,18 @@ class MemoryWatch:
     Raises:
         ValueError: for ``every`` below 1.
         RuntimeError: when it is entered again before it was closed.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import GaLoreAdamW, param_groups
+        >>> from gracile.train.watch import MemoryWatch
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> optimizer = GaLoreAdamW(param_groups(model, rank=4, target_modules="all-linear"), lr=0.01)
+        >>> with MemoryWatch(model, optimizer) as memory:
+        ...     model(torch.randn(16, 64)).square().mean().backward()
+        ...     optimizer.step()
+        >>> {kind: memory.most[kind] for kind in ("weights", "gradients", "moments", "projectors")}
+        {'weights': 9376, 'gradients': 9376, 'moments': 3408, 'projectors': 640}
     """
 
     def __init__(
@@ -113,6 +125,19 @@ class MemoryCallback(TrainerCallback):
         every: steps between two records.
 
     ``watch`` is the ``MemoryWatch``, once training has begun.
+
+    Example:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> from gracile.models import build_llama
+        >>> from gracile.train.watch import MemoryCallback
+        >>> model = build_llama("2m", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+        >>> rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
+        >>> arguments = TrainingArguments("run", max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
+        >>> memory = MemoryCallback()
+        >>> _ = Trainer(model, arguments, train_dataset=rows, callbacks=[memory]).train()
+        {'train_runtime': ...}
+        >>> round(memory.watch.most["moments"] / memory.watch.most["weights"])  # the Trainer's AdamW has two moments
+        2
     """
 
     def __init__(self, log_dir: str | Path | None = None, *, every: int = 1) -> None:

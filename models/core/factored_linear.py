@@ -18,12 +18,26 @@ Parts = Mapping[str, Tensor]  # the parameters and buffers of a layer by their o
 
 
 class FactoredLinear(nn.Module, ABC):
-    """y = x W^T + bias, where W (out x in) is not a parameter itself.
+    """y = x W^T + bias, where W (out x in) is not a parameter itself: the base of the layers in this package.
 
     Args:
         in_features: n, the columns of W.
         out_features: m, the rows of W.
         bias: whether there is one, as ``nn.Linear`` draws it.
+        device: where the parameters are made, as for ``nn.Linear``; ``"meta"`` allocates nothing.
+        dtype: of the parameters, as for ``nn.Linear``.
+
+    Raises:
+        TypeError: where this class itself is constructed, which is abstract.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import FactoredLinear, LowRankLinear
+        >>> layer = LowRankLinear.from_linear(nn.Linear(64, 32), rank=4)
+        >>> isinstance(layer, FactoredLinear), tuple(layer.dense().shape)
+        (True, (32, 64))
+        >>> layer.merge()
+        Linear(in_features=64, out_features=32, bias=True)
     """
 
     replaced: type[nn.Module] = nn.Linear  # the class of the layer that it replaces
@@ -53,7 +67,7 @@ class FactoredLinear(nn.Module, ABC):
 
     @abstractmethod
     def reset_parameters(self) -> None:
-        """Draw everything anew."""
+        """Draw new values for all parameters."""
 
     def parts(self) -> dict[str, Tensor]:
         """The layer's parameters and buffers. Methods that change a layer accept others in their place: an optimizer
@@ -70,7 +84,11 @@ class FactoredLinear(nn.Module, ABC):
         """The last change when training is over, before the layer is merged; none for most layers."""
 
     def merge(self) -> nn.Linear:
-        """A plain layer that computes the same, on the same device and in the same dtype."""
+        """A plain layer that computes the same, on the same device and in the same dtype.
+
+        Raises:
+            ValueError: for a layer that is not linear, such as ``ParallelLinear``.
+        """
         weight = self.dense()
         keys = {"device": weight.device, "dtype": weight.dtype}
         plain = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **keys)

@@ -27,9 +27,24 @@ TOKENS = 256  # taken at a time
 
 
 class BlockSparseLinear(InferenceLinear):
-    """The b x b blocks of W that have a place in the mask, each whole.
+    """For inference: the b x b blocks of W that have a place in the mask, each whole (BLaST, arXiv:2507.03117).
 
     ``from_linear(linear, block=b)``: b divides both sides; 32 to 128 are the fastest.
+
+    Args:
+        in_features, out_features, tensors, bias: as for ``InferenceLinear``.
+
+    Raises:
+        ValueError: as ``InferenceLinear``, and where b does not divide both sides.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import BlockSparseLinear
+        >>> linear, x = nn.Linear(128, 64), torch.randn(16, 128)
+        >>> _ = linear.weight.data[:, 32:].zero_()  # two blocks of 32 x 32 are left, of eight
+        >>> layer = BlockSparseLinear.from_linear(linear, block=32)
+        >>> layer.values.numel(), torch.allclose(layer(x), linear(x), atol=1e-5)
+        (2048, True)
     """
 
     form = "blocks"

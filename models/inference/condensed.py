@@ -40,10 +40,30 @@ INT32 = 2**31 - 1
 
 
 class InferenceLinear(FactoredLinear):
-    """y = x W^T + bias with W packed into buffers. Nothing is trained: ``from_linear`` and ``from_tensors`` make one.
+    """y = x W^T + bias with W packed into buffers, without its zeros: the base of the layers for inference.
+
+    Nothing is trained: ``from_linear`` and ``from_tensors`` make one.
+
+    Args:
+        in_features: n, the columns of W.
+        out_features: m, the rows of W.
+        tensors: the buffers by name, as ``pack`` makes them.
+        bias: its values (out), or None.
 
     Raises:
-        ValueError: for a mask of another shape, or a W that the form cannot hold.
+        ValueError: for a mask of another shape, a W that the form cannot hold, or an input of another width or dtype.
+        TypeError: where this class itself is constructed, which is abstract.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import CSRLinear, InferenceLinear
+        >>> linear = nn.Linear(64, 32)
+        >>> mask = linear.weight > 0.1  # what is kept of the weight; without a mask what is not zero
+        >>> layer = CSRLinear.from_linear(linear, mask=mask)
+        >>> isinstance(layer, InferenceLinear), layer.values.numel() == int(mask.sum())
+        (True, True)
+        >>> torch.equal(layer.merge().weight, linear.weight * mask)
+        True
     """
 
     form: ClassVar[str]
@@ -171,10 +191,25 @@ class RowLinear(InferenceLinear):
 
 
 class CondensedLinear(RowLinear):
-    """Every row of W that is not empty has the same number k of places; ``values`` and ``columns`` are m' x k.
+    """For inference: every row of W that is not empty has the same number k of weights (SRigL, arXiv:2305.02299).
 
-    Shorter rows are filled with zeros up to the longest where that takes at most a quarter more; else rows are too
-    uneven, and ``CSRLinear`` is for them.
+    ``values`` and ``columns`` are m' x k, for m' rows that are not empty. Shorter rows are filled with zeros up to the
+    longest where that takes at most a quarter more; else rows are too uneven, and ``CSRLinear`` is for them.
+
+    Args:
+        in_features, out_features, tensors, bias: as for ``InferenceLinear``.
+
+    Raises:
+        ValueError: as ``InferenceLinear``.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import CondensedLinear
+        >>> linear, x = nn.Linear(64, 32), torch.randn(16, 64)
+        >>> _ = linear.weight.data[:, 8:].zero_()  # eight weights in every row
+        >>> layer = CondensedLinear.from_linear(linear)
+        >>> layer.values.shape, torch.allclose(layer(x), linear(x), atol=1e-5)
+        (torch.Size([32, 8]), True)
     """
 
     form = "condensed"
@@ -222,7 +257,26 @@ class CondensedLinear(RowLinear):
 
 
 class CSRLinear(RowLinear):
-    """Rows of any length: ``values`` and ``columns`` one row behind the other, ``starts`` where each begins (m + 1)."""
+    """For inference: rows of any length, in compressed sparse row (CSR) form.
+
+    ``values`` and ``columns`` hold one row behind the other, ``starts`` where each begins (m + 1).
+
+    Args:
+        in_features, out_features, tensors, bias: as for ``InferenceLinear``.
+
+    Raises:
+        ValueError: as ``InferenceLinear``.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import CSRLinear
+        >>> from gracile.optim import RigLAdamW
+        >>> linear, x = nn.Linear(64, 32), torch.randn(16, 64)
+        >>> optimizer = RigLAdamW([{"params": [linear.weight], "sparsity": 0.9}], t_end=750)  # masks the weight
+        >>> layer = CSRLinear.from_linear(linear)
+        >>> layer.values.shape, layer.starts.shape, torch.allclose(layer(x), linear(x), atol=1e-5)
+        (torch.Size([205]), torch.Size([33]), True)
+    """
 
     form = "csr"
     places: ClassVar = {"columns": torch.int32, "starts": torch.int32}

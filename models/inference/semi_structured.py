@@ -22,7 +22,25 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 class SemiStructuredLinear(InferenceLinear):
-    """2:4 sparse W in 16 bits; in must be a multiple of 8. Computes on a GPU of capability 8.0 or later alone."""
+    """For inference: 2:4 sparse W in 16 bits; in must be a multiple of 8.
+
+    Computes on a GPU of capability 8.0 or later alone; it is packed, saved and merged on any machine. ``values`` are
+    out x in / 2, ``positions`` out x in / 8 bytes.
+
+    Args:
+        in_features, out_features, tensors, bias: as for ``InferenceLinear``.
+
+    Raises:
+        ValueError: as ``InferenceLinear``, where more than 2 of 4 weights are kept, and in use without such a GPU.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import NMLinear, SemiStructuredLinear
+        >>> pruned = NMLinear(64, 32, n=2, m=4).merge().half()
+        >>> layer = SemiStructuredLinear.from_linear(pruned)
+        >>> layer.values.shape, layer.positions.shape, torch.equal(layer.merge().weight, pruned.weight)
+        (torch.Size([32, 32]), torch.Size([32, 8]), True)
+    """
 
     form = "2:4"
     places: ClassVar = {"positions": torch.uint8}

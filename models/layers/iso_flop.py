@@ -40,10 +40,31 @@ def rounded_up(size: float) -> int:
 
 
 class IsoFlopLinear(FactoredLinear):
-    """A layer of as many weights as a dense one has, in more places.
+    """A larger, sparser layer with as many weights as a dense one (Sparse-IFT, arXiv:2303.11525): the base of three.
 
-    ``from_linear`` keeps no weight: the method trains from scratch. At sparsity 0, where it is the layer it replaces,
-    parallel and doped keep it.
+    ``sparse_parts`` names the parameters that an optimizer of masks, such as ``RigLAdamW``, shall keep sparse, and the
+    density of each; ``gracile.optim.param_groups`` asks for it. ``from_linear`` keeps no weight: the method trains from
+    scratch. At sparsity 0, where it is the layer it replaces, parallel and doped keep it.
+
+    Args:
+        in_features, out_features, bias: as for ``FactoredLinear``.
+        sparsity: s, at least 0 and below 1.
+        placed: a mapping of ``device`` and ``dtype``, as for ``FactoredLinear``.
+
+    Raises:
+        ValueError: for a sparsity out of range.
+        TypeError: where this class itself is constructed, which is abstract.
+
+    Example:
+        >>> from gracile.models.layers import DopedLinear, FactorisedLinear, IsoFlopLinear, ParallelLinear
+        >>> for kind in (ParallelLinear, FactorisedLinear, DopedLinear):
+        ...     layer = kind(64, 32, bias=False, sparsity=0.5)
+        ...     densities = layer.sparse_parts()
+        ...     kept = sum(p.numel() * densities.get(name, 1) for name, p in layer.named_parameters())
+        ...     print(isinstance(layer, IsoFlopLinear), list(densities), round(kept))  # nn.Linear(64, 32): 2048 weights
+        True ['W0', 'W1'] 2048
+        True ['U', 'V'] 2048
+        True ['W'] 2048
     """
 
     def __init__(
@@ -56,7 +77,7 @@ class IsoFlopLinear(FactoredLinear):
 
     @abstractmethod
     def sparse_parts(self) -> dict[str, float]:
-        """The parameters that are to be masked, by name, and the share of each that stays."""
+        """The parameters that are to be masked, by name, and the share of each that is kept."""
 
     @abstractmethod
     def product(self) -> Tensor:
@@ -73,17 +94,30 @@ class IsoFlopLinear(FactoredLinear):
 
 
 class ParallelLinear(IsoFlopLinear):
-    """y = sum over j of f(x W_j^T) + bias, with 1 / (1 - sparsity) branches. Not linear: it cannot be merged.
+    """y = sum over j of f(x W_j^T) + bias, with 1 / (1 - sparsity) branches (Sparse-IFT, arXiv:2303.11525).
 
-    Without an f the branches would be one matrix. What f leaves of one sign, as relu does, y has too: LLaMA's
-    gate_proj and up_proj can do with that better than what is added to its residual stream.
+    Not linear: it cannot be merged. Without an f the branches would be one matrix. Where f gives one sign only, as relu
+    does, so does y: better for LLaMA's gate_proj and up_proj than for what is added to its residual stream.
 
     Args:
+        in_features, out_features, bias: as for ``FactoredLinear``.
         sparsity: 0, 1/2, 2/3, 3/4, ...: of each branch.
         activation: f, ``relu``, ``gelu`` or ``silu``.
+        placed: ``device`` and ``dtype``, as for ``FactoredLinear``.
+
+    Parameters: W0, W1, ... (out x in each, dense until an optimizer masks them), and the bias.
 
     Raises:
-        ValueError: for another sparsity or activation.
+        ValueError: for another sparsity or activation; of ``merge`` and ``dense``, with more than one branch.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import ParallelLinear
+        >>> from gracile.optim import RigLAdamW, param_groups
+        >>> model = nn.Sequential(ParallelLinear(64, 32, sparsity=0.75), nn.Linear(32, 8))
+        >>> optimizer = RigLAdamW(param_groups(model, sparsity=0.75, target_modules=["0"]), t_end=750)
+        >>> [int(W.count_nonzero()) for name, W in model[0].named_parameters() if name != "bias"]  # 2048 of 8192
+        [512, 512, 512, 512]
     """
 
     W0: nn.Parameter
@@ -140,14 +174,28 @@ class ParallelLinear(IsoFlopLinear):
 
 
 class FactorisedLinear(IsoFlopLinear):
-    """y = f(x V^T) U^T + bias, with a V (rank x in) and a U (out x rank) that are both sparse.
+    """y = f(x V^T) U^T + bias, with a sparse V (rank x in) and a sparse U (out x rank) (Sparse-IFT, arXiv:2303.11525).
 
     Args:
+        in_features, out_features, bias: as for ``FactoredLinear``.
         sparsity: about, of U and V: ``density`` is exact.
         activation: f, ``linear`` (none) or ``relu``, with which the layer cannot be merged.
+        placed: ``device`` and ``dtype``, as for ``FactoredLinear``.
+
+    Parameters: U and V (dense until an optimizer masks them), and the bias.
 
     Raises:
-        ValueError: for values out of range.
+        ValueError: for values out of range; of ``merge`` and ``dense``, with ``relu``.
+
+    Example:
+        >>> from gracile.models.layers import FactorisedLinear
+        >>> layer = FactorisedLinear(64, 32, sparsity=0.5)
+        >>> tuple(layer.U.shape), tuple(layer.V.shape)
+        ((32, 48), (48, 64))
+        >>> {name: round(density, 3) for name, density in layer.sparse_parts().items()}  # 2048 weights in all
+        {'U': 0.444, 'V': 0.444}
+        >>> layer.merge()
+        Linear(in_features=64, out_features=32, bias=True)
     """
 
     def __init__(
@@ -193,13 +241,27 @@ class FactorisedLinear(IsoFlopLinear):
 
 
 class DopedLinear(IsoFlopLinear):
-    """y = x (W + U V)^T + bias, with a sparse W, and U (out x rank) and V (rank x in) that are dense.
+    """y = x (W + U V)^T + bias, with a sparse W and a dense U (out x rank) and V (rank x in) (arXiv:2303.11525).
 
     Args:
-        sparsity: about, of W: ``density`` is exact. So small that no rank is left, W is dense, and there is no U.
+        in_features, out_features, bias: as for ``FactoredLinear``.
+        sparsity: about, of W: ``density`` is exact. Where it is too small for a rank of 1, W is dense, without U, V.
+        placed: ``device`` and ``dtype``, as for ``FactoredLinear``.
+
+    Parameters: W (out x in, dense until an optimizer masks it), U, V, and the bias.
 
     Raises:
         ValueError: for a sparsity out of range.
+
+    Example:
+        >>> from gracile.models.layers import DopedLinear
+        >>> from gracile.optim import RigLAdamW, param_groups
+        >>> layer = DopedLinear(64, 32, sparsity=0.5)
+        >>> optimizer = RigLAdamW(param_groups(layer, sparsity=0.5, target_modules="all-linear"), t_end=750)
+        >>> [int(p.count_nonzero()) for p in (layer.W, layer.U, layer.V)]  # 2048 weights in all
+        [1088, 320, 640]
+        >>> layer.merge()
+        Linear(in_features=64, out_features=32, bias=True)
     """
 
     U: nn.Parameter  # None where the rank is 0: engines cannot split nothing

@@ -17,13 +17,29 @@ from ..core.factored_linear import FactoredLinear
 
 
 class LowRankLinear(FactoredLinear):
-    """y = x (B A)^T + bias, with A (rank x in) and B (out x rank).
+    """y = x (B A)^T + bias, with A (rank x in) and B (out x rank): the low-rank baseline (arXiv:2209.13569).
 
     The entries of the product start with the variance of ``nn.Linear``'s. ``from_linear`` keeps no weight: the method
     trains from scratch.
 
+    Args:
+        in_features, out_features, bias: as for ``FactoredLinear``.
+        rank: r, columns of B and rows of A.
+        placed: ``device`` and ``dtype``, as for ``FactoredLinear``.
+
+    Parameters: ``rank * (in + out)`` elements, and the bias.
+
     Raises:
         ValueError: for a rank below 1 or above both sides.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import LowRankLinear
+        >>> layer, x = LowRankLinear(64, 32, rank=4), torch.randn(16, 64)
+        >>> layer(x).shape, sum(p.numel() for p in layer.parameters())  # nn.Linear has 2080
+        (torch.Size([16, 32]), 416)
+        >>> torch.allclose(layer.merge()(x), layer(x), atol=1e-5)
+        True
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, rank: int, **placed: Any) -> None:

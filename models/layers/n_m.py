@@ -32,16 +32,31 @@ FLOWS = ("ste", "scaled")
 class NMLinear(DenseWeight):
     """y = x (W * F)^T + bias: n of every m weights count, and between 0 and 1 of the others while a mask decays.
 
-    ``from_linear`` keeps the weight. ``merge`` and ``dense`` give W * P, whatever the mask is at the time: with
-    ``residue`` at 0 and ``pattern`` at (n, m), where a layer begins and where a decay ends, that is what it computes.
+    Sources: SR-STE (arXiv:2102.04010), decaying masks (arXiv:2402.04744). ``from_linear`` keeps the weight. ``merge``
+    and ``dense`` give W * P, whatever the mask is at the time: with ``residue`` at 0 and ``pattern`` at (n, m), where a
+    layer begins and where a decay ends, that is what it computes.
 
     Args:
-        n: how many of each group stay.
+        in_features, out_features, bias: as for ``FactoredLinear``.
+        n: how many weights of each group are kept.
         m: the size of a group of consecutive inputs.
         flow: of the gradient to the weight: ``ste``, all of it, or ``scaled``, the literal derivative.
+        placed: ``device`` and ``dtype``, as for ``FactoredLinear``.
+
+    Parameters: W (out x in), and the bias.
 
     Raises:
         ValueError: for values out of range, or where m does not divide in_features.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import NMLinear
+        >>> layer = NMLinear.from_linear(nn.Linear(64, 32), n=2, m=4)
+        >>> (layer.merge().weight != 0).view(-1, 4).sum(dim=1).unique()  # of every 4 weights
+        tensor([2])
+        >>> layer(torch.randn(16, 64)).square().mean().backward()
+        >>> int(layer.weight.grad.count_nonzero())  # pruned weights have a gradient, too
+        2048
     """
 
     def __init__(

@@ -23,13 +23,32 @@ from ..core.factored_linear import FactoredWeight
 
 
 class OrderedLowRankLinear(FactoredWeight):
-    """y = x (U V^T)^T + bias, of which the first ``width`` components count, or the first ``sampled`` in training.
+    """y = x (U V^T)^T + bias, of which the first ``width`` components count (Maestro, arXiv:2308.14929).
 
-    ``from_linear`` keeps the weight: U and V start as its singular vectors times the roots of its singular values. A
-    new layer starts so, too, from a weight drawn as ``nn.Linear``'s.
+    In training the first ``sampled`` count, where a sampler has set it. ``from_linear`` keeps the weight: U and V start
+    as its singular vectors times the roots of its singular values. A new layer starts so, too, from a weight drawn as
+    ``nn.Linear``'s.
 
     Args:
+        in_features, out_features, bias: as for ``FactoredLinear``.
         rank: the most components; min(in, out) by default.
+        placed: ``device`` and ``dtype``, as for ``FactoredLinear``.
+
+    Parameters: U (out x rank), V (in x rank), and the bias.
+
+    Raises:
+        ValueError: for a rank below 1 or above the smaller side.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import OrderedLowRankLinear
+        >>> linear = nn.Linear(64, 32)
+        >>> _ = linear.weight.data[8:].zero_()  # a weight of rank 8
+        >>> layer = OrderedLowRankLinear.from_linear(linear)
+        >>> layer.width, layer.shrink(threshold=1e-4)
+        (32, 8)
+        >>> torch.allclose(layer.merge().weight, linear.weight, atol=1e-5)
+        True
     """
 
     def __init__(

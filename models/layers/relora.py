@@ -27,15 +27,32 @@ ROWS = 1024  # of W that are folded at a time
 
 
 class ReLoRALinear(FactoredLinear):
-    """y = x W^T + s dropout(x) A^T B^T + bias, with a frozen W that takes s B A in when it is folded.
+    """y = x W^T + s dropout(x) A^T B^T + bias, with a frozen W that s B A is added to by ``fold`` (arXiv:2307.05695).
 
-    ``from_linear`` keeps the weight.
+    ``from_linear`` keeps the weight. ``gracile.optim.ReLoRAAdamW`` calls ``fold`` every ``merge_every`` steps.
 
     Args:
+        in_features, out_features, bias: as for ``FactoredLinear``.
         rank: r, of A (rank x in) and B (out x rank).
         alpha: s = alpha / rank.
-        dropout: probability, on what A sees. (The authors' is 0.1.)
+        dropout: probability, of A's input. (The authors' is 0.1.)
         seed, name: what A is drawn from at each fold.
+        placed: ``device`` and ``dtype``, as for ``FactoredLinear``.
+
+    Parameters: W (out x in), frozen, ``rank * (in + out)`` trained elements, and the bias.
+
+    Raises:
+        ValueError: for values out of range.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import ReLoRALinear
+        >>> layer, x = ReLoRALinear.from_linear(nn.Linear(64, 32), rank=4), torch.randn(16, 64)
+        >>> _ = nn.init.normal_(layer.B)  # as training would have it
+        >>> before = layer(x)
+        >>> layer.fold()
+        >>> torch.allclose(layer(x), before, atol=1e-3), bool(layer.B.any())  # the same function, and B is zero again
+        (True, False)
     """
 
     method = "relora"

@@ -25,17 +25,32 @@ from ..core.factored_linear import DenseWeight, as_rows
 
 
 class ScaledLinear(DenseWeight):
-    """y = x (W * A)^T + bias, where each column of A scales its piece of the columns of W.
+    """y = x (W * A)^T + bias, where each column of A scales its piece of the columns of W (CAST, arXiv:2509.25996).
 
     ``from_linear`` keeps the weight, and what the layer computes. ``merge`` folds A into W, and computes what the
     layer does; ``sparsify`` before it makes the layer what CAST's training was for.
 
     Args:
+        in_features, out_features, bias: as for ``FactoredLinear``.
         pieces: g, the columns of A (out x pieces).
         n, m: how many of every m consecutive inputs ``sparsify`` leaves.
+        placed: ``device`` and ``dtype``, as for ``FactoredLinear``.
+
+    Parameters: W (out x in), A, and the bias.
 
     Raises:
         ValueError: for values out of range, or where m or pieces do not divide in_features.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import ScaledLinear
+        >>> linear = nn.Linear(64, 32)
+        >>> layer = ScaledLinear.from_linear(linear, pieces=2)
+        >>> tuple(layer.A.shape), torch.equal(layer.merge().weight, linear.weight)
+        ((32, 2), True)
+        >>> layer.sparsify()  # CastAdamS does this after its last step
+        >>> (layer.merge().weight != 0).view(-1, 4).sum(dim=1).unique()  # of every 4 weights
+        tensor([2])
     """
 
     needs_mask = True  # its weight belongs into a group with an n
@@ -77,7 +92,7 @@ class ScaledLinear(DenseWeight):
 
     @torch.no_grad()
     def sparsify(self) -> None:
-        """W <- W * P. CAST has pulled what goes to nearly zero by then; the optimizer does this after its last step."""
+        """W <- W * P. Pruned weights are nearly zero by then; ``CastAdamS`` does the same after its last step."""
         self.weight.mul_(largest(self.weight, self.n, self.m))
 
     def finish(self) -> None:

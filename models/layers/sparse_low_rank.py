@@ -33,19 +33,34 @@ INT32 = 2**31 - 1
 
 
 class SparseLowRankLinear(FactoredLinear):
-    """y = x (s B A + S)^T + bias, S with ``floor(density * out * in)`` trained values at fixed places.
+    """y = x (s B A + S)^T + bias, S with a share ``density`` of trained values at fixed places (arXiv:2406.02214).
 
-    ``from_linear`` keeps no weight: the method trains from scratch.
+    S has ``floor(density * out * in)`` values. ``from_linear`` keeps no weight: the method trains from scratch.
 
     Args:
+        in_features, out_features, bias: as for ``FactoredLinear``.
         rank: r, of A (rank x in) and B (out x rank).
         alpha: s = alpha / rank.
-        density: the share of W that is in S.
+        density: the share of W that is in S, from 0 to 1.
         seed, name: the places are a function of these and of the shape alone.
-        init_gain: on the first values.
+        init_gain: factor on the first values of S.
+        placed: ``device`` and ``dtype``, as for ``FactoredLinear``.
+
+    Parameters: ``rank * (in + out)`` elements and the values of S, with a 32-bit place each, and the bias.
 
     Raises:
         ValueError: for values out of range, or a matrix of more than 2^31 - 1 elements.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import SparseLowRankLinear
+        >>> layer = SparseLowRankLinear(64, 32, rank=4, density=0.125)
+        >>> {name: tuple(p.shape) for name, p in layer.named_parameters()}
+        {'bias': (32,), 'A': (4, 64), 'B': (32, 4), 'values': (256,)}
+        >>> int(layer.dense().count_nonzero())  # B is zero at first
+        256
+        >>> layer.merge()
+        Linear(in_features=64, out_features=32, bias=True)
     """
 
     method = "sltrain"

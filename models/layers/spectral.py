@@ -30,14 +30,29 @@ from ..core.factored_linear import FactoredWeight, Parts, as_rows
 
 
 class SpectralLinear(FactoredWeight):
-    """y = x (U diag(sigma) V^T)^T + bias; sigma and ``rank`` pairs of vectors are trained at a time.
+    """y = x (U diag(sigma) V^T)^T + bias; sigma and ``rank`` pairs of vectors are trained at a time (arXiv:2405.15481).
 
     Parameters ``U`` (out x rank), ``V`` (in x rank) and ``sigma`` (k, the active ones first); ``U_frozen`` and
     ``V_frozen`` hold the other k - rank columns: frozen parameters and not buffers, so that engines split and cast
     them. ``from_linear`` keeps the weight; a new one is drawn as ``nn.Linear``'s.
 
+    Args:
+        in_features, out_features, bias: as for ``FactoredLinear``.
+        rank: r, how many of the k = min(in, out) pairs of vectors are trained at a time.
+        placed: ``device`` and ``dtype``, as for ``FactoredLinear``.
+
     Raises:
         ValueError: for a rank below 1 or above the smaller side.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import SpectralLinear
+        >>> linear = nn.Linear(64, 32)
+        >>> layer = SpectralLinear.from_linear(linear, rank=4)
+        >>> {name: tuple(p.shape) for name, p in layer.named_parameters() if p.requires_grad}
+        {'bias': (32,), 'U': (32, 4), 'V': (64, 4), 'sigma': (32,)}
+        >>> torch.allclose(layer.merge().weight, linear.weight, atol=1e-5)
+        True
     """
 
     method = "sst"
@@ -78,7 +93,7 @@ class SpectralLinear(FactoredWeight):
 
     @torch.no_grad()
     def swap(self, chosen: Tensor, parts: Parts | None = None) -> Tensor:
-        """Make the pairs ``chosen`` (rank different numbers below k) the active ones. W stays.
+        """Make the pairs ``chosen`` (rank different numbers below k) the active ones. W does not change.
 
         Args:
             parts: in place of the layer's own, written to.

@@ -35,17 +35,32 @@ MARGIN = 1 / 64  # below the weight that must stay: what bf16 rounds, and weight
 class ThresholdLinear(DenseWeight):
     """y = x W~^T + bias, where W~ is W shrunk towards zero by a learned threshold, or W's largest weights.
 
-    ``from_linear`` keeps the weight. theta is absolute: ``s_init=-5`` starts it at 0.0067, where a weight drawn with
-    LLaMA's deviation of 0.02 has a density of 0.74. Apart from the loss only weight decay moves s, towards theta = 0.5:
-    decay it. In bf16 an s of -5 moves in steps of 1/32 or not at all: train in fp32, under autocast, or in an engine
-    that keeps wider weights.
+    Sources: AutoSparse (arXiv:2304.06941), STR (arXiv:2002.03231). ``from_linear`` keeps the weight. theta is absolute:
+    ``s_init=-5`` starts it at 0.0067, where a weight drawn with LLaMA's deviation of 0.02 has a density of 0.74. Apart
+    from the loss only weight decay moves s, towards theta = 0.5: decay it. In bf16 an s of -5 moves in steps of 1/32 or
+    not at all: train in fp32, under autocast, or in an engine that keeps wider weights.
 
     Args:
+        in_features, out_features, bias: as for ``FactoredLinear``.
         sparsity: the share of W that is zero, exactly, ties kept from the lowest index on; None learns a threshold.
-        s_init: where s starts.
+        s_init: where s starts; theta = sigmoid(s).
+        placed: ``device`` and ``dtype``, as for ``FactoredLinear``.
+
+    Parameters: W (out x in), s (1) where the threshold is learned, and the bias.
 
     Raises:
         ValueError: for values out of range.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import ThresholdLinear
+        >>> linear = nn.Linear(64, 32)
+        >>> layer = ThresholdLinear.from_linear(linear, s_init=-3.0)
+        >>> theta = layer.threshold()
+        >>> torch.equal(layer.merge().weight != 0, linear.weight.abs() > theta)
+        True
+        >>> int(ThresholdLinear.from_linear(linear, sparsity=0.75).merge().weight.count_nonzero())  # of 2048
+        512
     """
 
     annealed: Tensor  # a_t; 0 until GradientAnnealing sets it

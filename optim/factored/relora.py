@@ -37,9 +37,9 @@ RESETS = ("zero", "random", "magnitude")
 
 
 class ReLoRAAdamW(FactoredOptimizer):
-    """AdamW for models with ``ReLoRALinear`` layers, which it folds (arXiv:2307.05695).
+    """AdamW for models with ``ReLoRALinear`` layers, whose factors it merges into their weights (arXiv:2307.05695).
 
-    Other parameters, which stay of full rank, get plain AdamW.
+    Other parameters, which stay of full rank, get plain AdamW. The learning rate's schedule is ``JaggedCosineLR``.
 
     Args:
         params: parameters, named parameters or groups; A and B of a layer in one group. Frozen ones need not be there.
@@ -48,7 +48,7 @@ class ReLoRAAdamW(FactoredOptimizer):
         merge_every: steps between merges.
         reset_every: steps between resets of moments; None for ``merge_every``.
         reset: ``zero`` all of them; ``random`` or ``magnitude``: a part, at random or where the first moment is least.
-        reset_ratio: that part.
+        reset_ratio: that part, from 0 to 1.
         reset_step: count Adam's steps from the last reset.
         seed: of random resets.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
@@ -58,7 +58,23 @@ class ReLoRAAdamW(FactoredOptimizer):
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range, or where no
             parameter belongs to such a layer.
-        UnsupportedLayout: at ``step``, where A and B of a layer are not stepped together.
+        RuntimeError: at ``step``, for sparse gradients, or (UnsupportedLayout) where A and B of a layer are not stepped
+            together.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.convert import convert
+        >>> from gracile.models.layers import ReLoRALinear
+        >>> from gracile.optim import ReLoRAAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> model = convert(model, ReLoRALinear, ["0"], rank=4)
+        >>> optimizer = ReLoRAAdamW(param_groups(model), lr=0.01, merge_every=2)
+        >>> for _ in range(2):
+        ...     model(torch.randn(16, 64)).square().mean().backward()
+        ...     optimizer.step()
+        ...     print(int(model[0].folds), bool(model[0].B.any()))  # merges so far, and whether B is not zero
+        0 True
+        1 False
     """
 
     method = "relora"

@@ -39,6 +39,20 @@ class SLTrainAdamW(SLTrain):
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range, or where no
             parameter belongs to such a layer.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.convert import convert
+        >>> from gracile.models.layers import SparseLowRankLinear
+        >>> from gracile.optim import SLTrainAdamW, param_groups, state_bytes
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> model = convert(model, SparseLowRankLinear, ["0"], rank=4, density=0.125)
+        >>> optimizer = SLTrainAdamW(param_groups(model, weight_decay=0.0))
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> {name: tuple(optimizer.state[p]["exp_avg"].shape) for name, p in model[0].named_parameters()}
+        {'bias': (32,), 'A': (4, 64), 'B': (32, 4), 'values': (256,)}
     """
 
     def __init__(
@@ -55,13 +69,30 @@ class SLTrainAdamW(SLTrain):
 
 
 class SLTrainAdamW8bit(SLTrain):
-    """``SLTrainAdamW`` with 8-bit moments, as the authors train 7B.
+    """``SLTrainAdamW`` with 8-bit moments, as the authors train 7B (arXiv:2406.02214).
 
-    Two moments take 2 bytes an element, and 8 for each block of 256 elements; those of fewer than 4096 stay fp32.
+    Args:
+        params, lr, betas, eps, weight_decay: as for ``SLTrainAdamW``.
+
+    State of an m x n layer: the elements of ``SLTrainAdamW`` in 8 bits, and 8 bytes for each block of 256 elements of
+    both moments; moments of fewer than 4096 elements stay in fp32.
 
     Raises:
         ImportError: at construction, without bitsandbytes.
-        ValueError: as ``SLTrainAdamW``.
+        ValueError: at construction, as ``SLTrainAdamW``.
+        RuntimeError: at ``step``, as ``SLTrainAdamW``.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.convert import convert
+        >>> from gracile.models.layers import SparseLowRankLinear
+        >>> from gracile.optim import SLTrainAdamW8bit, param_groups
+        >>> model = convert(nn.Sequential(nn.Linear(256, 64)), SparseLowRankLinear, ["0"], rank=16)
+        >>> optimizer = SLTrainAdamW8bit(param_groups(model))
+        >>> model(torch.randn(16, 256)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[model[0].A]["exp_avg"].dtype, optimizer.state[model[0].bias]["exp_avg"].dtype
+        (torch.uint8, torch.float32)
     """
 
     moment_codec = IN_8_BITS

@@ -42,7 +42,7 @@ from .optimizer import FactoredOptimizer, LayerStep, Parts
 
 
 class SSTAdamW(FactoredOptimizer):
-    """AdamW for models with ``SpectralLinear`` layers, whose vectors it draws and decomposes anew (arXiv:2405.15481).
+    """AdamW for models with ``SpectralLinear`` layers: trains some singular vectors at a time (arXiv:2405.15481).
 
     Other parameters get plain AdamW.
 
@@ -55,8 +55,8 @@ class SSTAdamW(FactoredOptimizer):
         iterations: draws between singular value decompositions; None for ceil(k / r), each layer's own.
         warmup_steps: over which the learning rate of U and V rises after a draw.
         seed: of the draws.
-        synchronize: where a process group has been started, replicas of a model (DistributedDataParallel) share the
-            decompositions, and take each other's bits. False for a model that one process of them trains alone, which
+        synchronize: where a process group has been started, one replica of a model (DistributedDataParallel) computes
+            a decomposition and the others copy it. False for a model that only one of the processes trains, which
             would wait for the others.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
 
@@ -65,7 +65,24 @@ class SSTAdamW(FactoredOptimizer):
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range, or where no
             parameter belongs to such a layer.
-        UnsupportedLayout: at ``step``, where U, V and sigma of a layer are not stepped together.
+        RuntimeError: at ``step``, for sparse gradients, or (UnsupportedLayout) where U, V and sigma of a layer are not
+            stepped together.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.convert import convert
+        >>> from gracile.models.layers import SpectralLinear
+        >>> from gracile.optim import SSTAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> model = convert(model, SpectralLinear, ["0"], rank=4)
+        >>> optimizer = SSTAdamW(param_groups(model), lr=0.01)
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> layer = model[0]
+        >>> torch.allclose(layer.U.norm(dim=0), torch.ones(4)), bool((layer.sigma >= 0).all())  # after every step
+        (True, True)
+        >>> {name: tuple(optimizer.state[getattr(layer, name)]["exp_avg"].shape) for name in ("U", "V", "sigma")}
+        {'U': (32, 4), 'V': (64, 4), 'sigma': (32,)}
     """
 
     method = "sst"

@@ -56,20 +56,21 @@ def _seed(key: str, value: Any) -> None:
 
 
 class APOLLOAdamW(LowRankOptimizer):
-    """SGD-like memory with AdamW-like scaling (arXiv:2412.05270).
+    """The whole gradient, scaled as Adam would scale it in a small random subspace (arXiv:2412.05270).
 
-    APOLLO-Mini is ``rank=1, scale_type="tensor", scale=128``.
-
-    A drop-in for ``apollo_torch.APOLLOAdamW``: groups with a ``rank`` are scaled, the others get plain AdamW.
+    Memory is close to that of SGD. APOLLO-Mini is ``rank=1, scale_type="tensor", scale=128``. A drop-in for
+    ``apollo_torch.APOLLOAdamW``: groups with a ``rank`` are scaled, the others get plain AdamW.
 
     Args:
-        params, lr, betas, eps, weight_decay, rank, update_proj_gap, proj_type, state_dtype: as for ``GaLoreAdamW``.
+        params, betas, eps, weight_decay, update_proj_gap, proj_type, state_dtype: as for ``GaLoreAdamW``.
+        lr: learning rate; a matrix with a rank moves by ``lr * sqrt(scale)``.
         scale: its square root multiplies the update of a matrix.
+        rank: r, the dimension of the subspace; None gives a group plain AdamW. Capped at min(m, n).
         proj: ``random``, or ``svd`` for GaLore's subspace, which is kept as state.
-        shard_basis: as for ``GaLoreAdamW``; a random projection is drawn anew and never kept.
-        scale_type: one factor a ``channel`` (each line along the long side) or one for the whole ``tensor``.
+        shard_basis: as for ``GaLoreAdamW``; a random projection is drawn again at each step and not stored.
+        scale_type: a factor for each ``channel`` (a row, or a column of a wide matrix) or one for the whole ``tensor``.
         scale_front: multiply by the root of ``scale`` before the growth limiter instead of after.
-        disable_nl: leave out the limiter on the growth of the update's norm.
+        disable_nl: turn off the limiter on the growth of the update's norm.
         seed: the parameter at position i of all starts from seed + i.
 
     State of an m x n matrix: ``2 * r * long`` numbers, a seed, a norm and a counter; with ``proj="svd"`` also P.
@@ -77,6 +78,19 @@ class APOLLOAdamW(LowRankOptimizer):
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import APOLLOAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> mini = {"rank": 1, "scale_type": "tensor", "scale": 128}  # APOLLO-Mini
+        >>> optimizer = APOLLOAdamW(param_groups(model, target_modules="all-linear", **mini), lr=0.01)
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> tuple(optimizer.state[model[0].weight]["exp_avg"].shape)
+        (1, 64)
+        >>> APOLLOAdamW.state_bytes_for((4096, 4096), **mini), APOLLOAdamW.state_bytes_for((4096, 4096))
+        (32784, 134217732)
     """
 
     checks: ClassVar[Mapping[str, Check]] = {

@@ -52,13 +52,14 @@ def _norm(key: str, value: object) -> None:
 
 
 class DCTAdamW(LowRankOptimizer):
-    """AdamW in r columns of a cosine basis, chosen anew as often as at every step, without any SVD (arXiv:2505.17967).
+    """AdamW in r columns of a cosine basis, chosen again as often as at every step, without any SVD (arXiv:2505.17967).
 
     Groups without a ``rank`` get AdamW as torch has it.
 
     Args:
-        params, lr, betas, eps, weight_decay, rank, proj_type, state_dtype: as for ``GaLoreAdamW``; ``eps`` is added
-            after the bias correction and weights decay before the step, as in ``torch.optim.AdamW``.
+        params, betas, proj_type, state_dtype: as for ``GaLoreAdamW``.
+        lr, eps, weight_decay: as for ``torch.optim.AdamW``.
+        rank: r, the number of columns; None gives a group plain AdamW. Capped at min(m, n).
         update_proj_gap: T, steps between choices of the columns: at steps 1, T, 2T, ...
         ell_norm: columns are ranked by their 1- or 2-norm.
         rotate_subspace: moments follow their columns. False leaves them in place, as the authors' default does.
@@ -66,12 +67,25 @@ class DCTAdamW(LowRankOptimizer):
             ``4bit``.
 
     State of an m x n matrix: ``2 * r * long`` numbers, r int32, a counter, and with error feedback m * n fp32, or m * n
-    bytes or half of them and 8 more a line. All matrices share one fp32 k x k cosine matrix for each distinct side k,
-    which is not state.
+    bytes or half of them and ``8 * long`` more. All matrices share one fp32 k x k cosine matrix for each distinct side
+    k, which is not state.
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import DCTAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> groups = param_groups(model, rank=4, target_modules="all-linear", error_feedback="8bit")
+        >>> optimizer = DCTAdamW(groups, lr=0.01)
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> {key: tuple(optimizer.state[model[0].weight][key].shape) for key in ("indices", "exp_avg", "error")}
+        {'indices': (4,), 'exp_avg': (4, 64), 'error': (64, 32)}
+        >>> DCTAdamW.state_bytes_for((4096, 4096), rank=128)  # no basis is kept; GaLoreAdamW: 6291460
+        4194820
     """
 
     rule = TORCH_ADAM

@@ -44,19 +44,31 @@ RESIDUALS = ("reference", "orthogonal")
 class FiraAdamW(LowRankOptimizer):
     """GaLore's AdamW plus the rest of the gradient, scaled by norms and limited in growth (arXiv:2410.01623).
 
-    The memory of ``GaLoreAdamW`` and one number more.
+    The counterpart of ``fira.FiraAdamW``. Groups without a ``rank`` get plain AdamW.
 
     Args:
-        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method,
-            shard_basis, state_dtype: as for ``GaLoreAdamW``. The authors' groups call ``scale`` alpha; it does
-            not scale the residual.
+        params, lr, betas, eps, weight_decay, rank, update_proj_gap, proj_type, subspace_method, shard_basis,
+            state_dtype: as for ``GaLoreAdamW``.
+        scale: factor on the projected update, not on the residual. The authors' groups call it alpha.
         growth: the norm of the residual grows by at most this factor a step (the paper's gamma).
         residual: ``reference`` subtracts the scaled projection, as the authors' code does; ``orthogonal`` all of it.
         limit_after_bias_correction: let the limiter see bias-corrected norms.
 
+    State of an m x n matrix: that of ``GaLoreAdamW`` and one number, the residual's last norm.
+
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import FiraAdamW
+        >>> weight = nn.Parameter(torch.zeros(32, 64))
+        >>> optimizer = FiraAdamW([{"params": [weight], "rank": 4}], lr=0.01)
+        >>> weight.grad = torch.randn(32, 64)
+        >>> optimizer.step()
+        >>> int(torch.linalg.matrix_rank(weight.detach()))  # GaLoreAdamW's update would have rank 4
+        32
     """
 
     checks: ClassVar[Mapping[str, Check]] = {

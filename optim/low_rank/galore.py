@@ -56,7 +56,8 @@ class GaLoreAdamW(GaLore):
     Args:
         params: parameters, named parameters or groups, as for ``torch.optim.AdamW``.
         lr: learning rate; a projected matrix moves by ``lr * scale``.
-        betas, eps: Adam's. ``eps`` is added before the bias correction, unlike in ``torch.optim.AdamW``.
+        betas: decay rates of Adam's first and second moment.
+        eps: Adam's; added before the bias correction, unlike in ``torch.optim.AdamW``.
         weight_decay: decoupled, applied after the step with the plain ``lr``.
         rank: r, the number of singular directions kept; None leaves a group unprojected. Capped at min(m, n).
         update_proj_gap: T, steps between refreshes of the subspace.
@@ -64,15 +65,32 @@ class GaLoreAdamW(GaLore):
         proj_type: which side P replaces: ``std`` the shorter, ``reverse_std`` the longer, ``left``, ``right``.
         subspace_method: ``iterate``, one warm-started orthogonal iteration a refresh, or ``svd``, the authors' exact
             singular vectors.
-        shard_basis: where a matrix is split over processes (ZeRO, FSDP2), each keeps a part of P and they put it
-            together when it is used, instead of each keeping all of it. None: from 8 processes on.
+        shard_basis: where a matrix is split over processes (ZeRO, FSDP2), each process stores a part of P, and the
+            parts are gathered when P is used; False stores all of P on each. None: True from 8 processes on.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
 
     State of an m x n matrix: ``(r * short + 2 * r * long)`` elements and a counter, against AdamW's ``2 * m * n``.
+    ``short`` and ``long`` are the smaller and the larger of m and n with ``proj_type="std"``; in general, the side that
+    P replaces and the other side.
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import GaLoreAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> optimizer = GaLoreAdamW(param_groups(model, rank=4, target_modules="all-linear"), lr=0.01)
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> {key: tuple(tensor.shape) for key, tensor in optimizer.state[model[0].weight].items()}
+        {'step': (), 'basis': (32, 4), 'exp_avg': (4, 64), 'exp_avg_sq': (4, 64)}
+
+        Bytes of state for a larger matrix, with a rank and, without one, as AdamW:
+
+        >>> GaLoreAdamW.state_bytes_for((4096, 4096), rank=128), GaLoreAdamW.state_bytes_for((4096, 4096))
+        (6291460, 134217732)
     """
 
     def __init__(
@@ -95,13 +113,33 @@ class GaLoreAdamW(GaLore):
 
 
 class GaLoreLion(GaLore):
-    """Lion whose moment lives in the leading singular subspace of each matrix's gradient.
+    """Lion whose moment lives in the leading singular subspace of each matrix's gradient (arXiv:2403.03507).
 
-    The sign is taken of the coordinates, so the entries of a lifted update are no longer of equal size. Groups without
-    a ``rank`` get plain ``Lion``. Weights decay before the step, as Lion has it. Arguments as for ``GaLoreAdamW``;
-    Lion wants a learning rate 3 to 10 times smaller and a decay as much larger.
+    The sign is taken of the coordinates, so the entries of the whole update are not of equal size. Groups without
+    a ``rank`` get plain ``Lion`` (arXiv:2302.06675). Against GaLoreAdamW, use a learning rate 3 to 10 times smaller and
+    a decay as much larger.
+
+    Args:
+        params, lr, rank, update_proj_gap, scale, proj_type, subspace_method, shard_basis, state_dtype: as for
+            ``GaLoreAdamW``.
+        betas: of the interpolation whose sign is taken, and of the moment.
+        weight_decay: decoupled, applied before the step, as in Lion.
 
     State of an m x n matrix: ``r * short + r * long`` elements and a counter.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import GaLoreLion, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> optimizer = GaLoreLion(param_groups(model, rank=4, target_modules="all-linear"), lr=1e-3)
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> {key: tuple(tensor.shape) for key, tensor in optimizer.state[model[0].weight].items()}
+        {'step': (), 'basis': (32, 4), 'exp_avg': (4, 64)}
     """
 
     rule = LION
@@ -125,28 +163,40 @@ class GaLoreLion(GaLore):
 
 
 class GaLoreAdafactor(GaLore):
-    """Adafactor in the leading singular subspace of each matrix's gradient.
+    """Adafactor in the leading singular subspace of each matrix's gradient (arXiv:2403.03507).
 
-    A drop-in for ``galore_torch.GaLoreAdafactor``: the second moment of the m x r coordinates is kept as m + r sums.
-    Groups without a ``rank`` get plain Adafactor (Shazeer & Stern 2018, arXiv:1804.04235). Weights decay before the
-    step.
+    A drop-in for ``galore_torch.GaLoreAdafactor``: the second moment of the r x long projected gradient is stored as
+    r + long sums. Groups without a ``rank`` get plain Adafactor (Shazeer & Stern 2018, arXiv:1804.04235).
 
     Args:
-        params, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method, shard_basis, state_dtype:
-            as for ``GaLoreAdamW``.
+        params, rank, update_proj_gap, scale, proj_type, subspace_method, shard_basis, state_dtype: as for
+            ``GaLoreAdamW``.
         lr: learning rate; None where ``relative_step`` finds one. LR schedulers need a number.
-        eps: added to squared gradients, and the smallest root mean square of weights that ``scale_parameter`` sees.
-        clip_threshold: the largest root mean square of an update before the learning rate.
+        eps: two numbers: added to squared gradients; and the smallest root mean square of weights that
+            ``scale_parameter`` multiplies by.
+        clip_threshold: the largest root mean square of an update, before the learning rate.
         decay_rate: b2 at step t is 1 - t^decay_rate.
-        beta1: of a first moment of the coordinates; None keeps none.
-        scale_parameter: the learning rate counts in units of the weights' root mean square.
-        relative_step: lr = min(1e-2, 1 / sqrt(t)), with ``warmup_init`` min(1e-6 * t, 1 / sqrt(t)).
+        beta1: of a first moment of the projected update; None keeps none.
+        weight_decay: decoupled, applied before the step, times the learning rate that the step has.
+        scale_parameter: multiply the learning rate by the root mean square of the weights.
+        relative_step: find the learning rate from the step t: min(1e-2, 1 / sqrt(t)). Then ``lr`` must be None.
+        warmup_init: with ``relative_step``, a learning rate that rises from zero: min(1e-6 * t, 1 / sqrt(t)).
 
     State of an m x n matrix: P and ``r + long`` numbers, with ``beta1`` also ``r * long``, and a counter.
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import GaLoreAdafactor, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> optimizer = GaLoreAdafactor(param_groups(model, rank=4, target_modules="all-linear"))
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> {key: tuple(tensor.shape) for key, tensor in optimizer.state[model[0].weight].items()}
+        {'step': (), 'basis': (32, 4), 'exp_avg_sq_row': (4,), 'exp_avg_sq_col': (64,)}
     """
 
     rule = ADAFACTOR

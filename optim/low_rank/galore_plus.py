@@ -49,21 +49,35 @@ class GaLorePlusAdamW(GaLore):
     a group for each number of heads.
 
     Args:
-        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, shard_basis,
-            state_dtype: as for ``GaLoreAdamW``; with ``num_heads`` the side is always the right one.
+        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, shard_basis, state_dtype: as for
+            ``GaLoreAdamW``.
+        proj_type: as for ``GaLoreAdamW``; with ``num_heads`` P is always on the right.
         subspace_method: ``randomized``, or ``svd`` or ``iterate`` as for ``GaLoreAdamW``.
-        num_heads: the rows of each matrix of the group are that many heads of equal size, and one of them is looked at
-            in a refresh; None looks at the whole matrix.
+        num_heads: the rows of each matrix of the group are that many attention heads of equal size, and a refresh
+            computes P from one of them; None computes it from the whole matrix.
         residual_fraction: part of a matrix's entries that the residual corrects; 0 drops the residual, as GaLore does.
         residual_warmup: steps before the entries are chosen.
-        oversampling, power_iterations: of the randomized refresh.
+        oversampling: columns beyond r in the randomized refresh.
+        power_iterations: of the randomized refresh.
         seed: of the random numbers, with the parameter's position and the step.
 
-    State of an m x n matrix: that of ``GaLoreAdamW`` and 3 * long * q numbers (int32 and two moments).
+    State of an m x n matrix: that of ``GaLoreAdamW`` and 3 * long * q numbers (int32 and two moments), q =
+    ceil(residual_fraction * short).
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import GaLorePlusAdamW, param_groups
+        >>> model = nn.ModuleDict({"q_proj": nn.Linear(64, 64), "mlp": nn.Linear(64, 256)})
+        >>> groups = param_groups(model, rank=8, target_modules=["q_proj", "mlp"], num_heads={"q_proj": 4})
+        >>> optimizer = GaLorePlusAdamW(groups, lr=0.01)
+        >>> model["mlp"](model["q_proj"](torch.randn(16, 64))).square().mean().backward()
+        >>> optimizer.step()
+        >>> {key: tuple(optimizer.state[model["q_proj"].weight][key].shape) for key in ("basis", "residual_places")}
+        {'basis': (64, 8), 'residual_places': (64, 1)}
     """
 
     subspace_methods = ("randomized", *GaLore.subspace_methods)

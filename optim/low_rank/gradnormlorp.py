@@ -52,6 +52,17 @@ class GradNormLoRPAdamW(LowRankOptimizer):
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import GradNormLoRPAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> optimizer = GradNormLoRPAdamW(param_groups(model, rank=4, target_modules="all-linear"), lr=0.01)
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> length = optimizer.state[model[0].weight]["length"]  # of each row, learnt on its own
+        >>> length.shape, torch.allclose(model[0].weight.norm(dim=1, keepdim=True), length)
+        (torch.Size([32, 1]), True)
     """
 
     def __init__(

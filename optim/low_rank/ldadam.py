@@ -52,8 +52,8 @@ class LDAdamW(LowRankOptimizer):
     Groups without a ``rank`` get AdamW as torch has it.
 
     Args:
-        params, lr, eps, weight_decay, rank, proj_type, shard_basis, state_dtype: as for ``GaLoreAdamW``; ``eps`` is
-            added after the bias correction and weights decay before the step, as in ``torch.optim.AdamW``.
+        params, rank, proj_type, shard_basis, state_dtype: as for ``GaLoreAdamW``.
+        lr, eps, weight_decay: as for ``torch.optim.AdamW``.
         betas: Adam's; the authors use a shorter memory than usual.
         rho: share of the momentum in what the next subspace is found from.
         error_feedback: keep what the subspace misses and add it to the next gradient.
@@ -63,6 +63,16 @@ class LDAdamW(LowRankOptimizer):
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import LDAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> optimizer = LDAdamW(param_groups(model, rank=4, target_modules="all-linear"), lr=0.01)
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> {key: tuple(tensor.shape) for key, tensor in optimizer.state[model[0].weight].items()}
+        {'step': (), 'basis': (32, 4), 'error': (32, 64), 'exp_avg': (4, 64), 'exp_avg_sq': (4, 64)}
     """
 
     rule = TORCH_ADAM

@@ -48,25 +48,43 @@ def _bits(key: str, value: object) -> None:
 
 
 class GaLoreAdamW8bit(GaLore):
-    """GaLore's AdamW with 8-bit moments; as options, Q-GaLore's packed projector and lazy refreshes.
+    """GaLore's AdamW with 8-bit moments; as options, Q-GaLore's packed projector and lazy refreshes (arXiv:2407.08296).
 
     A drop-in for ``galore_torch.GaLoreAdamW8bit``, whose defaults it has. Groups without a ``rank`` get 8-bit AdamW.
 
     Args:
-        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method,
-            shard_basis: as for ``GaLoreAdamW``.
-        quant: hold P in ``quant_n_bit`` bits (4 or 8), in groups of ``quant_group_size`` elements.
-        cos_threshold: refresh a matrix ``gamma_proj`` times more rarely each time that the overlap of its last
-            ``queue_size`` new subspaces with their predecessors averages to this; None refreshes every
+        params, lr, betas, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method, shard_basis: as for
+            ``GaLoreAdamW``.
+        eps: added after the bias correction, as in ``torch.optim.AdamW`` and bitsandbytes.
+        quant: store P in ``quant_n_bit`` bits an element.
+        quant_n_bit: 4 or 8.
+        quant_group_size: how many elements of P share a scale and a minimum.
+        cos_threshold: refresh a matrix ``gamma_proj`` times more rarely each time that the overlap (0 to 1) of its last
+            ``queue_size`` new subspaces with the ones before them averages to this or more; None refreshes every
             ``update_proj_gap`` steps. Q-GaLore has 0.4.
+        gamma_proj: factor on the number of steps between refreshes.
+        queue_size: how many refreshes are averaged.
 
     State of an m x n matrix: 2 bytes for each of the r * long moments and 8 for each block of 256 of them; P in its
-    dtype, or packed with 8 bytes for each group.
+    dtype, or packed with 8 bytes for each group. Moments of fewer than 4096 elements stay in fp32.
 
     Raises:
         ImportError: at construction, without bitsandbytes.
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import GaLoreAdamW8bit, param_groups
+        >>> model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 8))
+        >>> groups = param_groups(model, rank=16, target_modules="all-linear", quant=True, cos_threshold=0.4)
+        >>> optimizer = GaLoreAdamW8bit(groups, lr=0.01)
+        >>> model(torch.randn(16, 256)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[model[0].weight]["basis"].shape  # 64 x 16 elements, two in a byte
+        torch.Size([4, 128])
+        >>> GaLoreAdamW8bit.state_bytes_for((4096, 4096), rank=128, quant=True)  # GaLoreAdamW: 6291460
+        1343492
     """
 
     rule = Rule(check_adam, adam_specs, partial(adam, torch_eps=True))

@@ -23,21 +23,34 @@ from .optimizer import SparseOptimizer
 
 
 class BlockSparseAdamW(SparseOptimizer):
-    """AdamW that ends with blocks of weights, for block-sparse products.
+    """AdamW that prunes whole blocks of weights, more and more, for block-sparse products (BLaST, arXiv:2507.03117).
 
     Args:
         params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
         sparsity, density, distribution, update_every, drop_fraction, t_begin, t_end, init, rescale_init,
             reinit_when_same, seed, state_dtype: as for ``SparseAdamW``.
-        block_size: b; it divides both sides of every masked matrix.
+        block_size: b, rows and columns of a block; it divides both sides of every masked matrix.
         initial_sparsity: at the start; None for ``sparsity`` from the first step on.
 
     State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
-    While the matrix is dense that is half as much again as AdamW's.
+    While the matrix is dense that is 1.5 times AdamW's.
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import BlockSparseAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> groups = param_groups(model, sparsity=0.75, target_modules=["0"], block_size=8)
+        >>> optimizer = BlockSparseAdamW(groups, lr=0.01, update_every=1, t_end=2)  # dense at first
+        >>> for _ in range(2):
+        ...     model(torch.randn(16, 64)).square().mean().backward()
+        ...     optimizer.step()
+        >>> mask = torch.zeros(32 * 64).index_fill_(0, optimizer.state[model[0].weight]["indices"].long(), 1)
+        >>> mask.view(4, 8, 8, 8).sum(dim=(1, 3)).unique(return_counts=True)  # weights of a block, number of blocks
+        (tensor([ 0., 64.]), tensor([24,  8]))
     """
 
     fixed: ClassVar[Mapping[str, Any]] = {

@@ -55,16 +55,29 @@ class CastAdamS(NMOptimizer):
         lr: learning rate; the paper's 2e-5 is for a model of 7B. It must fall towards the end.
         betas, eps: as for ``torch.optim.AdamW``.
         weight_decay: decoupled, before the step; the paper has none.
-        n, m: how many of every m consecutive entries of a row stay.
+        n, m: of every m consecutive weights of a row, n are kept.
         total_steps: T, after which masks are applied.
-        lam: size of the pull to zero of what masks leave out.
-        mask_every: T1, steps between masks.
+        lam: strength of the pull to zero on weights outside of the mask.
+        mask_every: T1, steps between updates of the masks.
 
     State of an m x n matrix: ``2 * m * n`` elements in fp32, m * n bits for the mask, and a counter.
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key, a value out of range, a parameter that a
             group with an ``n`` cannot hold, or one that needs a mask and would have none.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import CastAdamS, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> groups = param_groups(model, target_modules=["0"], n=2, m=4)
+        >>> optimizer = CastAdamS(groups, lr=1e-3, total_steps=3)
+        >>> for _ in range(3):
+        ...     model(torch.randn(16, 64)).square().mean().backward()
+        ...     optimizer.step()
+        >>> (model[0].weight != 0).view(-1, 4).sum(dim=1).unique()  # of every 4 weights
+        tensor([2])
     """
 
     checks: ClassVar[Mapping[str, Check]] = {"lam": number(">= 0"), "mask_every": whole(1)}

@@ -45,26 +45,40 @@ LEAST = 1e-12  # of the quantile: half of a model may be zero
 
 
 class HyperSparseAdamW(ShardedOptimizer):
-    """AdamW whose groups with a ``sparsity`` are squeezed into their largest weights, then pruned (arXiv:2308.07163).
+    """AdamW with a growing penalty on small weights of groups with a ``sparsity``, then pruning (arXiv:2308.07163).
 
     Args:
         params: parameters, named parameters or groups; a group with a ``sparsity`` is one vector, of which it is the
-            share that goes. Others get plain AdamW.
+            share that is pruned. Others get plain AdamW.
         lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
-        sparsity: kappa; None for no pruning.
-        hs_lambda: of the penalty at first.
+        sparsity: kappa, from 0 to 1; None for no pruning.
+        hs_lambda: strength of the penalty at first.
         hs_growth: factor on it after each interval.
-        interval: steps.
-        warmup_steps: without a penalty.
+        interval: steps between two increases of the penalty.
+        warmup_steps: steps without a penalty.
         prune_at: steps after which to prune; None waits for ``finish``.
         quantile_every: steps between new quantiles and sums.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
 
-    State of a matrix: ``2 * m * n`` elements, and four numbers. Pruned weights are remembered by being zero.
+    State of an m x n matrix: ``2 * m * n`` elements, and four numbers. Pruned weights are known by being zero.
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
-        UnsupportedLayout: in a step, where an engine steps a group in parts.
+        RuntimeError: at ``step``, for sparse gradients, or (UnsupportedLayout) where an engine steps a group in parts.
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import HyperSparseAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> groups = param_groups(model, sparsity=0.9, target_modules="all-linear")
+        >>> optimizer = HyperSparseAdamW(groups, lr=0.01, prune_at=2)
+        >>> for _ in range(3):
+        ...     model(torch.randn(16, 64)).square().mean().backward()
+        ...     optimizer.step()
+        ...     print(sum(int((layer.weight == 0).sum()) for layer in (model[0], model[2])), "of 2304 are zero")
+        0 of 2304 are zero
+        2073 of 2304 are zero
+        2073 of 2304 are zero
     """
 
     rule = TORCH_ADAM

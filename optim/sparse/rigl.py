@@ -33,7 +33,10 @@ CHOSEN = {
 
 
 class SETAdamW(SparseOptimizer):
-    """Sparse evolutionary training: random growth, no dense gradient needed to choose.
+    """Sparse weights: the smallest are dropped, others grow at random (SET: Mocanu et al. 2018).
+
+    The paper is doi:10.1038/s41467-018-04316-3. No dense gradient is needed to choose.
+    ``drop_fraction`` falls to zero at ``t_end`` by a cosine.
 
     Args:
         params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
@@ -45,6 +48,17 @@ class SETAdamW(SparseOptimizer):
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import SETAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> groups = param_groups(model, sparsity=0.9, target_modules="all-linear")
+        >>> optimizer = SETAdamW(groups, lr=0.01, update_every=100, t_end=750)  # of 1000 steps
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> [int(layer.weight.count_nonzero()) for layer in (model[0], model[2])]  # a tenth of 2048 + 256 weights
+        [162, 68]
     """
 
     fixed: ClassVar[Mapping[str, Any]] = {**CHOSEN, "grow": "random"}
@@ -73,9 +87,33 @@ class SETAdamW(SparseOptimizer):
 
 
 class RigLAdamW(SparseOptimizer):
-    """RigL: growth where the dense gradient is largest.
+    """Sparse weights: the smallest are dropped, others grow where gradients are largest (RigL, arXiv:1911.11134).
 
-    Arguments, state and errors as for ``SETAdamW``.
+    ``drop_fraction`` falls to zero at ``t_end`` by a cosine.
+
+    Args:
+        params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
+        sparsity, density, distribution, update_every, drop_fraction, t_end, init, rescale_init, reinit_when_same, seed,
+            state_dtype: as for ``SparseAdamW``.
+
+    State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
+
+    Raises:
+        ValueError: at construction, naming key and value, for an unknown key or a value out of range.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import RigLAdamW
+        >>> layer = nn.Linear(64, 32)
+        >>> groups = [{"params": [layer.weight], "sparsity": 0.9}, {"params": [layer.bias]}]
+        >>> optimizer = RigLAdamW(groups, lr=0.01, update_every=1, t_end=100)
+        >>> first = set((layer.weight != 0).flatten().nonzero().flatten().tolist())
+        >>> layer(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()  # an ordinary step, and then three tenths of the weights change places
+        >>> mask = set(optimizer.state[layer.weight]["indices"].tolist())
+        >>> len(first), len(mask), 0 < len(mask - first) <= 61
+        (205, 205, True)
     """
 
     fixed: ClassVar[Mapping[str, Any]] = {**CHOSEN, "grow": "gradient"}

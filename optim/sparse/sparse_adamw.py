@@ -12,7 +12,8 @@ from .optimizer import SparseOptimizer
 class SparseAdamW(SparseOptimizer):
     """AdamW on a part of each matrix's weights, by any combination of the published choices.
 
-    Groups with a ``sparsity`` (or ``density``) hold matrices and are masked, others get plain AdamW;
+    Sources: SET (Mocanu et al. 2018), RigL (arXiv:1911.11134), SRigL (arXiv:2305.02299), BLaST (arXiv:2507.03117), MEST
+    and SNFS, below. Groups with a ``sparsity`` (or ``density``) hold matrices and are masked, others get plain AdamW;
     ``gracile.optim.param_groups(model, sparsity=0.9)`` makes them. Masks are drawn, and weights outside of them set to
     zero, when the optimizer is built, also of a model that is split already; a matrix that is as sparse as it should be
     keeps its mask.
@@ -20,34 +21,51 @@ class SparseAdamW(SparseOptimizer):
     Args:
         params: parameters, named parameters or groups, as for ``torch.optim.AdamW``.
         lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
-        sparsity: the share of a group's weights that is zero; None for plain AdamW.
+        sparsity: the share of a group's weights that is zero, from 0 to 1; None for plain AdamW.
         density: 1 - sparsity, in its place.
-        drop: which weights go: the smallest ``magnitude``; the smallest ``gradient_magnitude``, |w| + drop_lambda |g|
-            (MEST: Yuan et al. 2021, arXiv:2110.14032); or ``random``.
-        grow: which come: the largest ``gradient`` (RigL); the largest ``momentum`` of all gradients (SNFS: Dettmers &
-            Zettlemoyer 2019, arXiv:1907.04840), which costs a dense moment; or ``random`` (SET).
-        distribution: of the weights over a group's matrices: ``uniform``, ``er``, ``erk``, ``lamp``, ``global``.
-        schedule: how ``drop_fraction`` falls to ``t_end``: ``cosine``, ``cubic`` or ``constant``.
-        structure: ``unstructured``, ``constant_fan_in`` or ``block``.
+        drop: which weights are dropped: those of the smallest ``magnitude``; of the smallest ``gradient_magnitude``,
+            |w| + drop_lambda |g| (MEST: Yuan et al. 2021, arXiv:2110.14032); or ``random`` ones.
+        grow: which are grown: those of the largest ``gradient`` (RigL); of the largest ``momentum`` of all gradients
+            (SNFS: Dettmers & Zettlemoyer 2019, arXiv:1907.04840), which costs a dense moment; or ``random`` ones (SET).
+        distribution: of the weights over a group's matrices: ``uniform``, the same sparsity for each; ``er`` or ``erk``
+            (Erdos-Renyi), more of small and narrow matrices; ``lamp`` (arXiv:2010.07611) or ``global``, by magnitudes.
+        schedule: how ``drop_fraction`` falls to zero at ``t_end``: ``cosine``, ``cubic``, or ``constant``: not at all.
+        structure: ``unstructured``, ``constant_fan_in``: as many weights in every row, or ``block``.
         update_every: steps between changes of the masks.
-        drop_fraction: the share of a mask that changes, at first; 0 keeps the first masks.
-        t_begin, t_end: steps between which masks change. RigL's t_end is three quarters of the run. None, without an
-            end, goes with ``schedule="constant"``.
+        drop_fraction: the share of a mask that changes at a time, at first; 0 keeps the first masks.
+        t_begin: the step after which masks change.
+        t_end: the step up to which they do; RigL's is three quarters of the run. None, without an end, is allowed with
+            ``schedule="constant"`` or a ``drop_fraction`` of 0.
         initial_sparsity: where given, sparsity rises from it to ``sparsity`` at ``t_end`` by a cubic.
         init: first masks are ``random``, or of the largest ``magnitude``; None: random but for lamp and global.
         rescale_init: multiply weights that are masked for the first time by 1 / sqrt(density), as fan-in asks.
-        reinit_when_same: a weight that is dropped and grown in one update starts from zero, and does not stay.
+        reinit_when_same: a weight that is dropped and grown in one update starts from zero; else it keeps its value.
         drop_lambda: weight of gradients in ``gradient_magnitude``.
-        gamma_sal: of ``constant_fan_in``, the share of salient weights below which a row is ablated (0.3).
-        block_size: of ``block`` (64).
-        seed: of what is drawn.
+        gamma_sal: of ``constant_fan_in``: a row with a smaller share of salient weights is ablated, whole; None: 0.3.
+        block_size: of ``block``: rows and columns of a block; None: 64.
+        seed: of the random numbers.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
 
     State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
+    ``grow="momentum"`` adds m * n elements.
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key or a value out of range.
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import SparseAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> groups = param_groups(model, sparsity=0.75, target_modules="all-linear")
+        >>> optimizer = SparseAdamW(groups, lr=0.01, drop="gradient_magnitude", grow="random", schedule="constant")
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> weight = model[0].weight
+        >>> int(weight.count_nonzero()), weight.numel(), optimizer.state[weight]["exp_avg"].numel()
+        (512, 2048, 512)
+        >>> SparseAdamW.state_bytes_for((4096, 4096), sparsity=0.9, t_end=1), SparseAdamW.state_bytes_for((4096, 4096))
+        (20132668, 134217732)
     """
 
     def __init__(

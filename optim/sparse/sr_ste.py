@@ -39,18 +39,30 @@ class SRSTEAdamW(NMOptimizer):
     Args:
         params: parameters, named parameters or groups; a group with an ``n`` holds matrices only, with ``n=None``
             anything: plain AdamW.
-        lr: learning rate.
-        betas, eps, weight_decay: as for ``torch.optim.AdamW``.
-        n, m: how many of every m consecutive entries of a row stay.
-        sr_lambda: lam.
-        decoupled: pull beside the moments and not through them.
+        lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
+        n, m: of every m consecutive weights of a row, n are kept.
+        sr_lambda: strength of the pull: this share of a pruned weight is added to its gradient.
+        decoupled: apply the pull to the weights, as decoupled decay is, and not through the moments.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
 
-    State: two moments of a parameter's size, and a counter for each.
+    State of an m x n matrix: ``2 * m * n`` elements and a counter, as AdamW.
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key, a value out of range, or a parameter
             that a group with an ``n`` cannot hold.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.convert import convert
+        >>> from gracile.models.layers import NMLinear
+        >>> from gracile.optim import SRSTEAdamW, param_groups
+        >>> model = convert(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)), NMLinear, ["0"], n=2, m=4)
+        >>> optimizer = SRSTEAdamW(param_groups(model, target_modules=["0"], n=2, m=4), lr=0.01)
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> int(model[0].weight.count_nonzero()), int(model[0].merge().weight.count_nonzero())  # trained, and used
+        (2048, 1024)
     """
 
     checks: ClassVar[Mapping[str, Check]] = {"sr_lambda": number(">= 0"), "decoupled": flag()}

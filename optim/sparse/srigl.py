@@ -25,14 +25,14 @@ from .rigl import CHOSEN
 
 
 class SRigLAdamW(SparseOptimizer):
-    """RigL with constant fan-in and neuron ablation.
+    """RigL with constant fan-in, as many weights in every row, and neuron ablation (SRigL, arXiv:2305.02299).
 
     Args:
         params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
         sparsity, density, distribution, update_every, drop_fraction, t_end, init, rescale_init, reinit_when_same, seed,
             state_dtype: as for ``SparseAdamW``.
-        gamma_sal: the share of a row's weights that must be salient for it to stay, or their number, from 1 on; 0
-            ablates none. The authors tune it: 0.3 for convolutions, 0.95 for transformers.
+        gamma_sal: a row is kept if at least this share of its weights is salient, or this number of them, from 1 on;
+            0 keeps every row. The authors tune it: 0.3 for convolutions, 0.95 for transformers.
 
     State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
 
@@ -40,6 +40,20 @@ class SRigLAdamW(SparseOptimizer):
         ValueError: at construction, naming key and value, for an unknown key or a value out of range, or where a row
             would have less than one weight.
         RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.models.layers import CondensedLinear
+        >>> from gracile.optim import SRigLAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> groups = param_groups(model, sparsity=0.75, target_modules="all-linear", gamma_sal=0)
+        >>> optimizer = SRigLAdamW(groups, lr=0.01, distribution="uniform", t_end=750)
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> (model[0].weight != 0).sum(dim=1).unique()  # weights in a row of 64
+        tensor([16])
+        >>> CondensedLinear.from_linear(model[0]).values.shape  # for inference
+        torch.Size([32, 16])
     """
 
     fixed: ClassVar[Mapping[str, Any]] = {**CHOSEN, "grow": "gradient", "structure": "constant_fan_in"}

@@ -45,25 +45,40 @@ GROUPS = ("rows", "columns", "blocks")
 
 
 class WGSEFAdamW(ShardedOptimizer):
-    """AdamW whose groups with a ``keep`` lose whole rows, columns or blocks of each matrix.
+    """AdamW that prunes whole rows, columns or blocks of matrices in groups with a ``keep`` (Refael et al.).
+
+    The paper is "Learning Structured Sparse Neural Networks Using Group Envelope Regularization".
 
     Args:
         params: parameters, named parameters or groups; a group with a ``keep`` holds matrices only. Others get plain
             AdamW.
         lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
-        keep: the share of each matrix's groups that stays, at least one; None for no pruning.
+        keep: the share of each matrix's rows, columns or blocks that is kept, at least one; None for no pruning.
         groups: what is pruned together: ``rows``, ``columns`` or ``blocks``.
-        block_size: of a block's sides; those at the ends are smaller.
-        wgsef_lambda: of the envelope.
-        ramp_steps: in which it rises from zero.
-        finish_at: steps after which exactly k groups stay; None for never.
+        block_size: rows and columns of a block; blocks at the ends are smaller.
+        wgsef_lambda: strength of the envelope, which shrinks small groups most.
+        ramp_steps: steps in which it rises from zero.
+        finish_at: steps after which all but the share ``keep`` is set to zero for good; None for never.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
 
-    State: that of AdamW. Pruned groups are remembered by being zero.
+    State of an m x n matrix: ``2 * m * n`` elements and a counter. Pruned groups are known by being zero.
 
     Raises:
         ValueError: at construction, naming key and value, for an unknown key, a value out of range or a parameter that
             is no matrix in a group with a ``keep``.
+        RuntimeError: at ``step``, for sparse gradients, or parameters split in an unknown way (UnsupportedLayout).
+
+    Example:
+        >>> from torch import nn
+        >>> from gracile.optim import WGSEFAdamW, param_groups
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> groups = param_groups(model, keep=0.25, target_modules=["0"])
+        >>> optimizer = WGSEFAdamW(groups, lr=0.01, groups="rows", finish_at=2)
+        >>> for _ in range(2):
+        ...     model(torch.randn(16, 64)).square().mean().backward()
+        ...     optimizer.step()
+        >>> int(model[0].weight.any(dim=1).sum())  # rows of 32 that are not zero
+        8
     """
 
     rule = TORCH_ADAM
