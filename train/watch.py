@@ -126,6 +126,9 @@ class MemoryCallback(TrainerCallback):
 
     ``watch`` is the ``MemoryWatch``, once training has begun.
 
+    Raises:
+        ValueError: for ``every`` below 1.
+
     Example:
         >>> from transformers import Trainer, TrainingArguments
         >>> from gracile.models import build_llama
