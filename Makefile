@@ -6,12 +6,13 @@ ARGS ?=
 # two workers; the tests that start processes stay on one of them
 TWO := -n 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: help pretrain test test-distributed lint docs kill clean
+.PHONY: help pretrain test test-distributed mutate lint docs kill clean
 
 help:
 	@echo "make pretrain           train a small LLaMA with GaLore (runs/quickstart); ARGS='--key value ...' changes it"
 	@echo "make test               the test suite"
 	@echo "make test-distributed   every optimizer in every layout, each pair of options, as a table; and what make test leaves out"
+	@echo "make mutate             break the code, one line at a time, and see the tests go red; ARGS='--only TEXT' for some"
 	@echo "make lint               ruff and mypy"
 	@echo "make docs               the documentation (build/docs), warnings as errors; needs Python 3.11"
 	@echo "make kill               kill a run ten times at random and compare it with an undisturbed one"
@@ -25,6 +26,9 @@ test: $(VENV)/.dev
 test-distributed: $(VENV)/.dev
 	$(BIN)/python -m pytest $(TWO) -m thorough
 	$(BIN)/python tests/distributed/matrix.py $(ARGS)
+
+mutate: $(VENV)/.dev
+	$(BIN)/python tests/mutations/run.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ logging.disable(logging.WARNING)
 import deepspeed
 import torch
 import torch.distributed as dist
+from catalogue import CELL_STEPS, GAP, VARIANTS, is_in_8_bits
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -36,77 +37,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gracile import optim
-from gracile.models import layers
 from gracile.models.convert import convert
 from gracile.optim.core.optimizer import ShardedOptimizer
 from gracile.optim.distributed.process_group import _gloo_group
 from gracile.train.engines.deepspeed_ops import skip_inference_reduce
 from gracile.train.measurement.comm_bytes import Traffic
 
-STEPS, GAP, RANK, BATCH = 16, 7, 6, 8
+STEPS, RANK, BATCH = CELL_STEPS, 6, 8
 SIZES = (24, 45, 28)
 OF_PARAMETER, OF_MOVEMENT = 1e-5, 1e-4
 IN_8_BITS = 1e-3, 5e-3
 
-ADAFACTOR = {"relative_step": False, "scale_parameter": True, "beta1": 0.9, "lr": 0.1}
-EPS = {"eps": 1e-6}  # an eps far below the gradients would show their rounding, not the layout's
-PATTERN = {"n": 1, "m": 3}
-MASKED = {**EPS, "update_every": 4, "t_end": 18}
-SQUEEZED = {**EPS, "hs_lambda": 3e-3, "interval": 3, "warmup_steps": 2, "quantile_every": 4, "prune_at": 14}
-ENVELOPED = {**EPS, "wgsef_lambda": 0.05, "ramp_steps": 5, "finish_at": 14, "block_size": 4}
-# name -> class, constructor keys, keys of the matrices; None for an optimizer without ranks
-OPTIMIZERS = {
-    "AdamW": (torch.optim.AdamW, EPS, None),
-    "Lion": (optim.Lion, {"lr": 1e-3}, None),
-    "GaLoreAdamW": (optim.GaLoreAdamW, {}, {}),
-    "GaLoreAdamW svd": (optim.GaLoreAdamW, {}, {"subspace_method": "svd"}),
-    "GaLoreAdamW8bit": (optim.GaLoreAdamW8bit, EPS, {}),
-    "GaLoreAdamW8bit Q-GaLore": (optim.GaLoreAdamW8bit, EPS, {"quant": True, "cos_threshold": 0.4}),
-    "GaLoreAdafactor": (optim.GaLoreAdafactor, ADAFACTOR, {}),
-    "GaLoreLion": (optim.GaLoreLion, {"lr": 3e-3}, {}),
-    "GaLorePlusAdamW": (optim.GaLorePlusAdamW, {}, {"residual_warmup": 5, "residual_fraction": 0.1}),
-    "FiraAdamW": (optim.FiraAdamW, {}, {}),
-    "GradNormLoRPAdamW": (optim.GradNormLoRPAdamW, {"lr": 3e-3}, {}),
-    "DCTAdamW": (optim.DCTAdamW, EPS, {"update_proj_gap": 1}),
-    "DCTAdamW fed back": (optim.DCTAdamW, EPS, {"update_proj_gap": 5, "error_feedback": "fp32"}),
-    "DCTAdamW fed back in 8 bits": (optim.DCTAdamW, EPS, {"update_proj_gap": 1, "error_feedback": "8bit"}),
-    "APOLLOAdamW": (optim.APOLLOAdamW, {}, {}),
-    "APOLLOAdamW Mini": (optim.APOLLOAdamW, {}, {"rank": 1, "scale_type": "tensor", "scale": 8.0}),
-    "APOLLOAdamW svd": (optim.APOLLOAdamW, {}, {"proj": "svd"}),
-    "LDAdamW": (optim.LDAdamW, {**EPS, "lr": 3e-3}, {}),
-    "SLTrainAdamW": (optim.SLTrainAdamW, {**EPS, "lr": 3e-3}, None),
-    "SLTrainAdamW8bit": (optim.SLTrainAdamW8bit, {**EPS, "lr": 3e-3}, None),
-    "SSTAdamW": (optim.SSTAdamW, {**EPS, "lr": 3e-3, "swap_every": GAP, "iterations": 2, "warmup_steps": 3}, None),
-    "ReLoRAAdamW": (optim.ReLoRAAdamW, {**EPS, "lr": 3e-3, "merge_every": GAP}, None),
-    "SETAdamW": (optim.SETAdamW, MASKED, {"sparsity": 0.8}),
-    "RigLAdamW": (optim.RigLAdamW, MASKED, {"sparsity": 0.8}),
-    "SRigLAdamW": (optim.SRigLAdamW, {**MASKED, "gamma_sal": 0.9}, {"sparsity": 0.8}),
-    "BlockSparseAdamW": (optim.BlockSparseAdamW, {**MASKED, "drop_fraction": 0.2}, {"sparsity": 0.8, "block_size": 1}),
-    "SparseAdamW": (
-        optim.SparseAdamW,
-        {**MASKED, "drop": "gradient_magnitude", "drop_lambda": 1.0, "grow": "momentum", "initial_sparsity": 0.5},
-        {"sparsity": 0.8, "distribution": "erk"},
-    ),
-    "HyperSparseAdamW": (optim.HyperSparseAdamW, SQUEEZED, {"sparsity": 0.7}),
-    "WGSEFAdamW": (optim.WGSEFAdamW, {**ENVELOPED, "groups": "rows"}, {"keep": 0.6}),
-    "WGSEFAdamW columns": (optim.WGSEFAdamW, {**ENVELOPED, "groups": "columns"}, {"keep": 0.6}),
-    "WGSEFAdamW blocks": (optim.WGSEFAdamW, {**ENVELOPED, "groups": "blocks"}, {"keep": 0.6}),
-    "AdamW on thresholds": (torch.optim.AdamW, {**EPS, "lr": 3e-3}, None),
-    "AdamW at a budget": (torch.optim.AdamW, {**EPS, "lr": 3e-3}, None),
-    "SRSTEAdamW": (optim.SRSTEAdamW, {**EPS, "lr": 3e-3, "n": None}, PATTERN | {"sr_lambda": 0.1}),
-    "CastAdamS": (optim.CastAdamS, {**EPS, "lr": 1e-3, "n": None, "total_steps": STEPS}, PATTERN | {"mask_every": GAP}),
-}
-# those that need layers of their own
-LAYERS = {
-    "SLTrainAdamW": (layers.SparseLowRankLinear, {"density": 0.1}),
-    "SLTrainAdamW8bit": (layers.SparseLowRankLinear, {"density": 0.1}),
-    "SSTAdamW": (layers.SpectralLinear, {}),
-    "ReLoRAAdamW": (layers.ReLoRALinear, {"alpha": 6.0}),
-    "AdamW on thresholds": (layers.ThresholdLinear, {"s_init": -2.5}),
-    "AdamW at a budget": (layers.ThresholdLinear, {"sparsity": 0.5}),
-    "SRSTEAdamW": (layers.NMLinear, PATTERN),
-    "CastAdamS": (layers.ScaledLinear, {**PATTERN, "pieces": 3}),
-}
 SIZES_OF = {"SRSTEAdamW": (24, 45, 27), "CastAdamS": (24, 45, 27)}  # rows that m divides
 TARGETS = ["tall", "wide", "near", "square", "small"]
 
@@ -140,8 +81,8 @@ class Net(nn.Module):
 def build(cell):
     torch.manual_seed(0)
     net = Net(*cell.get("sizes", SIZES_OF.get(cell["optimizer"], SIZES)))
-    if cell["optimizer"] in LAYERS:
-        kind, keys = LAYERS[cell["optimizer"]]
+    if layer := VARIANTS[cell["optimizer"]].layer:
+        kind, keys, _ = layer
         ranked = {"rank": cell.get("rank", RANK)} if "rank" in signature(kind).parameters else {}
         convert(net, kind, TARGETS, **ranked, **keys)
     return net
@@ -158,10 +99,11 @@ def make_optimizer(net, cell, together=True):
 
     ``together``: on all processes, not in this one by itself.
     """
-    kind, keys, matrix_keys = OPTIMIZERS[cell["optimizer"]]
+    variant = VARIANTS[cell["optimizer"]]
+    kind, (keys, matrix_keys) = variant.cls, variant.cells
     if matrix_keys and "m" in matrix_keys:
         return kind(optim.param_groups(net, None, TARGETS, weight_decay=0.1, **matrix_keys), **keys)
-    if cell["optimizer"] in LAYERS:
+    if variant.layer:
         more = {"synchronize": together} if kind is optim.SSTAdamW else {}
         groups = [[*net.tall.parameters(), *net.wide.parameters()]]
         groups += [[p for p in net.parameters() if p.requires_grad and not any(p is q for q in groups[0])]]
@@ -478,12 +420,12 @@ def run(cell, reference):
 
 
 def holds(cell, told):
-    in_8_bits = "8" in cell["optimizer"]
+    in_8_bits = is_in_8_bits(cell["optimizer"])
     of_parameter, of_movement = IN_8_BITS if in_8_bits else (OF_PARAMETER, OF_MOVEMENT)
     limits = {"": of_parameter, "_of_movement": of_movement}
     held = told["replicas_agree"] and told["moved"] > 1e-3
     held &= all(told.get(f"replayed{of}", 0.0) <= limit for of, limit in limits.items())
-    if is_bf16(cell) or in_8_bits or "svd" in cell["optimizer"]:
+    if is_bf16(cell) or in_8_bits or VARIANTS[cell["optimizer"]].jumps:
         return held
     return held and told["difference"] <= limits[""] and told["of_movement"] <= limits["_of_movement"]
 

@@ -21,21 +21,15 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from catalogue import OVER_PROCESSES, VARIANTS
 from pool import Pool
 
 Cell = dict[str, Any]
 
 BATCH_OF_CELLS = 30  # cells of one job, after which a dot is printed
 
-OPTIMIZERS = [
-    "Lion", "GaLoreAdamW", "GaLoreAdamW svd", "GaLoreAdamW8bit", "GaLoreAdamW8bit Q-GaLore", "GaLoreAdafactor",
-    "GaLoreLion", "GaLorePlusAdamW", "FiraAdamW", "GradNormLoRPAdamW", "DCTAdamW", "DCTAdamW fed back",
-    "DCTAdamW fed back in 8 bits", "APOLLOAdamW", "APOLLOAdamW Mini", "APOLLOAdamW svd", "LDAdamW", "SLTrainAdamW",
-    "SLTrainAdamW8bit", "SSTAdamW", "ReLoRAAdamW", "SRSTEAdamW", "CastAdamS",
-    "SETAdamW", "RigLAdamW", "SRigLAdamW", "BlockSparseAdamW", "SparseAdamW",
-]  # fmt: skip
-LAYERED = ("SLTrain", "SST", "ReLoRA", "SRSTE", "Cast")
-MASKED = ("SET", "RigL", "SRigL", "BlockSparse", "SparseAdamW")
+LAYERED = tuple(name for name in OVER_PROCESSES if VARIANTS[name].layer)
+MASKED = tuple(name for name in OVER_PROCESSES if VARIANTS[name].state.startswith("masks"))
 LARGE = {"sizes": [96, 401, 113], "rank": 12}  # moments of at least 4096 numbers, so that they are held in 8 bits
 ZERO = ("zero1", "zero2", "zero3")
 OPTIONS: dict[str, tuple[Cell, tuple[str, ...]]] = {
@@ -47,7 +41,7 @@ OPTIONS: dict[str, tuple[Cell, tuple[str, ...]]] = {
     "sub-groups": ({"sub_group_size": 200}, ("zero3",)),
 }
 FACTORS: dict[str, list[Any]] = {
-    "optimizer": OPTIMIZERS,
+    "optimizer": OVER_PROCESSES,
     "layout": ["zero0", "zero1", "zero2", "zero3", "ddp", "fsdp2"],
     "option": list(OPTIONS),
     "precision": ["fp32", "bf16", "bf16, fp32 gradients"],
@@ -70,12 +64,12 @@ def possible(cell: Cell) -> bool:
     if cell.get("zero_init") and option and "zero3" not in OPTIONS[option][1]:
         return False
     precision = cell.get("precision")
-    layered = cell.get("optimizer", "").startswith(LAYERED)
+    layered = cell.get("optimizer") in LAYERED
     if layered and (cell.get("zero_init") or option == "sub-groups" or cell.get("side", "std") != "std"):
         return False  # weights must be whole to be converted, and layers stepped whole; there is no side
     if layered and cell.get("shard_basis"):
         return False
-    if cell.get("optimizer", "").startswith(MASKED) and (cell.get("side", "std") != "std" or cell.get("shard_basis")):
+    if cell.get("optimizer") in MASKED and (cell.get("side", "std") != "std" or cell.get("shard_basis")):
         return False  # no side is projected, and there is no basis
     if cell.get("optimizer") == "SSTAdamW" and (precision or "fp32") != "fp32":
         return False  # what is frozen is rounded there, and its decompositions cannot be replayed in fp32
@@ -135,7 +129,7 @@ def task(cell: Cell, optimizer: str | None = None) -> Cell:
         "traffic": True,
         "zero": OPTIONS[cell["option"]][0],
         "keys": {"shard_basis": True} if cell["shard_basis"] and _keeps_a_basis(cell["optimizer"]) else {},
-        **(LARGE if "8bit" in cell["optimizer"] else {}),
+        **(LARGE if VARIANTS[cell["optimizer"]].state in ("moments in 8 bits", "basis in 4 bits") else {}),
     }
 
 
@@ -192,7 +186,7 @@ def table(results: list[tuple[Cell, Cell, Cell | None]]) -> str:
     heads = ["optimizer", "layout", "ranks", "precision", "side", "options", "same gradients", "own gradients",
              "AdamW's", "state", "sent", "at refresh", "holds"]  # fmt: skip
     lines = [heads, ["---"] * len(heads)]
-    for cell, told, beside in sorted(results, key=lambda r: (OPTIMIZERS.index(r[0]["optimizer"]), r[0]["layout"])):
+    for cell, told, beside in sorted(results, key=lambda r: (OVER_PROCESSES.index(r[0]["optimizer"]), r[0]["layout"])):
         options = [cell["option"]] if cell["option"] else []
         options += ["accumulation 4"] if cell["accumulation"] > 1 else []
         options += ["clipped"] if cell["clip"] else []

@@ -1,7 +1,8 @@
 """The optimizer state that processes hold of a LLaMA under DeepSpeed's engine, after one step."""
 
 import cells
-from cells import LAYERS, OPTIMIZERS, convert, deepspeed, dist, torch
+from catalogue import VARIANTS
+from cells import convert, deepspeed, dist, torch
 
 from gracile.models import build_llama
 from gracile.optim import param_groups, state_bytes
@@ -13,14 +14,13 @@ def llama(cell):
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3, "vocab_size": 512}
     model = build_llama("2m", num_attention_heads=4, **sizes)
-    if cell["optimizer"] in LAYERS:
-        kind, keys = LAYERS[cell["optimizer"]]
-        convert(model, kind, rank=32, **keys)
+    if layer := VARIANTS[cell["optimizer"]].layer:
+        convert(model, layer.cls, rank=32, **layer.keys)
     return model
 
 
 def made(model, cell):
-    kind, keys, matrix_keys = OPTIMIZERS[cell["optimizer"]]
+    kind, (keys, matrix_keys) = VARIANTS[cell["optimizer"]].cls, VARIANTS[cell["optimizer"]].cells
     if matrix_keys is None:
         return kind(param_groups(model), **keys)
     ranked = {} if "sparsity" in matrix_keys else {"rank": 32}

@@ -10,46 +10,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from catalogue import VARIANTS
 
 from gracile import optim
 
 SCRIPTS = Path(__file__).parent / "scripts"
 MARK = "# the line to change"
-RANKED = {"rank": 4, "update_proj_gap": 3}
-MASKED = {"lr": 0.01, "update_every": 3, "t_end": 7}
-FIXED_LR = {"lr": 0.01, "relative_step": False, "scale_parameter": False}
-
 # Keys of the constructor, keys of the matrices.
 CLASSES = {
-    "APOLLOAdamW": ({"lr": 0.01}, RANKED),
-    "DCTAdamW": ({"lr": 0.01}, RANKED),
-    "FiraAdamW": ({"lr": 0.01}, RANKED),
-    "GaLoreAdafactor": (FIXED_LR, RANKED),
-    "GaLoreAdamW": ({"lr": 0.01}, RANKED),
-    "GaLoreAdamW8bit": ({"lr": 0.01}, RANKED | {"quant": True, "cos_threshold": 0.4, "queue_size": 1}),
-    "GaLoreLion": ({"lr": 0.005}, RANKED),
-    "GaLorePlusAdamW": ({"lr": 0.01}, RANKED | {"num_heads": 2, "residual_warmup": 2}),
-    "GradNormLoRPAdamW": ({"lr": 0.01}, RANKED),
-    "LDAdamW": ({"lr": 0.01}, {"rank": 4}),
-    "Lion": ({"lr": 0.005}, {}),
-    "BlockSparseAdamW": (MASKED, {"sparsity": 0.5, "block_size": 1}),
-    "HyperSparseAdamW": ({"lr": 0.01, "prune_at": 6}, {"sparsity": 0.5}),
-    "RigLAdamW": (MASKED, {"sparsity": 0.5}),
-    "SETAdamW": (MASKED, {"sparsity": 0.5}),
-    "SRigLAdamW": (MASKED, {"sparsity": 0.5}),
-    "SparseAdamW": (MASKED, {"density": 0.5, "grow": "momentum"}),
-    "WGSEFAdamW": ({"lr": 0.01, "finish_at": 6}, {"keep": 0.5}),
+    variant.cls.__name__: (variant.script.keys, variant.script.matrices)
+    for variant in VARIANTS.values()
+    if variant.script and not variant.layer
 }
-
 # Those that need layers of their own: the layer's class and keys beside the optimizer's, and, where the groups of the
 # Trainer will not do, those of the matrices.
 LAYERED = {
-    "ReLoRAAdamW": ("ReLoRALinear", {"rank": 8}, {"lr": 0.02, "merge_every": 3}),
-    "SLTrainAdamW": ("SparseLowRankLinear", {"rank": 8, "density": 0.1}, {"lr": 0.01}),
-    "SLTrainAdamW8bit": ("SparseLowRankLinear", {"rank": 8, "density": 0.1}, {"lr": 0.01}),
-    "SSTAdamW": ("SpectralLinear", {"rank": 8}, {"lr": 0.01, "swap_every": 3, "iterations": 2}),
-    "SRSTEAdamW": ("NMLinear", {"n": 2, "m": 4}, {"lr": 0.01, "n": None}),
-    "CastAdamS": ("ScaledLinear", {"n": 2, "m": 4}, {"lr": 0.01, "n": None, "total_steps": 8}, {"n": 2, "m": 4}),
+    variant.cls.__name__: (variant.layer.cls.__name__, variant.layer.script_keys, *filter(None, variant.script))
+    for variant in VARIANTS.values()
+    if variant.script and variant.layer
 }
 
 by_class = pytest.mark.parametrize("name", CLASSES)
@@ -88,12 +66,6 @@ def assert_trained(trainer, losses, name, steps):
     assert all(math.isfinite(loss) for loss in losses)
     assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {steps}
-
-
-def test_the_table_has_every_class_of_the_package():
-    every = {name: getattr(optim, name) for name in optim.__all__}
-    classes = {n for n, kind in every.items() if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)}
-    assert {*CLASSES, *LAYERED} == classes
 
 
 # ---- an optimizer that the script builds ----------------------------------------------------------------------------
