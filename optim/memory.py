@@ -74,10 +74,11 @@ def _by_declared_kind(optimizer: ShardedOptimizer) -> Counter[str]:
     for p, state in optimizer.state.items():
         for key, value in state.items():
             position, name = positions.get(id(p)), key
-            if position is None:  # an engine's flat tensor: keys begin with a position
+            if position is None and "." in key:  # an engine's flat tensor: keys begin with a position
                 number, name = key.split(".", 1)
                 position = int(number)
-            held[declared[position][name]] += value.nbytes
+            kinds = {} if position is None else declared.get(position, {})
+            held[kinds.get(name, MOMENTS)] += value.nbytes  # what a user added counts, too
     return held
 
 

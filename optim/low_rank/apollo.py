@@ -143,7 +143,9 @@ class APOLLOAdamW(LowRankOptimizer):
         return gaussian_columns(shard.side, int(state["seed"].item()), shard.device)
 
     def refresh(self, due: list[ParamStep]) -> None:
-        super().refresh([item for item in due if item.group["proj"] == "svd"])
+        solved = [item for item in due if item.group["proj"] == "svd"]
+        if solved:
+            super().refresh(solved)
         for item in due:
             if item.group["proj"] == "random" and steps_of(item.state) > 0:  # a seed is all there is
                 item.state["seed"].fill_(following(int(item.state["seed"].item())))

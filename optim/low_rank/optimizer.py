@@ -97,6 +97,9 @@ class LowRankOptimizer(ShardedOptimizer):
         """P of one matrix (side x r), from how the state keeps it. Collective where each process keeps a part."""
         return shard.all_gather_rows(state["basis"], shard.side.basis_shape[0])
 
+    def after_refresh(self, work: list[ParamStep]) -> None:
+        """Called once a step, when all have moved, with the matrices that got new columns in it."""
+
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
         """The method's direction for one matrix (m x n) and the factor on the learning rate. Collective."""
         raise NotImplementedError
@@ -146,6 +149,7 @@ class LowRankOptimizer(ShardedOptimizer):
 
     def refresh(self, due: list[ParamStep]) -> None:
         """New bases for some matrices: each process solves one before any of them is waited for. Collective."""
+        due[0].shard.workspace.clear()  # a solve needs as much for something else
         found = [self.find_basis(item.gather_grad(), item.matrix, item.group, item.state) for item in due]
         for columns in found:
             if isinstance(columns, PendingSolve):
@@ -162,9 +166,13 @@ class LowRankOptimizer(ShardedOptimizer):
         return super().direction(G, shard, group, state)
 
     def after_step(self, work: list[ParamStep]) -> None:
-        usable = [item.usable for item in work if item.usable is not None]
-        if not usable or self._warned_non_finite:
+        refreshed = [item for item in work if item.usable is not None]
+        if not refreshed:
             return
-        if not torch.stack([flag.to(usable[0].device) for flag in usable]).all():  # one host read for all matrices
+        self.after_refresh(refreshed)
+        if self._warned_non_finite:
+            return
+        flags = [item.usable for item in refreshed if item.usable is not None]
+        if not torch.stack([flag.to(flags[0].device) for flag in flags]).all():  # one host read for all matrices
             self._warned_non_finite = True
             warnings.warn("a gradient was not finite at a refresh; its matrix keeps its old subspace", stacklevel=6)

@@ -177,9 +177,8 @@ class GaLoreAdamW8bit(GaLore):
             return super().is_due(group, state)
         return bool(steps_of(state) >= state["next_refresh"].item())
 
-    def after_step(self, work: list[ParamStep]) -> None:
-        super().after_step(work)
-        lazy = [item for item in work if item.usable is not None and item.group["cos_threshold"] is not None]
+    def after_refresh(self, work: list[ParamStep]) -> None:
+        lazy = [item for item in work if item.group["cos_threshold"] is not None]
         if not lazy:
             return
         device = lazy[0].state["overlap"].device

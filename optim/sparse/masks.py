@@ -175,9 +175,13 @@ class Unstructured(Structure):
     """Single weights, wherever they are."""
 
     def begin(self, matrices: Sequence[Masked], budgets: Sequence[int], held: Sequence[int]) -> list[Tensor]:
-        items = zip(matrices, budgets, held, strict=True)
-        choices = [all_of(matrix, first_keys_of(matrix, own <= budget)) for matrix, budget, own in items]
-        return [chosen.int() for chosen in largest_of_each(choices, budgets)]
+        """Where a matrix has just as many weights as it should, it is they: nothing is drawn twice."""
+        items = list(zip(matrices, budgets, held, strict=True))
+        drawn = [(matrix, budget, own) for matrix, budget, own in items if own != budget]
+        choices = [all_of(matrix, first_keys_of(matrix, own <= budget)) for matrix, budget, own in drawn]
+        chosen = iter(largest_of_each(choices, [budget for _, budget, _ in drawn]))
+        held_as_they_are = [m.weights.nonzero().view(-1) if own == budget else None for m, budget, own in items]
+        return [(next(chosen) if places is None else places).int() for places in held_as_they_are]
 
     def change(
         self, matrices: Sequence[Masked], budgets: Sequence[int], keep: Sequence[int], grow: Sequence[int]

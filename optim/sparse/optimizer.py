@@ -40,7 +40,7 @@ from torch.optim.optimizer import ParamsT
 from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.rules import MOMENTS, TORCH_ADAM
 from ..core.types import Group, ParamStep, State
-from ..distributed import FullShard, ProcessGroup, UnsupportedLayout, all_reduce_shares_, full_shape, held_shard
+from ..distributed import FullShard, ProcessGroup, UnsupportedLayout, full_shape, held_shard
 from ..state.spec import INDICES, Coordinates, Placement, StateSpec, moment_dtype
 from .gather_scatter import Places
 from .layer_budgets import BY_SHAPE, BY_WEIGHT, budgets_by_weight
@@ -77,7 +77,6 @@ class SparseOptimizer(ShardedOptimizer):
 
     def __init__(self, params: ParamsT, arguments: Group) -> None:
         self._by_weight: dict[int, int] = {}  # weights left to a matrix, by position, until it has a mask
-        self._drawn: dict[int, tuple[int, Tensor]] = {}  # first masks by position, and where they begin, until taken
         super().__init__(params, arguments)
         for group in self.param_groups:
             self._mask_weights(group)
@@ -177,7 +176,7 @@ class SparseOptimizer(ShardedOptimizer):
         super().__setstate__(state)
         self._is_built = True  # of what is unpickled, torch keeps groups, state and defaults alone
         if not hasattr(self, "_by_weight"):
-            self._by_weight, self._drawn = {}, {}
+            self._by_weight = {}
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
@@ -198,10 +197,12 @@ class SparseOptimizer(ShardedOptimizer):
         loose = list(self._masked([item for item in work if item.shard.position not in self._in_masks]))
         if not loose:
             return
-        with self.phase(FIND):
-            self._begin(self._without_drawn([matrix for matrix in loose if matrix.clock == 0]))
-            for matrix in loose:
-                _keep_to_mask(matrix)
+        first = [matrix for matrix in loose if matrix.clock == 0]
+        if first:
+            with self.phase(FIND):
+                self._begin(first)
+        for matrix in loose:
+            _keep_to_mask(matrix)
         self._in_masks |= {matrix.shard.position for matrix in loose}
 
     def _masked(self, work: Sequence[ParamStep]) -> Iterator[Masked]:
@@ -263,25 +264,6 @@ class SparseOptimizer(ShardedOptimizer):
                 if matrix.group["rescale_init"] and weights > own > 0:
                     matrix.weights.mul_(math.sqrt(math.prod(matrix.shape) / own))
 
-    def _without_drawn(self, matrices: list[Masked]) -> list[Masked]:
-        """Those that do not have the masks drawn when the optimizer was built: an engine or a loader may have replaced
-        their weights since, which shows in weights outside of the mask that are not zero. Collective."""
-        fits, left = [], []
-        for matrix in matrices:
-            begin, drawn = self._drawn.pop(matrix.shard.position, (0, None))
-            indices = None if drawn is None else _part_of(drawn, begin, matrix)
-            outside = matrix.weights.count_nonzero()
-            if indices is not None:
-                outside = outside - matrix.weights[indices.long()].count_nonzero()
-            fits.append((matrix, indices, torch.stack([outside, torch.full_like(outside, int(indices is None))])))
-        all_reduce_shares_([(matrix.shard, misfits) for matrix, _, misfits in fits])
-        for (matrix, indices, _), misfits in zip(fits, _as_lists([misfits for *_, misfits in fits]), strict=True):
-            if any(misfits) or indices is None:
-                left.append(matrix)
-            else:
-                _give(matrix, indices)
-        return left
-
     @torch.no_grad()
     def _mask_weights(self, group: Group) -> None:
         """Weights outside of first masks are zero before the first forward pass. Collective where weights are split, or
@@ -307,7 +289,6 @@ class SparseOptimizer(ShardedOptimizer):
         self._begin(matrices)
         for matrix in matrices:
             _keep_to_mask(matrix)
-            self._drawn[matrix.shard.position] = matrix.begin, matrix.indices
 
 
 def _alike(matrices: Sequence[Masked]) -> list[list[Masked]]:
@@ -325,21 +306,6 @@ def _give(matrix: Masked, indices: Tensor) -> None:
     for key in MOMENTS:
         if key in matrix.state:
             matrix.state[key] = matrix.state[key].new_zeros(len(indices))
-
-
-def _part_of(drawn: Tensor, begin: int, matrix: Masked) -> Tensor | None:
-    """Of a mask drawn for the places of a matrix from ``begin`` on, those of this process's part now. None where it was
-    drawn for a part that this one is not in: engines only cut further what they have."""
-    if begin > matrix.begin or (begin and begin != matrix.begin):
-        return None
-    bounds = torch.tensor([matrix.begin - begin, matrix.begin - begin + matrix.size], device=drawn.device)
-    first, last = torch.searchsorted(drawn, bounds.to(drawn.dtype)).tolist()
-    return (drawn[first:last] - (matrix.begin - begin)).to(matrix.weights.device)
-
-
-def _as_lists(rows: list[Tensor]) -> list[list[int]]:
-    counted: list[list[int]] = torch.stack(rows).tolist() if rows else []  # one stop of the device for all
-    return counted
 
 
 def _keep_to_mask(matrix: Masked) -> None:

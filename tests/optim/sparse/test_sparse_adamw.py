@@ -754,3 +754,24 @@ def test_parameters_that_cannot_be_masked_are_refused():
     optimizer.add_param_group({"params": weights((5,)), "sparsity": None})
     empty = nn.Parameter(torch.zeros(0, 5))
     assert len(RigLAdamW([empty, *weights((4, 4))], **options).param_groups[0]["params"]) == 2
+
+
+def test_first_masks_are_drawn_once(monkeypatch):
+    """When the optimizer is built. The first step reads them off the weights, which are then as many as they should be;
+    weights that were loaded in between are drawn from anew."""
+    drawn = []
+    keys = masks.random_keys
+    monkeypatch.setattr(masks, "random_keys", lambda *args: drawn.append(len(args[0])) or keys(*args))
+    W = [nn.Parameter(torch.randn(24, 16, generator=torch.Generator().manual_seed(seed))) for seed in range(2)]
+    optimizer = SparseAdamW(W, sparsity=0.75, t_end=100)
+    assert drawn
+    there = W[0].detach() != 0
+    with torch.no_grad():
+        W[1].copy_(torch.randn(24, 16))
+    drawn.clear()
+    for p in W:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert set(drawn) - {0} == {W[1].numel()}
+    assert torch.equal(optimizer.state[W[0]]["indices"].long(), there.view(-1).nonzero().view(-1))
+    assert [len(optimizer.state[p]["indices"]) for p in W] == [96, 96]
