@@ -78,6 +78,8 @@ OPTIMIZERS = {
     "SLTrainAdamW8bit": (optim.SLTrainAdamW8bit, {**EPS, "lr": 3e-3}, None),
     "SSTAdamW": (optim.SSTAdamW, {**EPS, "lr": 3e-3, "swap_every": GAP, "iterations": 2, "warmup_steps": 3}, None),
     "ReLoRAAdamW": (optim.ReLoRAAdamW, {**EPS, "lr": 3e-3, "merge_every": GAP}, None),
+    "SCALE": (optim.SCALE, {**EPS, "lr": 3e-3}, {"role": {"head": "head", "small": "transposed"}}),
+    "SCALE l2": (optim.SCALE, {**EPS, "norm": "l2", "lr": 1e-2}, {"role": {"head": "head"}}),
     "SETAdamW": (optim.SETAdamW, MASKED, {"sparsity": 0.8}),
     "RigLAdamW": (optim.RigLAdamW, MASKED, {"sparsity": 0.8}),
     "SRigLAdamW": (optim.SRigLAdamW, {**MASKED, "gamma_sal": 0.9}, {"sparsity": 0.8}),
@@ -161,6 +163,8 @@ def make_optimizer(net, cell, together=True):
     kind, keys, matrix_keys = OPTIMIZERS[cell["optimizer"]]
     if matrix_keys and "m" in matrix_keys:
         return kind(optim.param_groups(net, None, TARGETS, weight_decay=0.1, **matrix_keys), **keys)
+    if matrix_keys and "role" in matrix_keys:
+        return kind(optim.param_groups(net, weight_decay=0.1, **matrix_keys), **keys)
     if cell["optimizer"] in LAYERS:
         more = {"synchronize": together} if kind is optim.SSTAdamW else {}
         groups = [[*net.tall.parameters(), *net.wide.parameters()]]

@@ -32,10 +32,10 @@ OPTIMIZERS = [
     "GaLoreLion", "GaLorePlusAdamW", "FiraAdamW", "GradNormLoRPAdamW", "DCTAdamW", "DCTAdamW fed back",
     "DCTAdamW fed back in 8 bits", "APOLLOAdamW", "APOLLOAdamW Mini", "APOLLOAdamW svd", "LDAdamW", "SLTrainAdamW",
     "SLTrainAdamW8bit", "SSTAdamW", "ReLoRAAdamW", "SRSTEAdamW", "CastAdamS",
-    "SETAdamW", "RigLAdamW", "SRigLAdamW", "BlockSparseAdamW", "SparseAdamW",
+    "SETAdamW", "RigLAdamW", "SRigLAdamW", "BlockSparseAdamW", "SparseAdamW", "SCALE",
 ]  # fmt: skip
 LAYERED = ("SLTrain", "SST", "ReLoRA", "SRSTE", "Cast")
-MASKED = ("SET", "RigL", "SRigL", "BlockSparse", "SparseAdamW")
+WITHOUT_SIDES = ("SCALE", "SET", "RigL", "SRigL", "BlockSparse", "SparseAdamW")
 LARGE = {"sizes": [96, 401, 113], "rank": 12}  # moments of at least 4096 numbers, so that they are held in 8 bits
 ZERO = ("zero1", "zero2", "zero3")
 OPTIONS: dict[str, tuple[Cell, tuple[str, ...]]] = {
@@ -75,7 +75,9 @@ def possible(cell: Cell) -> bool:
         return False  # weights must be whole to be converted, and layers stepped whole; there is no side
     if layered and cell.get("shard_basis"):
         return False
-    if cell.get("optimizer", "").startswith(MASKED) and (cell.get("side", "std") != "std" or cell.get("shard_basis")):
+    if cell.get("optimizer", "").startswith(WITHOUT_SIDES) and (
+        cell.get("side", "std") != "std" or cell.get("shard_basis")
+    ):
         return False  # no side is projected, and there is no basis
     if cell.get("optimizer") == "SSTAdamW" and (precision or "fp32") != "fp32":
         return False  # what is frozen is rounded there, and its decompositions cannot be replayed in fp32

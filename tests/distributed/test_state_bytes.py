@@ -5,7 +5,7 @@ import pytest
 OPTIMIZERS = [
     "Lion", "GaLoreAdamW8bit", "GaLoreAdamW8bit Q-GaLore", "GaLoreAdafactor", "GaLoreLion", "GaLorePlusAdamW",
     "FiraAdamW", "GradNormLoRPAdamW", "DCTAdamW", "DCTAdamW fed back in 8 bits", "APOLLOAdamW", "APOLLOAdamW svd",
-    "LDAdamW", "SLTrainAdamW", "SSTAdamW", "ReLoRAAdamW", "RigLAdamW", "SRigLAdamW", "BlockSparseAdamW",
+    "LDAdamW", "SLTrainAdamW", "SSTAdamW", "ReLoRAAdamW", "RigLAdamW", "SRigLAdamW", "BlockSparseAdamW", "SCALE l2",
 ]  # fmt: skip
 CELLS = [{"optimizer": name, "stage": 1 + i % 3, "keys": {}} for i, name in enumerate(OPTIMIZERS)]
 CELLS += [{"optimizer": name, "stage": stage, "keys": {}} for name in ("AdamW", "GaLoreAdamW") for stage in (1, 2, 3)]
