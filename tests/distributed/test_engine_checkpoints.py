@@ -37,7 +37,16 @@ OPTIMIZERS = [
     "RigLAdamW",
     "SRigLAdamW",
 ]
-THOROUGH = ["SETAdamW", "BlockSparseAdamW", "SparseAdamW", "SRSTEAdamW", "CastAdamS", "HyperSparseAdamW", "WGSEFAdamW"]
+THOROUGH = [
+    "SETAdamW",
+    "BlockSparseAdamW",
+    "SparseAdamW",
+    "SRSTEAdamW",
+    "CastAdamS",
+    "HyperSparseAdamW",
+    "WGSEFAdamW",
+    "SCALE",
+]
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}}
 BF16 = {"precision": "bf16"}
 BF16_IN_FP32 = {"precision": "bf16, fp32 gradients"}

@@ -32,7 +32,7 @@ CLASSES = {
     "GradNormLoRPAdamW": ({"lr": 0.01}, RANKED),
     "LDAdamW": ({"lr": 0.01}, {"rank": 4}),
     "Lion": ({"lr": 0.005}, {}),
-    "SCALE": ({"lr": 0.01}, {"role": "auto"}),
+    "SCALE": ({"lr": 0.01}, {"role": "linear"}),
     "BlockSparseAdamW": (MASKED, {"sparsity": 0.5, "block_size": 1}),
     "HyperSparseAdamW": ({"lr": 0.01, "prune_at": 6}, {"sparsity": 0.5}),
     "RigLAdamW": (MASKED, {"sparsity": 0.5}),
