@@ -36,8 +36,8 @@ class OptimizerEntry:
         layer: the layer that it needs, by its name below.
         trains_masks: whether it decides which weights of a matrix are zero, also for layers that leave that to it.
         run_keys: the keys that it takes from a run's arguments: ``adam``'s, ``lion``'s, ``adafactor``'s or ``torch``'s.
-        model_keys: the keys that it takes from the model: ``heads`` (of the attention matrices) or ``pattern`` (the n
-            and m of its layer).
+        model_keys: the keys that it takes from the model: ``heads`` (of the attention matrices), ``pattern`` (the n and
+            m of its layer) or ``roles`` (what each matrix is for).
         clocks: keys that are steps, as shares of the run's steps where they are not given.
     """
 
@@ -51,7 +51,7 @@ class OptimizerEntry:
     layer: str | None = None
     trains_masks: bool = False
     run_keys: Literal["adam", "lion", "adafactor", "torch"] = "adam"
-    model_keys: Literal["heads", "pattern"] | None = None
+    model_keys: Literal["heads", "pattern", "roles"] | None = None
     clocks: Mapping[str, float] = field(default_factory=dict)
 
     def accepts(self) -> set[str]:
@@ -123,6 +123,10 @@ OPTIMIZERS: dict[str, OptimizerEntry] = _by_name(
     OptimizerEntry(
         "lion", optim.Lion, "plain", "The sign of an interpolated momentum: one moment instead of two.",
         "Chen et al. 2023", "2302.06675", replaces=("lion_pytorch.Lion", "torch.optim.AdamW"), run_keys="lion",
+    ),
+    OptimizerEntry(
+        "scale", optim.SCALE, "plain", "Gradients divided by their size at each output; only the head has a moment.",
+        "Glentis et al. 2025", "2506.16659", model_keys="roles",
     ),
     OptimizerEntry(
         "galore_adamw", optim.GaLoreAdamW, "low_rank", "AdamW in the leading singular subspace of each gradient.",

@@ -15,6 +15,7 @@ from .low_rank.gradnormlorp import GradNormLoRPAdamW
 from .low_rank.ldadam import LDAdamW
 from .low_rank.q_galore import GaLoreAdamW8bit
 from .memory import state_bytes
+from .scale import SCALE
 from .schedules import JaggedCosineLR
 from .sparse.blast import BlockSparseAdamW
 from .sparse.cast import CastAdamS
@@ -26,6 +27,7 @@ from .sparse.srigl import SRigLAdamW
 from .sparse.wgsef import WGSEFAdamW
 
 __all__ = [
+    "SCALE",
     "APOLLOAdamW",
     "BlockSparseAdamW",
     "CastAdamS",

@@ -31,6 +31,7 @@ def param_groups(
     target_modules: str | Iterable[str] = DEFAULT_TARGETS,
     *,
     weight_decay: float | None = None,
+    role: str | Mapping[str, str | None] | None = None,
     **matrix_keys: Any,
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer of this package: target matrices with a rank, other weights, norms and biases.
@@ -44,6 +45,10 @@ def param_groups(
             output layer. Each pattern must match.
         weight_decay: for the two groups of weights; None leaves it to the optimizer. Norms and biases get 0. The
             parameters that a layer of ``gracile.models.layers`` builds its weight from are weights, of any shape.
+        role: for ``SCALE``: ``auto`` makes groups by what each matrix is for, as its module says: ``linear``,
+            ``embedding``, ``head`` (the output layer, also where an embedding is tied to it) or ``transposed`` (GPT-2's
+            Conv1D). A mapping from patterns to roles comes first, the first match counts; None there is for AdamW.
+            ``target_modules`` has no say. Any other word is the one role of the target matrices.
         matrix_keys: further keys of the target matrices' group, such as ``update_proj_gap`` or ``scale``; the optimizer
             checks them. A mapping from patterns to values splits the group: ``num_heads={"q_proj": 32, "k_proj": 8}``
             holds for the targets whose names match, the first match counts, the others do without the key.
@@ -53,7 +58,8 @@ def param_groups(
     their names match or not: left dense, they would be more weights than those of the layers they replace.
 
     Raises:
-        ValueError: for a pattern that matches no trainable matrix, or matrix keys without one that makes their group.
+        ValueError: for a pattern that matches no trainable matrix, matrix keys without one that makes their group, or a
+            matrix whose role is not known.
 
     Example:
         >>> from torch import nn
@@ -66,6 +72,9 @@ def param_groups(
         [(256, 64)] {'weight_decay': 0.1}
         [(64,), (64,), (64,)] {'weight_decay': 0.0}
     """
+    if role == "auto" or isinstance(role, Mapping):
+        return _by_role(model, {} if isinstance(role, str) else dict(role), weight_decay, matrix_keys)
+    matrix_keys |= {} if role is None else {"role": role}
     marks = [key for key in OTHER_MARKS if matrix_keys.get(key) is not None]
     if rank is None and matrix_keys and not marks:
         keys = ", ".join(sorted(matrix_keys))
@@ -85,6 +94,54 @@ def param_groups(
         {"params": [p for p in others if _dim(p) <= 1 and id(p) not in factors], **plain, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _by_role(
+    model: nn.Module, named: dict[str, str | None], weight_decay: float | None, keys: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """A group for each role that there is, one for weights without, one for norms and biases."""
+    find_output = getattr(model, "get_output_embeddings", None)
+    head = getattr(find_output() if callable(find_output) else None, "weight", None)
+    held: dict[
+        str, tuple[nn.Module, Tensor]
+    ] = {}  # each once, by the name of its layer or, in a layer with more, its own
+    for prefix, module in model.named_modules():
+        for part, p in module._parameters.items():
+            if p is not None and p.requires_grad and _dim(p) > 1 and not any(p is q for _, q in held.values()):
+                held[f"{prefix}.{part}".removeprefix(".").removesuffix(".weight")] = module, p
+    found = found_names("role", list(named), held, False)
+    roles: dict[str, str | None] = {}
+    for name, (module, p) in held.items():
+        patterns = [pattern for pattern in named if name in found[pattern]]
+        roles[name] = named[patterns[0]] if patterns else "head" if p is head else _role_of(name, module, p)
+    if "head" not in roles.values():
+        raise ValueError("role: the model does not tell its output layer; name it, as in role={'lm_head': 'head'}")
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    groups = [
+        {
+            "params": [held[name][1] for name in roles if roles[name] == role],
+            "role": role,
+            **(keys if role else {}),
+            **decay,
+        }
+        for role in [*dict.fromkeys(role for role in roles.values() if role), None]
+    ]
+    vectors = [p for p in model.parameters() if p.requires_grad and _dim(p) <= 1]
+    groups.append({"params": vectors, "role": None, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def _role_of(name: str, module: nn.Module, p: Tensor) -> str:
+    if _dim(p) == 2 and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding"
+    if _dim(p) == 2 and isinstance(module, nn.Linear):
+        return "linear"
+    if _dim(p) == 2 and type(module).__name__ == "Conv1D":  # transformers', which is not imported for it
+        return "transposed"
+    kind, shape = type(module).__name__, full_shape(p)
+    raise ValueError(
+        f"role: {name} of a {kind} {shape} has no known one; name it, as in role={{{name!r}: None}} (AdamW)"
+    )
 
 
 def _dim(parameter: Tensor) -> int:

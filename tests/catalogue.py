@@ -147,6 +147,20 @@ VARIANTS = {
         optim.APOLLOAdamW, "basis", Use({}, {"proj": "svd"}), Use({"lr": 0.05}, RANKED | {"proj": "svd"}), jumps=True
     ),
     "LDAdamW": Variant(optim.LDAdamW, "errors", Use(IN_RUN, {}), Use({"lr": 0.05}, {"rank": 4}), Use(LR, {"rank": 4})),
+    "SCALE": Variant(
+        optim.SCALE,
+        "a moment of the head",
+        Use(IN_RUN, {"role": {"head": "head", "small": "transposed"}}),
+        Use({"lr": 0.02}, {"role": "linear"}),
+        Use(LR, {"role": "linear"}),
+    ),
+    "SCALE l2": Variant(
+        optim.SCALE,
+        "a moment of the head",
+        Use({**EPS, "norm": "l2", "lr": 1e-2}, {"role": {"head": "head"}}),
+        Use({"lr": 0.02}, {"role": "embedding", "norm": "l2", "lr": 0.2}),
+    ),
+    "SCALE head": Variant(optim.SCALE, "a moment of the head", quadratic=Use({"lr": 0.02}, {"role": "head"})),
     "LDAdamW alone": Variant(optim.LDAdamW, "basis", quadratic=Use({"lr": 0.05}, {"rank": 4, "error_feedback": False})),
     # ---- of layers --------------------------------------------------------------------------------------------------
     "SLTrainAdamW": Variant(optim.SLTrainAdamW, "parts", Use(IN_RUN), script=Use(LR), layer=SPARSE_LOW_RANK),

@@ -80,6 +80,10 @@ class DeclaredState(FaithfulLoading):
         """Which side of a matrix is replaced by coordinates; None where its moments live in its own elements."""
         return None
 
+    def needs_rows(self, group: Group) -> bool:
+        """Whether a part of a matrix must come in whole rows: then ``shard.mean`` is that of all of a row or column."""
+        return self.rule.needs_rows
+
     def state_specs(self, shard: FullShard, group: Group) -> list[StateSpec]:
         """The tensors of a parameter's state beside ``step``, declared for the whole parameter: of the shard, only
         ``shape``, ``side``, ``dtype`` and ``position`` count."""
@@ -87,7 +91,7 @@ class DeclaredState(FaithfulLoading):
 
     def moment_specs(self, shard: FullShard, group: Group) -> list[StateSpec]:
         """The rule's moments."""
-        coordinates = Coordinates.of(shard, self.rule.needs_rows)
+        coordinates = Coordinates.of(shard, self.needs_rows(group))
         specs = self.rule.specs(coordinates, moment_dtype(shard, group), group)
         return [spec.stored_by(self.moment_codec) for spec in specs]
 
@@ -131,7 +135,7 @@ class DeclaredState(FaithfulLoading):
 
     def _is_by_element(self, ref: ParamRef, group: Group) -> bool:
         """Whether a parameter in any shape is what it was."""
-        return self._side(ref.shape, group) is None and not self.rule.needs_rows
+        return self._side(ref.shape, group) is None and not self.needs_rows(group)
 
     def _full_shard(self, p: Tensor, group: Group, position: int, workspace: Workspace) -> FullShard:
         side = self._side(tuple(p.shape), group)
@@ -145,7 +149,7 @@ class DeclaredState(FaithfulLoading):
         side = self._side(ref.shape, group)
         if side is not None:
             return MatrixShard(p, grad, held, ref.position, workspace, side, group.get("shard_basis"))
-        if not self.rule.needs_rows or len(ref.shape) < 2:
+        if not self.needs_rows(group) or len(ref.shape) < 2:
             return FlatShard(p, grad, held, ref.position, workspace)
         if len(ref.shape) > 2:
             raise UnsupportedLayout(f"Adafactor factors matrices; a part of a tensor of shape {ref.shape} is none")

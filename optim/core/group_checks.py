@@ -14,7 +14,7 @@ from .types import Group
 FOREIGN_KEYS = {"params", "param_names", "initial_lr", "name", "group_number"}
 
 # Keys of which one marks the groups of matrices that a method is for; other groups get the plain rule.
-MATRIX_KEYS = ("rank", "sparsity", "density", "n", "keep")
+MATRIX_KEYS = ("rank", "sparsity", "density", "n", "keep", "role")
 
 
 def _floating_dtype(key: str, dtype: object) -> None:

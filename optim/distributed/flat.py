@@ -44,6 +44,9 @@ class FlatShard(FullShard):
     def all_reduce_max_(self, tensor: Tensor) -> Tensor:
         return self.processes.all_reduce_max_(tensor)
 
+    def mean(self, like: Tensor, dim: int) -> Tensor:
+        raise TypeError("a range of elements has no rows and columns; a method that needs them says so by needs_rows")
+
     def weight_rms(self) -> Tensor:
         return rms_of_parts(self.parameter, self.held)
 

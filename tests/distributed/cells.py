@@ -108,6 +108,8 @@ def make_optimizer(net, cell, together=True):
         groups = [[*net.tall.parameters(), *net.wide.parameters()]]
         groups += [[p for p in net.parameters() if p.requires_grad and not any(p is q for q in groups[0])]]
         return kind([{"params": group} for group in groups], **{**keys, **more})
+    if matrix_keys and "role" in matrix_keys:
+        return kind(optim.param_groups(net, weight_decay=0.1, **matrix_keys), **keys)
     trained = [p for p in net.parameters() if p.requires_grad]
     if matrix_keys is None:
         return kind([{"params": trained[:5]}, {"params": trained[5:]}], **{"lr": 0.01, **keys})

@@ -29,7 +29,9 @@ Cell = dict[str, Any]
 BATCH_OF_CELLS = 30  # cells of one job, after which a dot is printed
 
 LAYERED = tuple(name for name in OVER_PROCESSES if VARIANTS[name].layer)
-MASKED = tuple(name for name in OVER_PROCESSES if VARIANTS[name].state.startswith("masks"))
+WITHOUT_SIDES = tuple(
+    name for name in OVER_PROCESSES if VARIANTS[name].state.startswith("masks") or name.startswith("SCALE")
+)
 LARGE = {"sizes": [96, 401, 113], "rank": 12}  # moments of at least 4096 numbers, so that they are held in 8 bits
 ZERO = ("zero1", "zero2", "zero3")
 OPTIONS: dict[str, tuple[Cell, tuple[str, ...]]] = {
@@ -69,7 +71,7 @@ def possible(cell: Cell) -> bool:
         return False  # weights must be whole to be converted, and layers stepped whole; there is no side
     if layered and cell.get("shard_basis"):
         return False
-    if cell.get("optimizer") in MASKED and (cell.get("side", "std") != "std" or cell.get("shard_basis")):
+    if cell.get("optimizer") in WITHOUT_SIDES and (cell.get("side", "std") != "std" or cell.get("shard_basis")):
         return False  # no side is projected, and there is no basis
     if cell.get("optimizer") == "SSTAdamW" and (precision or "fp32") != "fp32":
         return False  # what is frozen is rounded there, and its decompositions cannot be replayed in fp32

@@ -14,7 +14,7 @@ from gracile import optim
 LARGE = [24, 1500, 28]  # moments of 4096 elements or more: 8 bits really
 
 THOROUGH = ["SETAdamW", "BlockSparseAdamW", "SparseAdamW", "SRSTEAdamW", "CastAdamS", "HyperSparseAdamW"]
-THOROUGH += [name for name in OVER_PROCESSES if name.startswith("WGSEF")]
+THOROUGH += [name for name in OVER_PROCESSES if name.startswith(("WGSEF", "SCALE"))]
 OPTIMIZERS = [name for name in OVER_PROCESSES if name not in THOROUGH]
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}}
 BF16 = {"precision": "bf16"}

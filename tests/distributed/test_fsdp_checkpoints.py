@@ -24,6 +24,7 @@ THOROUGH = [
     {"optimizer": "APOLLOAdamW", "proj_type": "left"},
     {"optimizer": "RigLAdamW"},
     {"optimizer": "SparseAdamW"},
+    {"optimizer": "SCALE"},
 ]
 LARGE = {"large": True}
 

@@ -32,6 +32,7 @@ THOROUGH = [
     ("BlockSparseAdamW", "zero3", "zero2"),
     ("SparseAdamW", "ddp", "zero1"),
     ("SparseAdamW", "zero2", "ddp"),
+    ("SCALE", "zero1", "fsdp2"),
 ]
 
 

@@ -20,7 +20,7 @@ from ..errors import BadInput
 SUBSPACE_KEYS = ("update_proj_gap", "scale", "proj_type", "subspace_method")
 MASK_KEYS = ("sparsity", "update_every", "drop_fraction", "t_end")
 # What makes the group of target matrices of an optimizer without a rank.
-MARKS = {"n", "m", "keep"}
+MARKS = {"n", "m", "keep", "role"}
 
 
 # ---- keys from a run, and from a model ------------------------------------------------------------------------------
@@ -56,8 +56,17 @@ def _pattern(model: nn.Module, entry: OptimizerEntry) -> dict[str, Any]:
     return {"n": layer.n, "m": layer.m}
 
 
+def _roles(model: nn.Module, entry: OptimizerEntry) -> dict[str, Any]:
+    """What each matrix is for comes from the model's modules."""
+    return {"role": "auto"}
+
+
 RUN_KEYS = {"adam": _adam_keys, "lion": _lion_keys, "adafactor": _adafactor_keys, "torch": _torch_keys}
-MODEL_KEYS: dict[str, Callable[[nn.Module, OptimizerEntry], dict[str, Any]]] = {"heads": _heads, "pattern": _pattern}
+MODEL_KEYS: dict[str, Callable[[nn.Module, OptimizerEntry], dict[str, Any]]] = {
+    "heads": _heads,
+    "pattern": _pattern,
+    "roles": _roles,
+}
 
 
 def run_keys(entry: OptimizerEntry, run: RunArguments) -> dict[str, Any]:
@@ -111,7 +120,7 @@ def _dtype(name: Any) -> torch.dtype | None:
 def _marks(entry: OptimizerEntry, model: nn.Module, chosen: OptimizerArguments) -> dict[str, Any]:
     """The key that makes a group of the target matrices, for an optimizer without a rank; none where they are trained
     like all others."""
-    if "n" in entry.accepts():
+    if entry.accepts() & {"n", "role"}:
         return _model_keys(entry, model)
     if not entry.accepts() & {"sparsity", "keep"}:
         return {}

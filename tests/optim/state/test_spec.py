@@ -23,6 +23,7 @@ CASES = {
     "GradNormLoRPAdamW": (optim.GradNormLoRPAdamW, {}, RANK),
     "LDAdamW": (optim.LDAdamW, {}, {"rank": 4}),
     "Lion": (optim.Lion, {}, {}),
+    "SCALE": (optim.SCALE, {}, {"role": "head"}),
     "RigLAdamW": (optim.RigLAdamW, {"t_end": 10}, {"sparsity": 0.5}),
     "SparseAdamW-momentum": (optim.SparseAdamW, {"grow": "momentum", "t_end": 10}, {"sparsity": 0.5}),
     "CastAdamS": (optim.CastAdamS, {"n": None, "total_steps": 9}, {"n": 2, "m": 4}),
