@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers import interrupt, same, weights
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -15,7 +16,6 @@ from gracile.train.build import model as building
 from gracile.train.build.layers import beside, load_weights
 from gracile.train.config.arguments import load_config
 from gracile.train.pretrain import main
-from tests.train.test_pretrain import interrupt, same, weights
 
 STATIC = {"optimizer": "sparse_adamw", "sparsity": 0.75, "drop_fraction": 0, "rank": None, "update_proj_gap": None}
 DENSE = {"optimizer": "adamw", "model_overrides": None, "rank": None, "update_proj_gap": None}
