@@ -25,6 +25,9 @@ os.environ |= {
 }
 
 
+STARTING_PROCESSES = ("tests/distributed/", "tests/compat/", "tests/examples/")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """With several workers (``-n 2 --dist loadscope``) the tests of a file stay together, for they share fixtures, and
@@ -34,7 +37,7 @@ def pytest_xdist_make_scheduler(config, log):
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             path = nodeid.split("::")[0]
-            return "tests/distributed" if path.startswith("tests/distributed/") else path
+            return "processes" if path.startswith(STARTING_PROCESSES) else path
 
     return Scheduling(config, log)
 

@@ -1,6 +1,9 @@
 """Every optimizer, split over processes in every way, beside one process. ``cells.py`` runs in the processes."""
 
 import pytest
+from catalogue import OVER_PROCESSES, VARIANTS, classes_of, public_optimizers
+
+from gracile import optim
 
 
 def cell(optimizer, layout, **options):
@@ -19,14 +22,10 @@ ON = {
         cell("GaLoreAdamW", "zero2", zero={"reduce_scatter": False}),
         cell("GaLoreAdamW", "fsdp2", proj_type="reverse_std", clip=0.05),
         cell("GaLoreAdamW", "zero3", zero_init=True, proj_type="left"),
-        cell("GaLoreAdamW", "zero1", zero={"round_robin_gradients": True}),
-        cell("GaLoreAdamW8bit Q-GaLore", "zero3", clip=0.05),
         cell("GaLoreAdafactor", "zero2", zero=OFFLOAD),
-        cell("GaLoreAdafactor", "zero3"),
         cell("GaLoreLion", "zero0"),
         cell("GaLorePlusAdamW", "zero3", accumulation=4, clip=0.05),
         cell("FiraAdamW", "zero1"),
-        cell("FiraAdamW", "zero3", zero={"overlap_comm": True}),
         cell("GradNormLoRPAdamW", "zero2", zero={"round_robin_gradients": True}),
         cell("DCTAdamW", "zero1", accumulation=4),
         cell("DCTAdamW fed back", "zero3", zero={"sub_group_size": 200}),
@@ -53,12 +52,8 @@ ON = {
         cell("SSTAdamW", "zero3", rank=13),
         cell("ReLoRAAdamW", "fsdp2"),
         cell("ReLoRAAdamW", "zero3", clip=0.05, zero={"stage3_param_persistence_threshold": 100_000}),
-        cell("ReLoRAAdamW", "zero2", precision="bf16"),
         cell("RigLAdamW", "zero3", zero={"sub_group_size": 200}, clip=0.05),
-        cell("SRigLAdamW", "zero2", zero={"round_robin_gradients": True}, accumulation=4),
         cell("SRSTEAdamW", "zero2", zero={"round_robin_gradients": True}, accumulation=4),
-        cell("SRSTEAdamW", "zero3", zero={"sub_group_size": 200}, clip=0.05),
-        cell("CastAdamS", "zero1"),
         cell("CastAdamS", "zero3", zero=OFFLOAD, nccl=True),
     ],
     4: [
@@ -66,26 +61,30 @@ ON = {
         cell("GaLoreAdamW", "zero3"),
         cell("GaLoreAdamW8bit", "fsdp2"),
         cell("GaLoreAdafactor", "zero1", clip=0.05),
-        cell("GaLorePlusAdamW", "zero2", proj_type="left"),
         cell("FiraAdamW", "fsdp2", accumulation=4),
         cell("GradNormLoRPAdamW", "zero3", proj_type="left"),
-        cell("DCTAdamW", "zero3", proj_type="reverse_std"),
-        cell("APOLLOAdamW", "zero1", zero={"round_robin_gradients": True}),
         cell("LDAdamW", "fsdp2", proj_type="left", **SHARD_BASIS),
         cell("GaLoreAdamW8bit", "zero3", proj_type="left", **LARGE),
         cell("GaLorePlusAdamW", "zero2", precision="bf16", **SHARD_BASIS),
         cell("SCALE", "zero1"),
         cell("SSTAdamW", "fsdp2"),
-        cell("RigLAdamW", "fsdp2"),
         cell("SRigLAdamW", "zero3"),
         cell("SRSTEAdamW", "fsdp2"),
         cell("CastAdamS", "zero3", precision="bf16, fp32 gradients"),
-        cell("ReLoRAAdamW", "zero3"),
     ],
 }
-# Masks are chosen in one place for all classes and layouts: what is left of them.
+# Masks are chosen in one place for all classes and layouts: what is left of them. And what another cell has of the same
+# class in another layout, or of another class in the same.
 THOROUGH = {
     2: [
+        cell("GaLoreAdamW", "zero1", zero={"round_robin_gradients": True}),
+        cell("GaLoreAdafactor", "zero3"),
+        cell("FiraAdamW", "zero3", zero={"overlap_comm": True}),
+        cell("GaLoreAdamW8bit Q-GaLore", "zero3", clip=0.05),
+        cell("ReLoRAAdamW", "zero2", precision="bf16"),
+        cell("SRSTEAdamW", "zero3", zero={"sub_group_size": 200}, clip=0.05),
+        cell("SRigLAdamW", "zero2", zero={"round_robin_gradients": True}, accumulation=4),
+        cell("CastAdamS", "zero1"),
         cell("SETAdamW", "ddp"),
         cell("SETAdamW", "zero1", zero={"round_robin_gradients": True}),
         cell("SETAdamW", "zero3", zero=OFFLOAD, nccl=True),
@@ -105,6 +104,11 @@ THOROUGH = {
         cell("SparseAdamW", "fsdp2"),
     ],
     4: [
+        cell("GaLorePlusAdamW", "zero2", proj_type="left"),
+        cell("DCTAdamW", "zero3", proj_type="reverse_std"),
+        cell("APOLLOAdamW", "zero1", zero={"round_robin_gradients": True}),
+        cell("RigLAdamW", "fsdp2"),
+        cell("ReLoRAAdamW", "zero3"),
         cell("SETAdamW", "zero3", zero_init=True),
         cell("RigLAdamW", "zero1"),
         cell("SRigLAdamW", "fsdp2"),
@@ -112,6 +116,27 @@ THOROUGH = {
         cell("SparseAdamW", "zero2"),
     ],
 }
+LAYOUTS = {"ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"}
+OPTIONS = {"accumulation", "clip", "keys", "nccl", "precision", "proj_type", "zero_init"}
+OPTIONS |= {"offload_optimizer", "overlap_comm", "reduce_scatter", "round_robin_gradients", "sub_group_size"}
+
+
+def test_each_layout_option_and_kind_of_state_is_in_some_cell():
+    """Of the classes with masks, which share their way over processes, a few; all are in the thorough part."""
+    cells = [*ON[2], *ON[4]]
+    assert {c["layout"] for c in cells} == LAYOUTS
+    assert {option for c in cells for option in [*c, *c.get("zero", {})]} >= OPTIONS
+    states = {VARIANTS[c["optimizer"]].state for c in cells}
+    assert {VARIANTS[name].state for name in OVER_PROCESSES} - states <= {
+        "errors in 8 bits",
+        "masks of blocks",
+        "masks at the end",
+        "masks of groups",
+    }
+    both = [c["optimizer"] for c in cells + THOROUGH[2] + THOROUGH[4]]
+    assert public_optimizers() - classes_of(both) == {optim.HyperSparseAdamW, optim.WGSEFAdamW}, "whom the matrix has"
+
+
 LAUNCHES = {str(ranks): cells for ranks, cells in ON.items()}
 LAUNCHES |= {f"{ranks} thorough": cells for ranks, cells in THOROUGH.items()}
 

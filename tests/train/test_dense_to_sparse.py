@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
+from helpers import interrupt, same, weights
 from safetensors.torch import load_file
 from torch import nn
 
 from gracile.optim import HyperSparseAdamW
 from gracile.train.pretrain import main
 from gracile.train.run.art import is_time, without_smallest
-from tests.train.test_pretrain import interrupt, same, weights
 
 HYPER = {"optimizer": "hyper_sparse_adamw", "sparsity": 0.7, "rank": None, "update_proj_gap": None}
 HYPER |= {"optimizer_args": {"interval": 2, "quantile_every": 3, "hs_lambda": 1e-3, "prune_at": 8}}

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
+from helpers import interrupt, same, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gracile.registry import LAYERS
 from gracile.train.config.parser import load_config
 from gracile.train.pretrain import main
-from tests.train.test_pretrain import interrupt, same, weights
 
 # layer -> settings that let everything happen within twelve steps
 RUNS = {

@@ -171,10 +171,15 @@ def test_checkpointing_by_the_configuration_is_planned_as_the_trainer_does_it():
     assert model.is_gradient_checkpointing
 
 
+@pytest.fixture(scope="module")
+def planner():
+    """It remembers the passes that it has planned."""
+    return Planner(config_of())
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("budget", [GIB // 8, GIB // 2, 3 * GIB])
-def test_the_largest_micro_batch_fits_and_the_next_does_not(checkpointing, budget):
-    planner = Planner(config_of())
+def test_the_largest_micro_batch_fits_and_the_next_does_not(planner, checkpointing, budget):
     found = planner.largest_micro_batch("galore_adamw", checkpointing, budget)
     assert found == 0 or planner.plan("galore_adamw", found, checkpointing).peak <= budget
     assert planner.plan("galore_adamw", found + 1, checkpointing).peak > budget

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers import interrupt, same, weights
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -16,7 +17,6 @@ from gracile.train.build.layers import layer_with, load_weights
 from gracile.train.config.parser import load_config
 from gracile.train.pretrain import main
 from gracile.train.run.preflight import check_buildable
-from tests.train.test_pretrain import interrupt, same, weights
 
 STATIC = {"optimizer": "sparse_adamw", "sparsity": 0.75, "drop_fraction": 0, "rank": None, "update_proj_gap": None}
 DENSE = {"optimizer": "adamw", "model_overrides": None, "rank": None, "update_proj_gap": None}

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from helpers import same, weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gracile.train.pretrain import main
 from gracile.train.run.distillation import Teacher, divergence
-from tests.train.test_pretrain import same, weights
 
 
 def logits(seed, dtype=torch.float64):
