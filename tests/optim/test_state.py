@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from gracile.optim import GaLoreAdamW, state_bytes
+from gracile.optim import GaLoreAdamW, GaLoreAdamW8bit, state_bytes
 from gracile.optim.memory import adamw_state_bytes
 
 SHAPES = {"tall": (20, 12), "wide": (12, 20), "square": (16, 16)}
@@ -324,6 +324,32 @@ def test_the_saved_groups_count_also_their_rank():
     advance(source, 7, 12)
     advance(target, 7, 12)
     assert_identical(target, source)
+
+
+def test_a_rank_that_is_loaded_decides_what_is_held_in_8_bits():
+    """Also in an optimizer that has stepped: 4 x 100 numbers are kept in fp32, 64 x 100 are not."""
+    pytest.importorskip("bitsandbytes")
+    W = nn.Parameter(0.02 * torch.randn(100, 70, generator=torch.Generator().manual_seed(0)))
+    source = GaLoreAdamW8bit([W], rank=64)
+    advance(source, 0, 2)
+    target = GaLoreAdamW8bit(clones([W]), rank=4)
+    advance(target, 0, 1)
+    with torch.no_grad():
+        held_by(target)[0].copy_(W)
+    target.load_state_dict(source.state_dict())
+    advance(source, 2, 4)
+    advance(target, 2, 4)
+    assert_identical(target, source)
+
+
+def test_counters_stay_on_the_host_when_they_are_loaded():
+    """Reading one would stop the device; the meta device stands for it here."""
+    source = optimizer_for(*parameters())
+    advance(source, 0, 2)
+    target = optimizer_for(*(nn.Parameter(p.detach().to("meta")) for p in held_by(source)))
+    target.load_state_dict(source.state_dict())
+    for state in target.state.values():
+        assert {key for key, value in state.items() if value.device.type == "cpu"} == {"step"}
 
 
 def without(key):

@@ -61,6 +61,27 @@ def test_a_matrix_is_gathered_once_a_step_at_a_refresh_too(monkeypatch):
         assert gathered == [0, 1, 2], kind
 
 
+def test_a_matrix_moves_before_the_next_one_is_gathered_for_its_subspace():
+    """Where gradients are gathered from parts, all of them at once would be another model."""
+    did = []
+
+    class Watched(optim.GaLoreAdamW):
+        def find_basis(self, G, shard, group, state):
+            did.append(("find", shard.position))
+            return super().find_basis(G, shard, group, state)
+
+        def low_rank_direction(self, G, shard, group, state):
+            did.append(("move", shard.position))
+            return super().low_rank_direction(G, shard, group, state)
+
+    matrices = [nn.Parameter(torch.randn(12, 8)) for _ in range(3)]
+    optimizer = Watched([{"params": matrices, "rank": 2}])
+    for p in matrices:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert did == [(what, position) for position in range(3) for what in ("find", "move")]
+
+
 class Phases:
     """What a listener hears: (name, depth)."""
 

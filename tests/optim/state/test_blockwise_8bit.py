@@ -87,3 +87,14 @@ def test_the_size_of_the_whole_decides_what_is_held_in_8_bits():
     large = Part(Runs(1, 10, 0, 0, 4096), torch.ones(4096))
     assert codes_for("x", torch.empty(4000), small)["x"].dtype == torch.float32
     assert codes_for("x", torch.empty(10), large)["x"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("key", "signed"), [("exp_avg", True), ("exp_avg_sq", False)])
+def test_codes_are_those_of_bitsandbytes(key, signed):
+    """Second moments have no sign: all 256 codes stand for numbers that come."""
+    from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
+
+    values = moment(64, 128).square()
+    codes, _ = whole_codes(values, key)
+    theirs, _ = quantize_blockwise(values, code=create_dynamic_map(signed=signed), blocksize=BLOCK)
+    assert torch.equal(codes, theirs)
