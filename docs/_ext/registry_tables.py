@@ -1,6 +1,6 @@
 """Tables of optimizers, layers and recipes, from the registry: for the pages, and for the README.
 
-python docs/_ext/registry_tables.py README.md
+python docs/_ext/registry_tables.py README.md docs/layers.md docs/pretraining.md
 """
 
 import re
@@ -22,9 +22,9 @@ def write(path: Path) -> None:
     """Replace what is between the markers of a page."""
     text = path.read_text(encoding="utf-8")
     for kind in TABLES:
-        begin, end = f"<!-- {kind}: begin -->\n", f"\n<!-- {kind}: end -->"
+        begin, end = f"<!-- {kind}: begin -->\n", f"<!-- {kind}: end -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        text = f"{begin}{table(kind)}{end}".join(pattern.split(text))
+        text = f"{begin}{table(kind)}\n{end}".join(pattern.split(text))
     path.write_text(text, encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Residuals: what is done with the part of a gradient that lies outside its subspace."""
+"""Fira's growth limiter, which APOLLO has, too: the norm of an update grows by a percent or so a step, at most."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def limit_growth_(residual: Tensor, shard: FullMatrix, previous_norm: Tensor, gr
     """Scale ``residual`` (m x n) in place: its norm is at most ``growth`` times the previous one, which it replaces.
 
     Fira's limiter (Chen et al. 2024, arXiv:2410.01623). ``previous_norm`` is a scalar on the residual's device, zero
-    before the first; nothing is read by the host. A vanishing first norm is not stored: growing from 1e-8 by one
-    percent a step would take 1400 steps to reach one.
+    before the first; nothing is read by the host. A norm that vanishes (1e-12 or less) is not stored:
+    growing from it by one percent a step would take thousands of steps.
     """
     norm = shard.norm(residual, previous_norm.dtype)
     excess = torch.where(previous_norm > 0, (norm / (previous_norm + 1e-8)).clamp(min=growth) / growth, 1.0)

@@ -180,10 +180,14 @@ def generated_table(kind):
         sys.path.pop(0)
 
 
-def test_the_table_of_the_readme_is_the_registrys():
-    """``python docs/_ext/registry_tables.py README.md`` writes it."""
-    between = re.search(r"<!-- optimizers: begin -->\n(.*?)\n<!-- optimizers: end -->", text_of("README.md"), re.DOTALL)
-    assert between[1] == generated_table("optimizers")
+@pytest.mark.parametrize(
+    ("page", "kind"),
+    [("README.md", "optimizers"), ("docs/layers.md", "layers"), ("docs/pretraining.md", "recipes")],
+)
+def test_the_tables_of_pages_are_the_registrys(page, kind):
+    """``python docs/_ext/registry_tables.py README.md docs/layers.md docs/pretraining.md`` writes them."""
+    between = re.search(rf"<!-- {kind}: begin -->\n(.*?)\n<!-- {kind}: end -->", text_of(page), re.DOTALL)
+    assert between[1] == generated_table(kind)
 
 
 def test_the_tables_name_every_optimizer_and_every_recipe():
