@@ -216,6 +216,15 @@ def test_the_previous_subspace_and_the_seed_are_where_the_iteration_starts(side)
 
 
 @by_side
+def test_the_largest_entry_of_each_column_is_positive(side):
+    """Eigenvectors have any sign, and not the same one on every machine."""
+    frame = ProjectionSide.of((40, 24), RANK, side)
+    for seed in range(4):
+        P = randomized_range(normal(40, 24, seed=seed), frame, None, seed=seed)
+        assert (P.gather(0, P.abs().argmax(dim=0, keepdim=True)) > 0).all()
+
+
+@by_side
 def test_an_all_zero_gradient_keeps_the_previous_columns_to_the_bit(side):
     frame = ProjectionSide.of((40, 24), RANK, side)
     previous = torch.linalg.qr(normal(*frame.basis_shape)).Q
@@ -257,6 +266,15 @@ def test_a_support_is_the_candidates_of_a_slow_loop(n, q):
             slow[i] = dict(sorted(held.items(), key=lambda item: -item[1])[:q])
             got = dict(zip(support[i].tolist(), totals[i].tolist(), strict=True))
             assert got == pytest.approx(slow[i], rel=1e-5)
+
+
+@pytest.mark.parametrize(("fraction", "columns", "places"), [(0.07, 100, 7), (0.29, 100, 29), (0.01, 30, 1)])
+def test_a_fraction_of_a_line_is_rounded_up_but_not_by_an_error_of_rounding(fraction, columns, places):
+    W = nn.Parameter(torch.ones(columns, columns))
+    W.grad = torch.ones_like(W)
+    optimizer = GaLorePlusAdamW([W], rank=2, residual_fraction=fraction)
+    optimizer.step()
+    assert optimizer.state[W]["residual_places"].shape == (columns, places)
 
 
 @by_shape

@@ -6,7 +6,12 @@ from torch import nn
 
 from gracile.optim import GaLoreAdamW
 from gracile.optim.distributed.projection import ProjectionSide
-from gracile.optim.low_rank.singular import leading_singular_vectors, orthogonal_iteration
+from gracile.optim.low_rank.singular import (
+    leading_singular_vectors,
+    orthogonal_iteration,
+    orthonormalized,
+    random_columns,
+)
 
 SHAPES = [(80, 48), (48, 80), (64, 64)]
 RANK = 8
@@ -75,6 +80,16 @@ def test_a_gradient_of_few_directions_keeps_the_old_ones_beside_them(shape, fram
     assert (Q.t() @ Q - torch.eye(RANK)).abs().max() < 1e-12
     direction = v / v.norm() if frame.right else u / u.norm()
     assert (direction - Q @ (Q.t() @ direction)).norm() < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_columns_of_one_direction_are_filled_up_also_where_they_are_many(seed):
+    """Their Gram matrix has eigenvalues of a rounding, and some below zero."""
+    previous = random_columns((256, 128), seed, torch.empty(0))
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.outer(torch.randn(256, generator=generator), torch.randn(128, generator=generator))
+    Q = orthonormalized(columns, previous)
+    assert (Q.t() @ Q - torch.eye(128)).abs().max() < 1e-5
 
 
 def test_a_run_with_iterate_follows_the_iteration_and_one_with_svd_does_not():

@@ -284,6 +284,21 @@ def test_weights_loaded_between_the_optimizer_and_its_first_step_are_masked_then
     assert_masked(optimizer)
 
 
+@pytest.mark.parametrize("name", ["SET", "RigL", "BLaST"])
+def test_sparse_weights_loaded_then_keep_their_places(name):
+    """The masks that were drawn for the weights before are forgotten."""
+    keys = {"initial_sparsity": None} if name == "BLaST" else {}
+    trained = made(name, four(seed=3), **keys)
+    advance(trained, 0, 10)
+    held = four()
+    optimizer = made(name, held, **keys)
+    for p, q in zip(held, held_by(trained), strict=True):
+        p.data.copy_(q.detach())
+    advance(optimizer, 0, 1)
+    for p, q in zip(held[:3], held_by(trained), strict=False):
+        assert torch.equal(mask_of(optimizer, p) & (q != 0), q != 0)
+
+
 # ---- first masks ----------------------------------------------------------------------------------------------------
 
 
