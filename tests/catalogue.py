@@ -158,7 +158,7 @@ VARIANTS = {
         optim.SCALE,
         "a moment of the head",
         Use({**EPS, "norm": "l2", "lr": 1e-2}, {"role": {"head": "head"}}),
-        Use({"lr": 0.02}, {"role": "embedding", "norm": "l2", "lr": 0.2}),
+        Use({"lr": 0.2, "adam_scale": 0.1}, {"role": "embedding", "norm": "l2"}),
     ),
     "SCALE head": Variant(optim.SCALE, "a moment of the head", quadratic=Use({"lr": 0.02}, {"role": "head"})),
     "LDAdamW alone": Variant(optim.LDAdamW, "basis", quadratic=Use({"lr": 0.05}, {"rank": 4, "error_feedback": False})),
