@@ -81,6 +81,7 @@ def test_the_papers_sizes_have_both_recipes():
     others += [f"quickstart_{name}" for name in ("doped", "factorised", "parallel", "wide")]
     others += ["quickstart_spdf_dense", "quickstart_spdf_sparse"]
     others += ["quickstart", "quickstart_maestro", "llama_130m_sst", "llama_60m_relora", "llama_60m_low_rank"]
+    others += ["llama_60m_scale"]
     methods = ("adamw", "galore", "sltrain")
     assert sorted([*others, *(f"llama_{s}_{o}" for s in sizes for o in methods)]) == EMBEDDED
 
