@@ -23,7 +23,9 @@ def made(model, cell):
     kind, (keys, matrix_keys) = VARIANTS[cell["optimizer"]].cls, VARIANTS[cell["optimizer"]].cells
     if matrix_keys is None:
         return kind(param_groups(model), **keys)
-    ranked = {} if matrix_keys.keys() & {"sparsity", "role"} else {"rank": 32}
+    if "role" in matrix_keys:  # by the names of another net
+        return kind(param_groups(model, role="auto"), **keys)
+    ranked = {} if "sparsity" in matrix_keys else {"rank": 32}
     return kind(param_groups(model, **ranked, **matrix_keys, **cell["keys"]), **keys)
 
 
