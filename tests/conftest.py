@@ -16,12 +16,13 @@ from pool import Pool
 
 _cache = tempfile.mkdtemp(prefix="gracile-test-cache-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-# Before anything imports huggingface_hub or datasets: they read these once.
+# Before anything imports torch, huggingface_hub or datasets: they read these once.
 os.environ |= {
     "HF_HOME": _cache,
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",  # two workers with two threads each wait for one another in tiny products: 8 times slower
 }
 
 

@@ -23,16 +23,8 @@ CASES = {
 by_case = pytest.mark.parametrize(("name", "variant", "case"), CASES.values(), ids=CASES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def exact(one_thread):
+def exact():
     """Whether this machine's arithmetic is that of the one that wrote the files."""
     return made.read("about")["fingerprint"] == made.fingerprint()
 

@@ -19,7 +19,6 @@ def torchrun():
         command += ["--master-addr=127.0.0.1", f"--master-port={free_port()}", *arguments]
         process = subprocess.Popen(
             command,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

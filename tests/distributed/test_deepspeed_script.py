@@ -91,7 +91,7 @@ def launch(*arguments, kill_after=None):
     losses, log = {}, []
     process = subprocess.Popen(
         [*launcher, "--master_port", str(free_port()), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
