@@ -12,7 +12,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-SAVED, END = 4, 8  # refreshes at 5 and at 7, after what is saved
+SAVED, END = 4, 8  # refreshes at 5 and at 6, after what is saved
 TAG = "saved"
 
 

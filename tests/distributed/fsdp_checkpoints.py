@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from gracile import optim
 
-HALF, STEPS = 8, 16  # refreshes at 0, 5, 7 and 10, 14, 15
+HALF, STEPS = 7, 12  # refreshes at 0, 3, 5, 6 and 9, 10
 
 
 class Large(nn.Module):
