@@ -1,6 +1,6 @@
 """A training script for DeepSpeed that knows nothing of gracile, with one line changed.
 
-In each stage it runs whole, is killed, and goes on. In stage 3 DeepSpeed's launcher starts what is killed and goes on.
+In each stage it runs whole, is killed, and goes on; in the thorough part under DeepSpeed's launcher too.
 """
 
 import json
@@ -34,8 +34,6 @@ LINES = {
     2: f"import gracile.optim as g; optimizer = g.FiraAdamW({RANKED}, lr=args.lr)",
     3: f"import gracile.optim as g; optimizer = g.GaLoreAdamW({RANKED}, lr=args.lr)",
 }
-
-LAUNCHED = 3
 
 by_stage = pytest.mark.parametrize("stage", LINES)
 
@@ -117,11 +115,11 @@ def launch(*arguments, kill_after=None):
     return losses
 
 
-def train(stage, folder, pool):
+def train(stage, folder, pool, launched=False):
     """An undisturbed run, one that is killed some steps after a checkpoint, and what goes on from there."""
     script, config = rewritten(LINES[stage], folder), configured(stage, folder)
     whole, broken = folder / "whole", folder / "broken"
-    start = launch if stage == LAUNCHED else partial(run_in_pool, pool)
+    start = launch if launched else partial(run_in_pool, pool)
     told = {"whole": run_in_pool(pool, *command(script, config, whole))}
     told["killed"] = start(*command(script, config, broken), kill_after=SAVE_STEPS + 2)
     assert not (broken / "model.bin").exists(), "the run ended before it was killed"
@@ -178,8 +176,16 @@ def test_the_script_trains_as_one_process_without_deepspeed_does(runs, stage):
 
 @by_stage
 def test_killed_after_a_checkpoint_it_resumes_to_the_same_bits(runs, stage):
-    """With SIGKILL to the launcher and all its processes."""
-    told = runs(stage)
+    """With SIGKILL to all its processes."""
+    assert_goes_on_to_the_same_bits(runs(stage))
+
+
+@pytest.mark.thorough  # test_resume_elsewhere.py has a run of the package's own that is killed under it
+def test_so_it_does_under_the_launcher(tmp_path, pool):
+    assert_goes_on_to_the_same_bits(train(3, tmp_path, pool, launched=True))
+
+
+def assert_goes_on_to_the_same_bits(told):
     whole, killed, resumed = (told[run] for run in ("whole", "killed", "resumed"))
     begin = min(resumed)
     assert 1 < begin <= STEPS  # after the newest checkpoint

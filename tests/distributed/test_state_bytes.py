@@ -14,9 +14,12 @@ CELLS += [
     {"optimizer": name, "stage": stage, "keys": {"shard_basis": True}}
     for name, stage in (("GaLoreAdamW", 1), ("GaLoreAdamW8bit Q-GaLore", 2), ("LDAdamW", 3), ("FiraAdamW", 3))
 ]
-# On four processes one class of each kind of state, and whatever has more than one cell.
-KINDS = ("Lion", "GaLoreAdafactor", "DCTAdamW fed back in 8 bits", "SLTrainAdamW", "RigLAdamW")
-ON_FOUR = [i for i, cell in enumerate(CELLS) if i >= len(OPTIMIZERS) or cell["optimizer"] in KINDS]
+# On four processes one of each stage, and one whose basis is split too.
+ON_FOUR = [
+    i
+    for i, cell in enumerate(CELLS)
+    if (cell["optimizer"], cell["stage"]) in (("Lion", 1), ("GaLoreAdamW", 2), ("LDAdamW", 3))
+]
 RUNS = {"2": (2, range(len(CELLS))), "4": (4, ON_FOUR)}
 RUNS["4 thorough"] = 4, [i for i in range(len(CELLS)) if i not in ON_FOUR]
 
