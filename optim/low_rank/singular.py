@@ -94,10 +94,17 @@ def orthonormalized(columns: Tensor, previous: Tensor) -> Tensor:
 
 
 def _cholesky(gram: Tensor) -> Tensor:
-    """The lower triangle of a Gram matrix of unit vectors, which rounding may leave with a negative eigenvalue."""
-    gram.diagonal().add_(gram.shape[0] * torch.finfo(gram.dtype).eps)
-    lower: Tensor = torch.linalg.cholesky_ex(gram).L  # cholesky would ask the device whether it went well
-    return lower
+    """The lower triangle of a Gram matrix of r unit vectors, which rounding may leave with negative eigenvalues.
+
+    They are lifted by r rounding errors, and by more where that was too little: hundreds of nearly parallel vectors, as
+    a gradient of rank one makes them, are off by as much. Whether it went well is not asked of the device.
+    """
+    r, error = gram.shape[0], torch.finfo(gram.dtype).eps
+    gram.diagonal().add_(r * error)
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    gram.diagonal().add_(r * r / 16 * error)
+    lifted: Tensor = torch.linalg.cholesky_ex(gram).L
+    return torch.where(failed == 0, lower, lifted)
 
 
 def randomized_range(

@@ -82,14 +82,16 @@ def test_a_gradient_of_few_directions_keeps_the_old_ones_beside_them(shape, fram
     assert (direction - Q @ (Q.t() @ direction)).norm() < 1e-6
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_columns_of_one_direction_are_filled_up_also_where_they_are_many(seed):
-    """Their Gram matrix has eigenvalues of a rounding, and some below zero."""
-    previous = random_columns((256, 128), seed, torch.empty(0))
-    generator = torch.Generator().manual_seed(seed)
-    columns = torch.outer(torch.randn(256, generator=generator), torch.randn(128, generator=generator))
+@pytest.mark.parametrize("noise", [0, 1e-6, 1e-3])
+@pytest.mark.parametrize(("side", "rank"), [(256, 128), (1024, 512)])
+def test_columns_of_one_direction_are_filled_up_also_where_they_are_many(side, rank, noise):
+    """Their Gram matrix has eigenvalues of a rounding, and some below zero: more so where they are more."""
+    previous = random_columns((side, rank), 0, torch.empty(0))
+    generator = torch.Generator().manual_seed(1)
+    columns = torch.outer(torch.randn(side, generator=generator), torch.randn(rank, generator=generator))
+    columns += noise * torch.randn(side, rank, generator=generator)
     Q = orthonormalized(columns, previous)
-    assert (Q.t() @ Q - torch.eye(128)).abs().max() < 1e-5
+    assert (Q.t() @ Q - torch.eye(rank)).abs().max() < 1e-5
 
 
 def test_a_run_with_iterate_follows_the_iteration_and_one_with_svd_does_not():
