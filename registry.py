@@ -56,7 +56,8 @@ class OptimizerEntry:
 
     def accepts(self) -> set[str]:
         """The keywords of its constructor."""
-        return set(inspect.signature(self.cls).parameters) - {"params"}
+        parameters = inspect.signature(self.cls).parameters.values()
+        return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - {"params"}
 
 
 @dataclass(frozen=True)

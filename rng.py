@@ -10,4 +10,4 @@ import torch
 def generator_of(*parts: object) -> torch.Generator:
     """A generator on the CPU that is a function of ``parts`` alone: the same on every process and device."""
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)

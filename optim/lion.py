@@ -12,9 +12,13 @@ Departure from the published code: the moment is fp32 at least (``state_dtype`` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch.optim.optimizer import ParamsT
 
+from .core.keywords import ACCEPTED, OF_LION, Accepted
 from .core.optimizer import ShardedOptimizer
 from .core.rules import LION
 
@@ -30,6 +34,7 @@ class Lion(ShardedOptimizer):
         betas: of the interpolation and of the moment.
         weight_decay: decoupled, applied before the step.
         state_dtype: dtype of the moment; None for fp32, or wider where the parameter is.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State: as many elements as the parameters, and a counter for each.
 
@@ -50,6 +55,7 @@ class Lion(ShardedOptimizer):
     """
 
     rule = LION
+    accepted: ClassVar[Mapping[str, Accepted]] = {**ACCEPTED, **OF_LION}
 
     def __init__(
         self,
@@ -59,5 +65,6 @@ class Lion(ShardedOptimizer):
         weight_decay: float = 0.0,
         *,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())

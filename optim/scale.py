@@ -48,7 +48,7 @@ class SCALE(ShardedOptimizer):
         norm: ``rms``, or ``l2`` as in the paper.
         norm_eps: the least that is divided by.
         adam_scale: factor on lr in groups without a role; the authors' scripts have 20, and 5 for 1B.
-        state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+        state_dtype, torch_keywords: as for ``GaLoreAdamW``.
 
     State: a counter for each parameter; one number for each weight of a head, two where there is no role.
 
@@ -73,8 +73,8 @@ class SCALE(ShardedOptimizer):
 
     def __init__(
         self, params: ParamsT, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, *, role: str | None = None, momentum: float = 0.9, norm: str = "rms",
-        norm_eps: float = 1e-8, adam_scale: float = 1.0, state_dtype: torch.dtype | None = None,
+        weight_decay: float = 0.0, *, role: str | None = None, momentum: float = 0.9, norm: str = "rms", norm_eps:
+        float = 1e-8, adam_scale: float = 1.0, state_dtype: torch.dtype | None = None, **torch_keywords: object
     ) -> None:  # fmt: skip
         super().__init__(params, locals())
 

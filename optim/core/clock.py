@@ -24,4 +24,4 @@ def since(steps: int, period: int) -> int:
 
 def with_age(state: State, age: int) -> State:
     """``state`` as a rule sees it whose moments were reset ``age`` steps ago."""
-    return {**state, "step": torch.tensor(float(age))}
+    return {**state, "step": torch.tensor(float(age), device="cpu")}

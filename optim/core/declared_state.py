@@ -175,7 +175,8 @@ class DeclaredState(FaithfulLoading):
 
     def _new_state(self, shard: FullShard, group: Group) -> dict[str, Tensor]:
         state = new_state(self.specs(shard, group), shard)
-        self.initialize(shard, group, state)
+        if 0 not in shard.shape:
+            self.initialize(shard, group, state)
         return state
 
     def on_meta(self, ref: ParamRef, group: Group) -> FullShard:

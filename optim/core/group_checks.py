@@ -7,11 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ...validation import Check, nearest, number, require
+from ...validation import Check, flag, number, require
 from .types import Group
-
-# Keys beside the constructor's: torch's named parameters, its LR schedulers, a label for humans, and our own number.
-FOREIGN_KEYS = {"params", "param_names", "initial_lr", "name", "group_number"}
 
 # Keys of which one marks the groups of matrices that a method is for; other groups get the plain rule.
 MATRIX_KEYS = ("rank", "sparsity", "density", "n", "keep", "role")
@@ -22,13 +19,11 @@ def _floating_dtype(key: str, dtype: object) -> None:
     require(floating, f"{key} must be a floating point torch.dtype or None", dtype)
 
 
-COMMON_CHECKS: dict[str, Check] = {"weight_decay": number(">= 0"), "state_dtype": _floating_dtype}
-
-
-def check_keys(group: Group, defaults: Mapping[str, object]) -> None:
-    """Refuse keys that no constructor argument of the optimizer has."""
-    for key in group.keys() - defaults.keys() - FOREIGN_KEYS:
-        raise ValueError(f"unknown parameter group key {key!r} = {group[key]!r}; {nearest(key, defaults)}")
+COMMON_CHECKS: dict[str, Check] = {
+    "weight_decay": number(">= 0"),
+    "state_dtype": _floating_dtype,
+    "maximize": flag(),
+}
 
 
 def check_declared(group: Group, checks: Mapping[str, Check]) -> None:
@@ -42,6 +37,14 @@ def parameters_in(group: Group) -> list[Tensor]:
     """The parameters of a group, named ones too; what is no tensor is torch's to refuse."""
     entries: Iterable[object] = (entry[1] if isinstance(entry, tuple) else entry for entry in group["params"])
     return [p for p in entries if isinstance(p, Tensor)]
+
+
+def check_contiguous(parameters: Iterable[Tensor]) -> None:
+    """Refuse parameters whose places in memory are not those of their elements in a row."""
+    for p in parameters:
+        if not p.is_contiguous():
+            shape = tuple(p.shape)
+            raise ValueError(f"a parameter of shape {shape} is not contiguous; a mask counts its places in memory")
 
 
 def check_tensors(parameters: list[Tensor]) -> None:

@@ -13,7 +13,6 @@ A method says what it is by the public verbs of ``ShardedOptimizer``, and overri
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -26,7 +25,9 @@ from ...validation import Check
 from ..distributed import FullShard, MatrixShard, ParamRegistry, Update, Workspace, complete_gradients, full_shape
 from ..state.spec import PLAIN, to_portable
 from .declared_state import DeclaredState
-from .group_checks import COMMON_CHECKS, check_declared, check_keys, check_tensors, parameters_in
+from .group_checks import COMMON_CHECKS, check_declared, check_tensors, parameters_in
+from .keywords import ACCEPTED, Accepted, check_keys, check_keywords, keyword_names
+from .rules import plain, with_numbers
 from .types import Group, ParamStep, State
 
 # Phases of a step, by the names that a listener gets.
@@ -41,21 +42,29 @@ class ShardedOptimizer(DeclaredState):
     born at the first ``step()``, for every trainable parameter, so that all processes have the same keys. Where an
     engine steps flat tensors that hold several parameters, keys begin with a parameter's position: ``"3.exp_avg"``.
 
-    A constructor's arguments are its group keys: it passes ``locals()`` on, of which its parameters are taken.
+    A constructor's arguments are its group keys: it passes ``locals()`` on, of which its parameters are taken. Its
+    ``torch_keywords`` are ``maximize``, a key of every class, and what ``accepted`` lists.
 
     Attributes:
         checks: a check for each key of the class's own.
+        accepted: keywords and keys of other optimizers, with the values that change nothing.
+        renamed: keys by the names that the authors' code has for them.
         phase_listener: None, or what is called with the name of each phase and returns a context manager for it; set
             it to see where the time of a step goes. ``find`` comes only where a subspace or a mask is due, also inside
             the other two.
     """
 
     checks: ClassVar[Mapping[str, Check]] = {}
+    accepted: ClassVar[Mapping[str, Accepted]] = ACCEPTED
+    renamed: ClassVar[Mapping[str, str]] = {}
     phase_listener: PhaseListener | None = None
 
     def __init__(self, params: ParamsT, arguments: Group) -> None:
-        names = inspect.signature(arguments.get("__class__", type(self)).__init__).parameters
-        defaults = {key: value for key, value in arguments.items() if key in names and key not in ("self", "params")}
+        names = keyword_names(arguments.get("__class__", type(self)))
+        defaults = {key: value for key, value in arguments.items() if key in names}
+        more = dict(arguments.get("torch_keywords", {}))
+        defaults["maximize"] = more.pop("maximize", False)
+        check_keywords(type(self).__name__, more, defaults, self.accepted)
         self.defaults = defaults  # what the checks of groups look at; torch sets it again
         self.registry = ParamRegistry()
         self._key_names, self._moments = {}, {}
@@ -98,7 +107,7 @@ class ShardedOptimizer(DeclaredState):
 
     def add_param_group(self, param_group: Group) -> None:
         """As ``torch.optim.Optimizer.add_param_group``; a group that is refused leaves the optimizer as it was."""
-        group = dict(param_group)
+        group = self._with_own_names(param_group)
         if isinstance(group["params"], Tensor):
             group["params"] = [group["params"]]
         elif not isinstance(group["params"], set):  # sets are torch's to refuse
@@ -107,12 +116,18 @@ class ShardedOptimizer(DeclaredState):
         super().add_param_group(group)
         self.register(self.param_groups[-1])
 
+    def _with_own_names(self, group: Group) -> Group:
+        """A group whose keys are called as here."""
+        if twice := sorted(theirs for theirs, own in self.renamed.items() if theirs in group and own in group):
+            raise ValueError(f"{twice[0]} and {self.renamed[twice[0]]} are one key; give one of them")
+        return {self.renamed.get(key, key): value for key, value in group.items()}
+
     def register(self, group: Group) -> None:
         """Remember the parameters of a group: engines replace them by flat tensors, and drop or reorder groups."""
         self.registry.register(group)
 
     def _check_whole_group(self, group: Group) -> None:
-        check_keys(group, self.defaults)
+        self.check_keys(group)
         self.check_values(group)
         parameters = parameters_in(group)
         check_tensors(parameters)
@@ -120,6 +135,10 @@ class ShardedOptimizer(DeclaredState):
             for shape in map(full_shape, parameters):
                 self.check_shape(shape, group)
         self.check_parameters(parameters, group)
+
+    def check_keys(self, group: Group) -> None:
+        """Refuse keys that would be ignored though they mean something."""
+        check_keys(group, self.defaults.keys(), self.accepted, _subclasses(ShardedOptimizer))
 
     def check_values(self, group: Group) -> None:
         """Every declared check of this class and its bases, then what goes together."""
@@ -162,7 +181,7 @@ class ShardedOptimizer(DeclaredState):
     def _is_blank(self, work: list[ParamStep]) -> bool:
         """Whether a step moves nothing: torch.distributed.checkpoint lets state be made by one without a learning rate
         and with zeros for gradients. Counting it would keep a subspace of nothing until the second refresh."""
-        still = all(group["lr"] == 0 for group in self.param_groups)
+        still = all(plain(group["lr"]) == 0 for group in self.param_groups)
         return still and not any(item.shard.norm(item.shard.gather_grad()) for item in work)
 
     def _device_type(self) -> str:
@@ -172,16 +191,18 @@ class ShardedOptimizer(DeclaredState):
         """State for every trainable parameter, work for those with a gradient."""
         work, workspace = [], Workspace()
         for group in self.param_groups:
+            numbers = with_numbers(group)
             for p in group["params"]:
                 if not p.requires_grad and p.grad is None:
                     continue
                 if p.grad is not None and p.grad.is_sparse:
                     raise RuntimeError(f"{type(self).__name__} needs dense gradients; build nn.Embedding(sparse=False)")
                 for _, shard, state in self.shards_of(p, group, workspace):
+                    shard.maximize = group["maximize"]
                     if "step" not in state:
                         state.update(self._new_state(shard, group))
-                    if p.grad is not None:
-                        work.append(ParamStep(shard, group, state))
+                    if p.grad is not None and 0 not in shard.shape:
+                        work.append(ParamStep(shard, numbers, state))
         complete_gradients([item.shard for item in work if isinstance(item.shard, MatrixShard)])
         return work
 
@@ -202,6 +223,7 @@ class ShardedOptimizer(DeclaredState):
         """Also reached by unpickling: groups pickled before a key existed get its default."""
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # which torch puts there, and no constructor of ours takes
+        self.defaults.setdefault("maximize", False)  # pickled before there was one
         if not hasattr(self, "registry"):  # unpickled: torch keeps nothing but groups, state and defaults
             self.registry, self._key_names, self._moments = ParamRegistry(), {}, {}
             for group in self.param_groups:
@@ -209,3 +231,9 @@ class ShardedOptimizer(DeclaredState):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+
+
+def _subclasses(kind: type) -> list[type]:
+    """All classes below ``kind``."""
+    children: list[type] = kind.__subclasses__()
+    return [below for child in children for below in (child, *_subclasses(child))]

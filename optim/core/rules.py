@@ -34,11 +34,26 @@ class Rule:
     needs_rows: bool = False  # a part of a matrix must come in whole rows
 
 
+def plain(value: Any) -> Any:
+    """The number in a tensor of one; anything else as it is. On a device it waits for it."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def with_numbers(group: dict[str, Any]) -> dict[str, Any]:
+    """A group whose learning rate and betas are numbers, as a step reads them: once for all of its parameters."""
+    held = [group["lr"], *group.get("betas", ())]
+    if not any(isinstance(value, Tensor) for value in held):
+        return group
+    lr, *betas = map(plain, held)
+    return {**group, "lr": lr, **({"betas": tuple(betas)} if betas else {})}
+
+
 def check_lion(group: dict[str, Any]) -> None:
-    number(">= 0")("lr", group["lr"])
+    number(">= 0")("lr", plain(group["lr"]))
     betas = group["betas"]
-    pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(is_real(b) and 0 <= b < 1 for b in betas)
-    require(pair, "betas must be two numbers in [0, 1)", betas)
+    is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    within = is_pair and all(is_real(b) and 0 <= b < 1 for b in map(plain, betas))
+    require(within, "betas must be two numbers in [0, 1)", betas)
 
 
 def check_adam(group: dict[str, Any]) -> None:
@@ -105,7 +120,7 @@ ADAFACTOR_CHECKS = {
 def check_adafactor(group: dict[str, Any]) -> None:
     for key, check in ADAFACTOR_CHECKS.items():
         check(key, group[key])
-    lr = group["lr"]
+    lr = plain(group["lr"])
     if group["relative_step"]:
         require(lr is None, "lr must be None where relative_step=True finds it from the step number", lr)
     else:

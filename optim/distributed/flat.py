@@ -27,7 +27,7 @@ class FlatShard(FullShard):
         self.shape, self.held, self._gradient = held.shape, held, gradient
 
     @property
-    def gradient(self) -> Tensor:
+    def held_gradient(self) -> Tensor:
         return self._gradient
 
     @property

@@ -49,6 +49,7 @@ class FullShard:
 
     ranked = False  # whether its moments live in a subspace
     split = False  # whether other processes hold parts of it
+    maximize = False  # whether the parameter goes up: its gradient is then seen turned round
 
     def __init__(self, parameter: Tensor, position: int, workspace: Workspace) -> None:
         self.parameter = parameter
@@ -73,9 +74,14 @@ class FullShard:
     @property
     def gradient(self) -> Tensor:
         """The gradient of what this process holds, laid out as ``parameter``."""
-        grad = self.parameter.grad
+        grad = self.held_gradient
         assert grad is not None, "only parameters with a gradient are stepped"
-        return grad
+        return -grad if self.maximize else grad
+
+    @property
+    def held_gradient(self) -> Tensor | None:
+        """``gradient`` as autograd left it."""
+        return self.parameter.grad
 
     def gather_grad(self) -> Tensor:
         """The gradient as the rule or the method wants it: of a matrix, its lines. Collective; once a step."""

@@ -56,7 +56,7 @@ class MatrixShard(FullMatrix):
         self._kept_weights: Tensor | None = None
 
     @property
-    def gradient(self) -> Tensor:
+    def held_gradient(self) -> Tensor:
         return self._gradient
 
     @property

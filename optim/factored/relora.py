@@ -52,6 +52,7 @@ class ReLoRAAdamW(FactoredOptimizer):
         reset_step: count Adam's steps from the last reset.
         seed: of random resets.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n layer: ``2 * r * (m + n)`` elements and two counters.
 
@@ -104,6 +105,7 @@ class ReLoRAAdamW(FactoredOptimizer):
         reset_step: bool = True,
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
 

@@ -33,6 +33,7 @@ class SLTrainAdamW(SLTrain):
         lr: learning rate; the authors' is 3e-3 at every size.
         betas, eps, weight_decay: as for ``torch.optim.AdamW``.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n layer: ``2 * (r * (m + n) + q)`` elements and three counters.
 
@@ -64,6 +65,7 @@ class SLTrainAdamW(SLTrain):
         weight_decay: float = 0.0,
         *,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
 
@@ -73,6 +75,7 @@ class SLTrainAdamW8bit(SLTrain):
 
     Args:
         params, lr, betas, eps, weight_decay: as for ``SLTrainAdamW``.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n layer: the elements of ``SLTrainAdamW`` in 8 bits, and 8 bytes for each block of 256 elements of
     both moments; moments of fewer than 4096 elements stay in fp32.
@@ -104,6 +107,7 @@ class SLTrainAdamW8bit(SLTrain):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        **torch_keywords: object,
     ) -> None:
         require_bitsandbytes()
         super().__init__(params, locals())

@@ -59,6 +59,7 @@ class SSTAdamW(FactoredOptimizer):
             a decomposition and the others copy it. False for a model that only one of the processes trains, which
             would wait for the others.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n layer: ``2 * (r * (m + n) + k)`` elements and three counters.
 
@@ -110,6 +111,7 @@ class SSTAdamW(FactoredOptimizer):
         seed: int = 0,
         synchronize: bool = True,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
 

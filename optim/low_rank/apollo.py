@@ -72,6 +72,7 @@ class APOLLOAdamW(LowRankOptimizer):
         scale_front: multiply by the root of ``scale`` before the growth limiter instead of after.
         disable_nl: turn off the limiter on the growth of the update's norm.
         seed: the parameter at position i of all starts from seed + i.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix: ``2 * r * long`` numbers, a seed, a norm and a counter; with ``proj="svd"`` also P.
 
@@ -121,6 +122,7 @@ class APOLLOAdamW(LowRankOptimizer):
         seed: int = 1,
         shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
 

@@ -65,6 +65,7 @@ class DCTAdamW(LowRankOptimizer):
         rotate_subspace: moments follow their columns. False leaves them in place, as the authors' default does.
         error_feedback: what the subspace misses is added to the next gradient: None, or kept as ``fp32``, ``8bit`` or
             ``4bit``.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix: ``2 * r * long`` numbers, r int32, a counter, and with error feedback m * n fp32, or m * n
     bytes or half of them and ``8 * long`` more. All matrices share one fp32 k x k cosine matrix for each distinct side
@@ -110,6 +111,7 @@ class DCTAdamW(LowRankOptimizer):
         rotate_subspace: bool = True,
         error_feedback: str | None = None,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
 
@@ -125,7 +127,7 @@ class DCTAdamW(LowRankOptimizer):
 
     def initialize(self, shard: FullShard, group: Group, state: State) -> None:
         if has_subspace(shard):
-            torch.arange(shard.side.rank, out=state["indices"])
+            torch.arange(shard.side.rank, out=state["indices"], device=state["indices"].device)
 
     def is_due(self, group: Group, state: State) -> bool:
         return False  # columns are chosen in ``low_rank_direction``, for the gradient and the error together

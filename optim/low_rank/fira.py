@@ -53,6 +53,7 @@ class FiraAdamW(LowRankOptimizer):
         growth: the norm of the residual grows by at most this factor a step (the paper's gamma).
         residual: ``reference`` subtracts the scaled projection, as the authors' code does; ``orthogonal`` all of it.
         limit_after_bias_correction: let the limiter see bias-corrected norms.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix: that of ``GaLoreAdamW`` and one number, the residual's last norm.
 
@@ -77,6 +78,8 @@ class FiraAdamW(LowRankOptimizer):
         "limit_after_bias_correction": flag(),
     }
 
+    renamed: ClassVar[Mapping[str, str]] = {"alpha": "scale"}  # of their groups
+
     def __init__(
         self,
         params: ParamsT,
@@ -95,6 +98,7 @@ class FiraAdamW(LowRankOptimizer):
         limit_after_bias_correction: bool = False,
         shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
 

@@ -25,12 +25,15 @@ ambiguous at full rank; P is a tensor in ``state``, not a pickled object; a non-
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..core.clock import steps_of
+from ..core.keywords import ACCEPTED, OF_Q_GALORE, Accepted
 from ..core.rules import ADAFACTOR, LION
 from ..core.types import Group, State
 from ..distributed import FullMatrix, FullShard, Update, has_subspace
@@ -39,6 +42,8 @@ from .optimizer import LowRankOptimizer
 
 class GaLore(LowRankOptimizer):
     """The loop above with any rule; the classes below choose it."""
+
+    accepted: ClassVar[Mapping[str, Accepted]] = {**ACCEPTED, **OF_Q_GALORE}
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
         P = self.basis(shard, group, state)
@@ -68,6 +73,9 @@ class GaLoreAdamW(GaLore):
         shard_basis: where a matrix is split over processes (ZeRO, FSDP2), each process stores a part of P, and the
             parts are gathered when P is used; False stores all of P on each. None: True from 8 processes on.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+        torch_keywords: ``maximize``, as for ``torch.optim.AdamW``; and what ``torch.optim`` and the authors' classes
+            take beside it, at the values that change nothing (``foreach=None``, ``correct_bias=True``); others are
+            refused with the reason.
 
     State of an m x n matrix: ``(r * short + 2 * r * long)`` elements and a counter, against AdamW's ``2 * m * n``.
     ``short`` and ``long`` are the smaller and the larger of m and n with ``proj_type="std"``; in general, the side that
@@ -108,6 +116,7 @@ class GaLoreAdamW(GaLore):
         subspace_method: str = "iterate",
         shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
 
@@ -124,6 +133,7 @@ class GaLoreLion(GaLore):
             ``GaLoreAdamW``.
         betas: of the interpolation whose sign is taken, and of the moment.
         weight_decay: decoupled, applied before the step, as in Lion.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix: ``r * short + r * long`` elements and a counter.
 
@@ -158,6 +168,7 @@ class GaLoreLion(GaLore):
         subspace_method: str = "iterate",
         shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
 
@@ -181,6 +192,7 @@ class GaLoreAdafactor(GaLore):
         scale_parameter: multiply the learning rate by the root mean square of the weights.
         relative_step: find the learning rate from the step t: min(1e-2, 1 / sqrt(t)). Then ``lr`` must be None.
         warmup_init: with ``relative_step``, a learning rate that rises from zero: min(1e-6 * t, 1 / sqrt(t)).
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix: P and ``r + long`` numbers, with ``beta1`` also ``r * long``, and a counter.
 
@@ -221,6 +233,7 @@ class GaLoreAdafactor(GaLore):
         subspace_method: str = "iterate",
         shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
 

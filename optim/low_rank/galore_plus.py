@@ -60,6 +60,7 @@ class GaLorePlusAdamW(GaLore):
         oversampling: columns beyond r in the randomized refresh.
         power_iterations: of the randomized refresh.
         seed: of the random numbers, with the parameter's position and the step.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix: that of ``GaLoreAdamW`` and 3 * long * q numbers (int32 and two moments), q =
     ceil(residual_fraction * short).
@@ -111,6 +112,7 @@ class GaLorePlusAdamW(GaLore):
         seed: int = 0,
         shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
 
@@ -141,7 +143,8 @@ class GaLorePlusAdamW(GaLore):
         part = shard.own(G)
         if group["num_heads"] is not None:
             size = side.shape[0] // group["num_heads"]
-            head = torch.randint(group["num_heads"], (), generator=torch.Generator().manual_seed(seed)).item()
+            generator = torch.Generator("cpu").manual_seed(seed)
+            head = torch.randint(group["num_heads"], (), generator=generator, device="cpu").item()
             rows = slice(int(head) * size, int(head + 1) * size)
             part = shard.own_rows(G, rows.start, rows.stop)
         if group["subspace_method"] == "svd":

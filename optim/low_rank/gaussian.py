@@ -26,5 +26,5 @@ def gaussian_columns(side: ProjectionSide, seed: int, device: torch.device) -> T
 
 def following(seed: int) -> int:
     """The seed after ``seed``, as APOLLO's code advances it."""
-    generator = torch.Generator().manual_seed(seed)
-    return int(torch.randint(0, torch.iinfo(torch.int64).max, (_DRAWS,), generator=generator)[-1])
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return int(torch.randint(0, torch.iinfo(torch.int64).max, (_DRAWS,), generator=generator, device="cpu")[-1])

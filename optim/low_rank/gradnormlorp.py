@@ -46,6 +46,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
             ``GaLoreAdamW``.
         scale: factor on the update of directions, which are of length one.
         weight_decay: decoupled, on the lengths of a matrix's rows, and on the parameters without a rank.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix: that of ``GaLoreAdamW`` and 3 * m fp32 numbers: the lengths and their moments.
 
@@ -80,6 +81,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         subspace_method: str = "iterate",
         shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
 
@@ -110,6 +112,8 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         N, correction = adam(R, state, group)
         moments = {"step": state["step"]} | {key: state[f"length_{key}"] for key in MOMENTS}
         N_g, _ = adam(dg, moments, group)
+        if group["lr"] == 0:
+            return  # put together again, W would differ by a rounding
         s = group["lr"] * correction
         directed = g.abs() > SHORTEST
         c = W.to(g.dtype).mul_(torch.where(directed, 1 / g, 0))  # W itself where it is fp32

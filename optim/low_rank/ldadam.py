@@ -57,6 +57,7 @@ class LDAdamW(LowRankOptimizer):
         betas: Adam's; the authors use a shorter memory than usual.
         rho: share of the momentum in what the next subspace is found from.
         error_feedback: keep what the subspace misses and add it to the next gradient.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix: ``(r * short + 2 * r * long)`` numbers and a counter, and with error feedback m * n.
 
@@ -92,6 +93,7 @@ class LDAdamW(LowRankOptimizer):
         error_feedback: bool = True,
         shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
 

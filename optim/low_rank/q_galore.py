@@ -31,6 +31,7 @@ from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, flag, is_whole, number, require, whole
 from ..core.clock import steps_of
+from ..core.keywords import ACCEPTED, OF_8_BITS, Accepted
 from ..core.rules import Rule, adam, adam_specs, check_adam
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullMatrix, FullShard, has_subspace
@@ -64,6 +65,7 @@ class GaLoreAdamW8bit(GaLore):
             ``update_proj_gap`` steps. Q-GaLore has 0.4.
         gamma_proj: factor on the number of steps between refreshes.
         queue_size: how many refreshes are averaged.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix: 2 bytes for each of the r * long moments and 8 for each block of 256 of them; P in its
     dtype, or packed with 8 bytes for each group. Moments of fewer than 4096 elements stay in fp32.
@@ -89,6 +91,7 @@ class GaLoreAdamW8bit(GaLore):
 
     rule = Rule(check_adam, adam_specs, partial(adam, torch_eps=True))
     moment_codec = IN_8_BITS
+    accepted: ClassVar[Mapping[str, Accepted]] = {**ACCEPTED, **OF_8_BITS}
     checks: ClassVar[Mapping[str, Check]] = {
         "quant": flag(),
         "quant_n_bit": _bits,
@@ -118,6 +121,7 @@ class GaLoreAdamW8bit(GaLore):
         cos_threshold: float | None = None,
         gamma_proj: float = 2,
         queue_size: int = 5,
+        **torch_keywords: object,
     ) -> None:
         require_bitsandbytes()
         super().__init__(params, locals())

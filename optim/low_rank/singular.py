@@ -156,8 +156,8 @@ def random_columns(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
 
 
 def _normal(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers on every device and process
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(like)
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same numbers on every device and process
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
 
 def positive_qr(columns: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class BlockSparseAdamW(SparseOptimizer):
             reinit_when_same, seed, state_dtype: as for ``SparseAdamW``.
         block_size: b, rows and columns of a block; it divides both sides of every masked matrix.
         initial_sparsity: at the start; None for ``sparsity`` from the first step on.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
     While the matrix is dense that is 1.5 times AdamW's.
@@ -83,5 +84,6 @@ class BlockSparseAdamW(SparseOptimizer):
         reinit_when_same: bool = False,
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())

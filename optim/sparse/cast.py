@@ -59,6 +59,7 @@ class CastAdamS(NMOptimizer):
         total_steps: T, after which masks are applied.
         lam: strength of the pull to zero on weights outside of the mask.
         mask_every: T1, steps between updates of the masks.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix: ``2 * m * n`` elements in fp32, m * n bits for the mask, and a counter.
 
@@ -95,6 +96,7 @@ class CastAdamS(NMOptimizer):
         total_steps: int | None = None,
         lam: float = 4e-7,
         mask_every: int = 10,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
 

@@ -31,6 +31,7 @@ from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, number, whole
 from ..core.clock import every, steps_of
+from ..core.group_checks import check_contiguous
 from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, ParamStep, State
@@ -59,6 +60,7 @@ class HyperSparseAdamW(ShardedOptimizer):
         prune_at: steps after which to prune; None waits for ``finish``.
         quantile_every: steps between new quantiles and sums.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix: ``2 * m * n`` elements, and four numbers. Pruned weights are known by being zero.
 
@@ -109,8 +111,13 @@ class HyperSparseAdamW(ShardedOptimizer):
         prune_at: int | None = None,
         quantile_every: int = 100,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
+
+    def check_parameters(self, parameters: Sequence[Tensor], group: Group) -> None:
+        if group["sparsity"] is not None:
+            check_contiguous(parameters)
 
     def state_specs(self, shard: FullShard, group: Group) -> list[StateSpec]:
         specs = super().state_specs(shard, group)
@@ -142,7 +149,7 @@ class HyperSparseAdamW(ShardedOptimizer):
 
     def after_step(self, work: list[ParamStep]) -> None:
         for group in self._squeezed(work):
-            states = [item.state for item in work if item.group is group]
+            states = [item.state for item in work if _same(item.group, group)]
             late = group["prune_at"] is not None and self._steps(work, group) >= group["prune_at"]
             if late and not any(map(_was_pruned, states)):
                 with self.phase(FIND):
@@ -175,12 +182,12 @@ class HyperSparseAdamW(ShardedOptimizer):
 
     def _steps(self, work: list[ParamStep], group: Group) -> int:
         """How often the group's matrices moved; those without gradients stay behind."""
-        return max(steps_of(item.state) for item in work if item.group is group)
+        return max(steps_of(item.state) for item in work if _same(item.group, group))
 
     def _held(self, group: Group) -> list[tuple[FullShard, State]]:
         held = []
         for other, tensors in self.stepped_parameters():
-            if other is group:
+            if _same(other, group):
                 held += [found for p in tensors if p.requires_grad for found in self.shards_of(p, group)]
         trained = [ref.position for ref in self.registry.of_group(group) if ref.parameter.requires_grad]
         if sorted(ref.position for ref, _, _ in held) != trained:
@@ -235,6 +242,11 @@ def _sums(weights: Tensor, sharpness: Tensor) -> Tensor:
         h = torch.tanh(sharpness.to(W.dtype) * W)
         sums += torch.stack([W.sum(dtype=torch.float64), h.sum(dtype=torch.float64)])
     return sums
+
+
+def _same(one: Group, other: Group) -> bool:
+    """A step sees a copy of a group with numbers for tensors."""
+    return bool(one["group_number"] == other["group_number"])
 
 
 def _was_pruned(state: State) -> bool:

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..core.group_checks import check_contiguous
 from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.rules import MOMENTS, TORCH_ADAM
 from ..core.types import Group, ParamStep, State
@@ -116,13 +117,12 @@ class SparseOptimizer(ShardedOptimizer):
     def check_parameters(self, parameters: Sequence[Tensor], group: Group) -> None:
         if not self.is_for_matrices(group):
             return
+        check_contiguous(parameters)
         shapes = [full_shape(p) for p in parameters]
-        for p, shape in zip(parameters, shapes, strict=True):
-            if not p.is_contiguous():
-                raise ValueError(f"a parameter of shape {shape} is not contiguous; a mask counts its places in memory")
         if self.settings(group)["distribution"] in BY_SHAPE:
             for shape, units in zip(shapes, counts_after(None, shapes, self.settings(group)), strict=True):
-                self.structure(group).check_budget(units, as_matrix(shape))
+                if 0 not in shape:
+                    self.structure(group).check_budget(units, as_matrix(shape))
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
@@ -155,6 +155,8 @@ class SparseOptimizer(ShardedOptimizer):
 
     def _planned_weights(self, shard: FullShard, group: Group) -> int:
         """How many weights the first mask of a matrix has."""
+        if 0 in shard.shape:
+            return 0
         keys = self.settings(group)
         structure = self.structure(group)
         units = round(density_at(0, keys) * structure.units(as_matrix(shard.shape), keys))
@@ -285,6 +287,7 @@ class SparseOptimizer(ShardedOptimizer):
             device = shards[0].device
             counts = ProcessGroup.of_replicas(device).broadcast_(torch.tensor(counts, device=device), 0).tolist()
             self._by_weight |= {shard.position: count for shard, count in zip(shards, counts, strict=True)}
+        shards = [shard for shard in shards if 0 not in shard.shape]
         matrices = [Masked(shard, keys, {"step": torch.zeros((), device="cpu")}) for shard in shards]
         self._begin(matrices)
         for matrix in matrices:

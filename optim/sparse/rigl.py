@@ -42,6 +42,7 @@ class SETAdamW(SparseOptimizer):
         params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
         sparsity, density, distribution, update_every, drop_fraction, t_end, init, rescale_init, reinit_when_same, seed,
             state_dtype: as for ``SparseAdamW``.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
 
@@ -82,6 +83,7 @@ class SETAdamW(SparseOptimizer):
         reinit_when_same: bool = False,
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
 
@@ -95,6 +97,7 @@ class RigLAdamW(SparseOptimizer):
         params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
         sparsity, density, distribution, update_every, drop_fraction, t_end, init, rescale_init, reinit_when_same, seed,
             state_dtype: as for ``SparseAdamW``.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
 
@@ -137,5 +140,6 @@ class RigLAdamW(SparseOptimizer):
         reinit_when_same: bool = False,
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())

@@ -45,6 +45,7 @@ class SparseAdamW(SparseOptimizer):
         block_size: of ``block``: rows and columns of a block; None: 64.
         seed: of the random numbers.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
     ``grow="momentum"`` adds m * n elements.
@@ -96,5 +97,6 @@ class SparseAdamW(SparseOptimizer):
         block_size: int | None = None,
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())

@@ -44,6 +44,7 @@ class SRSTEAdamW(NMOptimizer):
         sr_lambda: strength of the pull: this share of a pruned weight is added to its gradient.
         decoupled: apply the pull to the weights, as decoupled decay is, and not through the moments.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix: ``2 * m * n`` elements and a counter, as AdamW.
 
@@ -80,6 +81,7 @@ class SRSTEAdamW(NMOptimizer):
         sr_lambda: float = 2e-4,
         decoupled: bool = False,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
 

@@ -33,6 +33,7 @@ class SRigLAdamW(SparseOptimizer):
             state_dtype: as for ``SparseAdamW``.
         gamma_sal: a row is kept if at least this share of its weights is salient, or this number of them, from 1 on;
             0 keeps every row. The authors tune it: 0.3 for convolutions, 0.95 for transformers.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
 
@@ -78,5 +79,6 @@ class SRigLAdamW(SparseOptimizer):
         reinit_when_same: bool = False,
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())

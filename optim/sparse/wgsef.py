@@ -23,7 +23,7 @@ step has the parts of all matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, number, one_of, whole
 from ..core.clock import steps_of
+from ..core.group_checks import check_contiguous
 from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, ParamStep, State
@@ -60,6 +61,7 @@ class WGSEFAdamW(ShardedOptimizer):
         ramp_steps: steps in which it rises from zero.
         finish_at: steps after which all but the share ``keep`` is set to zero for good; None for never.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+        torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix: ``2 * m * n`` elements and a counter. Pruned groups are known by being zero.
 
@@ -107,8 +109,13 @@ class WGSEFAdamW(ShardedOptimizer):
         ramp_steps: int = 1000,
         finish_at: int | None = None,
         state_dtype: torch.dtype | None = None,
+        **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
+
+    def check_parameters(self, parameters: Sequence[Tensor], group: Group) -> None:
+        if group["keep"] is not None:
+            check_contiguous(parameters)
 
     def check_shape(self, shape: tuple[int, ...], group: Group) -> None:
         if len(shape) != 2:

@@ -12,6 +12,10 @@ from torch import Tensor
 class FaithfulLoading(torch.optim.Optimizer):
     """An optimizer whose ``load_state_dict`` keeps dtypes, copies, and checks before it changes anything."""
 
+    def check_keys(self, group: dict[str, Any]) -> None:
+        """Refuse keys of a group that would be ignored."""
+        raise NotImplementedError
+
     def check_values(self, group: dict[str, Any]) -> None:
         """Refuse bad values of a group."""
         raise NotImplementedError
@@ -63,7 +67,7 @@ class FaithfulLoading(torch.optim.Optimizer):
 
         def withhold(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             ids = [i for group in saved["param_groups"] for i in group["params"]]
-            saved_state.update({ids.index(i): state for i, state in saved["state"].items() if i in ids})
+            saved_state.update({ids.index(i): _counted(state) for i, state in saved["state"].items() if i in ids})
             # A key that was not saved keeps its present value: another optimizer's groups must not lose the rank.
             groups = [
                 {**{key: own[key] for key in self.defaults}, **other, "group_number": own["group_number"]}
@@ -94,6 +98,7 @@ class FaithfulLoading(torch.optim.Optimizer):
     def _check_state(self, saved_state: dict[int, dict[str, Tensor]], saved_groups: list[dict[str, Any]]) -> None:
         """Compare saved tensors with those this optimizer would create: nothing is allocated."""
         for group in saved_groups:
+            self.check_keys(group)
             self.check_values(group)
         # The saved rank counts: loading restores the saved groups too.
         owners = [
@@ -115,3 +120,11 @@ class FaithfulLoading(torch.optim.Optimizer):
                     f"shape {tuple(p.shape)}: it holds {saved}, expected {expected}; load it into the optimizer and "
                     "model that saved it"
                 )
+
+
+def _counted(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved state whose counter is a tensor, which before torch 1.12 was a number."""
+    step = state.get("step")
+    if isinstance(step, Tensor) or not isinstance(step, (int, float)):
+        return dict(state)
+    return {**state, "step": torch.tensor(float(step), dtype=torch.float32, device="cpu")}

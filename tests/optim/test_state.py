@@ -371,7 +371,7 @@ def extra_key(state_dict):
 
 
 def object_for_tensor(state_dict):
-    state_dict["state"][0]["step"] = 7
+    state_dict["state"][0]["exp_avg"] = 7
 
 
 def other_rank(state_dict):

@@ -12,7 +12,8 @@ from gracile.optim.distributed import UnsupportedLayout
 
 NAN, INF = float("nan"), float("inf")
 KEYS = (
-    "betas, eps, lr, proj_type, rank, scale, shard_basis, state_dtype, subspace_method, update_proj_gap, weight_decay"
+    "betas, eps, lr, maximize, proj_type, rank, scale, shard_basis, state_dtype, subspace_method, update_proj_gap, "
+    "weight_decay"
 )
 
 # (field, value, what the message asks for)
@@ -20,7 +21,7 @@ BAD_VALUES = [
     *[("rank", value, "rank must be a whole number >= 1 or None") for value in (0, -1, 2.5, 2.0, True, "8", NAN)],
     *[("update_proj_gap", value, "update_proj_gap must be a whole number >= 1") for value in (0, -5, 1.5, True, None)],
     *[("scale", value, "scale must be a finite number") for value in (NAN, INF, -INF, "1", None, True)],
-    *[("lr", value, "lr must be a number >= 0") for value in (-1e-3, NAN, INF, "0.1", None, torch.tensor(0.1))],
+    *[("lr", value, "lr must be a number >= 0") for value in (-1e-3, NAN, INF, "0.1", None, torch.ones(2))],
     *[("weight_decay", value, "weight_decay must be a number >= 0") for value in (-0.1, NAN, INF, None)],
     *[("eps", value, "eps must be a number >= 0") for value in (-1e-8, NAN, INF, None)],
     *[
@@ -108,7 +109,8 @@ def test_values_at_the_edge_are_taken_and_step(keys):
         ("proj_typ", "std", "did you mean 'proj_type'?"),
         ("ranks", 8, "did you mean 'rank'?"),
         ("weight_decy", 0.1, "did you mean 'weight_decay'?"),
-        ("momentum", 0.9, f"known: {KEYS}"),
+        ("momentum", 0.9, f"a key of SCALE; known: {KEYS}"),
+        ("sparsity", None, f"a key of BlockSparseAdamW; known: {KEYS}"),
     ],
 )
 def test_an_unknown_group_key_is_named_with_the_nearest_known_one(key, value, hint):

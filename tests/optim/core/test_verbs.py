@@ -43,7 +43,7 @@ def test_a_local_variable_of_a_constructor_is_no_key():
             ShardedOptimizer.__init__(self, params, locals())
 
     optimizer = Own([nn.Parameter(torch.ones(2))])
-    assert set(optimizer.defaults) == {"lr", "betas", "weight_decay", "state_dtype"}
+    assert set(optimizer.defaults) == {"lr", "betas", "weight_decay", "state_dtype", "maximize"}
 
 
 def test_a_matrix_is_gathered_once_a_step_at_a_refresh_too(monkeypatch):
