@@ -71,6 +71,8 @@ def possible(cell: Cell) -> bool:
         return False  # weights must be whole to be converted, and layers stepped whole; there is no side
     if layered and cell.get("shard_basis"):
         return False
+    if cell.get("optimizer") == "HyperSparseAdamW" and option == "sub-groups":
+        return False  # the matrices of a group are ranked together, and so stepped together
     if cell.get("optimizer") in WITHOUT_SIDES and (cell.get("side", "std") != "std" or cell.get("shard_basis")):
         return False  # no side is projected, and there is no basis
     if cell.get("optimizer") == "SSTAdamW" and (precision or "fp32") != "fp32":
