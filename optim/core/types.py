@@ -23,6 +23,7 @@ class ParamStep:
     state: State
     is_due: bool = False  # for a new subspace, in this step
     usable: Tensor | None = None  # of a subspace found in this step: a flag on the device, whether it is finite
+    has_gradient: Tensor | None = None  # where it may be the first one: a flag on the device, whether there is any
     _grad: Tensor | None = None
 
     @property
@@ -30,6 +31,12 @@ class ParamStep:
         """The shard of a matrix with a subspace."""
         assert isinstance(self.shard, FullMatrix)
         return self.shard
+
+    @property
+    def gathered(self) -> Tensor:
+        """The gradient that is kept for ``take_grad``."""
+        assert self._grad is not None
+        return self._grad
 
     def gather_grad(self) -> Tensor:
         """The gradient, gathered and kept for ``take_grad``. Collective."""

@@ -144,6 +144,9 @@ class APOLLOAdamW(LowRankOptimizer):
             return super().columns(shard, group, state)
         return gaussian_columns(shard.side, int(state["seed"].item()), shard.device)
 
+    def waits_for_gradient(self, group: Group) -> bool:
+        return bool(group["proj"] == "svd")
+
     def refresh(self, due: list[ParamStep]) -> None:
         solved = [item for item in due if item.group["proj"] == "svd"]
         if solved:

@@ -129,6 +129,9 @@ class DCTAdamW(LowRankOptimizer):
         if has_subspace(shard):
             torch.arange(shard.side.rank, out=state["indices"], device=state["indices"].device)
 
+    def waits_for_gradient(self, group: Group) -> bool:
+        return False
+
     def is_due(self, group: Group, state: State) -> bool:
         return False  # columns are chosen in ``low_rank_direction``, for the gradient and the error together
 

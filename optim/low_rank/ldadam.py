@@ -102,6 +102,9 @@ class LDAdamW(LowRankOptimizer):
         error = StateSpec("error", shard.side.shape, dtype, Placement.LINES, shard.side.line_axis, ERRORS)
         return [basis_spec(shard, dtype), *([error] if group["error_feedback"] else [])]
 
+    def waits_for_gradient(self, group: Group) -> bool:
+        return False
+
     def is_due(self, group: Group, state: State) -> bool:
         return False  # the subspace moves in ``low_rank_direction``, for the gradient and the error together
 

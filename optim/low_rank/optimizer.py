@@ -14,10 +14,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, finite, one_of, require, whole
 from ..core.clock import every, steps_of
@@ -26,6 +27,7 @@ from ..core.types import Group, ParamStep, State
 from ..distributed import PROJ_TYPES, FullMatrix, FullShard, PendingSolve, ProjectionSide, Update, has_subspace
 from ..state.spec import StateSpec, basis_spec
 from .basis import Basis, first_columns
+from .first_gradients import FirstGradients
 from .singular import SUBSPACE_METHODS, leading_singular_vectors, orthogonal_iteration
 
 
@@ -51,6 +53,10 @@ class LowRankOptimizer(ShardedOptimizer):
         "shard_basis": _optional_flag,
     }
     _warned_non_finite = False  # a class attribute: torch's __getstate__ keeps no others through pickle
+
+    def __init__(self, params: ParamsT, arguments: Group) -> None:
+        super().__init__(params, arguments)
+        self._first_gradients = FirstGradients()
 
     def check_group(self, group: Group) -> None:
         if "subspace_method" in group:
@@ -85,6 +91,10 @@ class LowRankOptimizer(ShardedOptimizer):
         """Whether a matrix needs a new basis before it moves: at its steps 0, T, 2T, ..."""
         return every(group["update_proj_gap"], steps_of(state))
 
+    def waits_for_gradient(self, group: Group) -> bool:
+        """Whether a subspace comes from the gradient: a matrix that had none yet, or none that is finite, stays due."""
+        return True
+
     def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor | PendingSolve:
         """The new columns of one matrix (side x r). Non-finite ones are not taken over. Collective."""
         return self.singular_vectors(G, self.previous_columns(shard, group, state), shard, group)
@@ -104,6 +114,20 @@ class LowRankOptimizer(ShardedOptimizer):
         """The method's direction for one matrix (m x n) and the factor on the learning rate. Collective."""
         raise NotImplementedError
 
+    # ---- state that is loaded ---------------------------------------------------------------------------------------
+
+    def from_portable(self, shard: FullShard, group: Group, portable: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self._first_gradients.forget()
+        return super().from_portable(shard, group, portable)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._first_gradients.forget()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._first_gradients = FirstGradients()
+
     # ---- what methods use -------------------------------------------------------------------------------------------
 
     def basis(self, shard: FullMatrix, group: Group, state: State) -> Basis:
@@ -111,8 +135,10 @@ class LowRankOptimizer(ShardedOptimizer):
         return Basis(self.columns(shard, group, state), shard.side)
 
     def previous_columns(self, shard: FullMatrix, group: Group, state: State) -> Tensor | None:
-        """P of an earlier refresh; None before the first."""
-        return None if steps_of(state) == 0 else self.columns(shard, group, state)
+        """P of an earlier refresh; None before the first that saw a gradient."""
+        if steps_of(state) == 0 or self._first_gradients.missing(shard.position):
+            return None
+        return self.columns(shard, group, state)
 
     def singular_vectors(
         self, dense: Tensor, previous: Tensor | None, shard: FullMatrix, group: Group
@@ -127,11 +153,13 @@ class LowRankOptimizer(ShardedOptimizer):
     def portions(self, work: list[ParamStep]) -> Iterator[list[ParamStep]]:
         """Gradients that are gathered for a new basis are kept until their matrix has moved: only as many as
         processes can solve at the same time."""
+        waiting = [item for item in work if has_subspace(item.shard) and self.waits_for_gradient(item.group)]
+        self._first_gradients.recall(waiting)
         portion: list[ParamStep] = []
         due = 0
         for item in work:
             portion.append(item)
-            item.is_due = has_subspace(item.shard) and self.is_due(item.group, item.state)
+            item.is_due = has_subspace(item.shard) and self._is_due_now(item)
             if item.is_due:
                 due += 1
                 solved_apart = "svd" in (item.group.get("subspace_method"), item.group.get("proj"))
@@ -140,6 +168,9 @@ class LowRankOptimizer(ShardedOptimizer):
                     portion, due = [], 0
         if portion:
             yield portion
+
+    def _is_due_now(self, item: ParamStep) -> bool:
+        return self._first_gradients.missing(item.shard.position) or self.is_due(item.group, item.state)
 
     def find(self, work: list[ParamStep]) -> None:
         due = [item for item in work if item.is_due]
@@ -158,6 +189,7 @@ class LowRankOptimizer(ShardedOptimizer):
             columns = pending.result() if isinstance(pending, PendingSolve) else pending
             # A non-finite gradient has no singular vectors: keep the old ones, without asking the device.
             item.usable = torch.isfinite(columns).all()
+            self._first_gradients.look_at(item)
             self.store_basis(columns, item.usable, item.matrix, item.group, item.state)
 
     def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> tuple[Update, float]:
@@ -170,6 +202,7 @@ class LowRankOptimizer(ShardedOptimizer):
         if not refreshed:
             return
         self.after_refresh(refreshed)
+        self._first_gradients.note(refreshed)
         if self._warned_non_finite:
             return
         flags = [item.usable for item in refreshed if item.usable is not None]

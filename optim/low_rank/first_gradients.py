@@ -1,0 +1,62 @@
+"""Which matrices have seen a gradient. Behind a projection that begins with zeros the first ones are zero, and what is
+found from them is as good as any: it must not stay for all steps until the next refresh.
+
+No state says so, but moments that are zero still do; they are asked when a run goes on from a checkpoint, and the
+gradients of a refresh afterwards: once a step, all at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.clock import steps_of
+from ..core.types import ParamStep
+
+NOTHING = 1e-29  # Adafactor's second moments have 1e-30 of no gradient
+
+
+class FirstGradients:
+    """By a matrix's position whether it has seen a gradient, where that is known."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, bool] = {}
+
+    def forget(self) -> None:
+        """States are others now."""
+        self._seen.clear()
+
+    def missing(self, position: int) -> bool:
+        """Whether a matrix has moved without a gradient."""
+        return not self._seen.get(position, True)
+
+    def recall(self, work: Sequence[ParamStep]) -> None:
+        """Ask the moments of matrices that have moved and of which nothing is known. Collective, after loading."""
+        unknown = [item for item in work if item.shard.position not in self._seen and steps_of(item.state) > 0]
+        self._read((item, item.shard.all_reduce_max_(_moved(item))) for item in unknown)
+
+    def look_at(self, item: ParamStep) -> None:
+        """Whether a matrix that is being refreshed has a gradient, if it may be its first. Collective."""
+        if not self._seen.get(item.shard.position):
+            assert item.usable is not None
+            item.has_gradient = (item.shard.norm(item.gathered, torch.float64) > 0) & item.usable
+
+    def note(self, refreshed: Iterable[ParamStep]) -> None:
+        """Keep what was seen: one read of the device for all matrices."""
+        self._read((item, item.has_gradient) for item in refreshed if item.has_gradient is not None)
+
+    def _read(self, flags: Iterable[tuple[ParamStep, Tensor]]) -> None:
+        found = list(flags)
+        if found:
+            seen = torch.stack([flag.to(found[0][1].device, torch.float32) for _, flag in found]).tolist()
+            self._seen |= {item.shard.position: value > 0 for (item, _), value in zip(found, seen, strict=True)}
+
+
+def _moved(item: ParamStep) -> Tensor:
+    """One where a moment is not zero; a process may hold none of them."""
+    held = [t for key, t in item.state.items() if key.startswith("exp_avg") and t.is_floating_point() and t.numel()]
+    largest = [torch.linalg.vector_norm(t, torch.inf).float() for t in held]
+    none = torch.zeros((), device=item.shard.device)
+    return (torch.stack([none, *largest]).amax() > NOTHING).float()
