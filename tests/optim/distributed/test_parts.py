@@ -19,6 +19,7 @@ MASKED = {"update_every": 2, "t_end": 20}
 CASES = {  # class, its keys, those of matrices, their shapes
     "GaLoreAdamW": (optim.GaLoreAdamW, {}, RANK, SHAPES),
     "GaLoreAdamW svd": (optim.GaLoreAdamW, {}, {**RANK, "subspace_method": "svd"}, SHAPES),
+    "GaLoreAdamW upwards": (optim.GaLoreAdamW, {"maximize": True}, RANK, SHAPES),
     "GaLoreAdamW in parts": (optim.GaLoreAdamW, {}, {**RANK, "shard_basis": True}, SHAPES),
     "GaLoreAdafactor": (optim.GaLoreAdafactor, SCALED, RANK, SHAPES),
     "GaLorePlusAdamW": (optim.GaLorePlusAdamW, {}, {**RANK, "residual_warmup": 2, "residual_fraction": 0.1}, SHAPES),
@@ -29,6 +30,7 @@ CASES = {  # class, its keys, those of matrices, their shapes
     "GradNormLoRPAdamW": (optim.GradNormLoRPAdamW, {}, RANK, SHAPES),
     "LDAdamW": (optim.LDAdamW, {}, {"rank": 3, "shard_basis": True}, SHAPES),
     "RigLAdamW": (optim.RigLAdamW, MASKED, {"sparsity": 0.5}, SHAPES),
+    "RigLAdamW upwards": (optim.RigLAdamW, {**MASKED, "maximize": True}, {"sparsity": 0.5}, SHAPES),
     "SRigLAdamW": (optim.SRigLAdamW, MASKED, {"sparsity": 0.5}, SHAPES),
     "BlockSparseAdamW": (optim.BlockSparseAdamW, {**MASKED, "block_size": 16}, {"sparsity": 0.5}, BLOCKS),
     "SRSTEAdamW": (optim.SRSTEAdamW, {"n": None}, {"n": 1, "m": 3}, [(8, 9), (6, 12)]),
@@ -45,22 +47,34 @@ def built(case):
     return cls([{"params": matrices, **matrix_keys}, {"params": others}], **keys)
 
 
-def advance(optimizer, steps, alike=False):
+def drawn(step, position, shape):
+    draw = torch.Generator().manual_seed(100 * step + position)
+    return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+
+def alike(step, position, shape):
+    return drawn(step, position, shape).sign()
+
+
+def late(step, position, shape):
+    """Some matrices have a gradient from the second step on, or from the fourth."""
+    return drawn(step, position, shape) * (step >= 2 * position - 1)
+
+
+def advance(optimizer, steps, gradient=drawn):
     for step in steps:
 
         def gradient_of(position, shape, step=step):
-            draw = torch.Generator().manual_seed(100 * step + position)
-            drawn = torch.randn(shape, generator=draw, dtype=torch.float64)
-            return drawn.sign() if alike else drawn
+            return gradient(step, position, shape)
 
         give_gradients(optimizer, gradient_of)
         optimizer.step()
 
 
-def assert_one_run(case, found, alike=False):
+def assert_one_run(case, found, gradient=drawn):
     alone = built(case)
     begun = weights_of(alone)
-    advance(alone, range(STEPS), alike)
+    advance(alone, range(STEPS), gradient)
     near = 1e-5 if case[0] in (optim.DCTAdamW, optim.APOLLOAdamW) else 1e-9  # those have a basis in fp32
     for position, weight in weights_of(alone).items():
         off = torch.linalg.vector_norm(weight - found[position])
@@ -89,23 +103,35 @@ def test_of_gradients_that_are_alike_the_same_are_chosen(name, cut):
     def work(processes):
         optimizer = built(CASES[name])
         split(optimizer, cut, processes)
-        advance(optimizer, range(STEPS), alike=True)
+        advance(optimizer, range(STEPS), alike)
         return weights_of(optimizer)
 
-    assert_one_run(CASES[name], Meeting(SIZE).run(work)[0], alike=True)
+    assert_one_run(CASES[name], Meeting(SIZE).run(work)[0], alike)
 
 
 @by_cut
 @by_case
 def test_a_state_moves_to_other_parts(case, cut):
     """Of weights and of moments: those that it is loaded into were never trained."""
+    assert_moved(case, cut)
+
+
+@by_cut
+@pytest.mark.parametrize("name", ["GaLoreAdamW", "GaLoreAdafactor", "GaLorePlusAdamW"])
+def test_so_does_that_of_matrices_without_a_gradient_until_then(name, cut):
+    """What is due for a subspace is the same on all processes, and after the move."""
+    cls, keys, matrix_keys, shapes = CASES[name]
+    assert_moved((cls, keys, {**matrix_keys, "update_proj_gap": 50}, shapes), cut, late)
+
+
+def assert_moved(case, cut, gradient=drawn):
     cuts = list(CUTS.values())
     after = cuts[(cuts.index(cut) + 1) % len(cuts)]
 
     def first(processes):
         optimizer = built(case)
         split(optimizer, cut, processes)
-        advance(optimizer, range(3))
+        advance(optimizer, range(3), gradient)
         return full_state(optimizer)
 
     saved, *others = Meeting(SIZE).run(first)
@@ -115,10 +141,10 @@ def test_a_state_moves_to_other_parts(case, cut):
         optimizer = built(case)
         split(optimizer, after, processes)
         load_full_state(optimizer, saved)
-        advance(optimizer, range(3, STEPS))
+        advance(optimizer, range(3, STEPS), gradient)
         return weights_of(optimizer)
 
-    assert_one_run(case, Meeting(2).run(second)[0])
+    assert_one_run(case, Meeting(2).run(second)[0], gradient)
 
 
 @pytest.mark.parametrize("bounds", [(0, 12, 23, 35), (0, 1, 3, 35), (0, 17, 17, 35)])
