@@ -6,17 +6,22 @@ Zhao et al. 2024, arXiv:2403.03507 (8-bit GaLore); Zhang et al. 2024, arXiv:2407
     M, V             8-bit codes in blocks of 256, through bitsandbytes
     quant            P as 4- or 8-bit codes in groups of 256: what projects and lifts is the unpacked P^
     cos_threshold    each matrix has its own gap T_l, at first T:
-                         at a refresh   c = |P_old^T P_new|^2 / r               in [0, 1]
+                         at a refresh   o = |P_old^T P_new|^2 / r               in [0, 1], of noise r / k
+                                        c = (o - r / k) / (1 - r / k)           of noise 0, at most 1
                          when the last 5 c average to at least the threshold    T_l <- gamma_proj * T_l
+
+k is the side that P replaces. Of gradients that have nothing in common, o is r / k: Q-GaLore's threshold of 0.4 would
+be passed by chance from r / k = 0.4 on. The new subspace must not come from the old one either: with ``iterate`` it is
+found from a random start, and its basis turned to that of the old one, so that coordinates keep their meaning.
 
 Weights stay in the parameter's dtype: Q-GaLore's int8 weights are a layer, not an optimizer.
 
 Departures from Q-GaLore's code: codes are packed, two 4-bit ones in a byte, and a group stores its minimum rather
 than a clamped zero point, which cannot reach groups far from zero; c compares the whole subspace, not the signed
-cosine of the first vectors, which is -1 for an unchanged subspace whose sign flipped; the next refresh comes T_l after
-the last one instead of whenever T_l divides t; the five c are forgotten after a doubling, not counted twice. As in
-bitsandbytes, eps is added after the bias correction. Moments of fewer than 4096 elements stay fp32. Weights of groups
-without a rank decay after the step, as matrices do; bitsandbytes has it before.
+cosine of the first vectors, which is -1 for an unchanged subspace whose sign flipped, and is corrected for chance;
+the next refresh comes T_l after the last one instead of whenever T_l divides t; the five c are forgotten after a
+doubling, not counted twice. As in bitsandbytes, eps is added after the bias correction. Moments of fewer than 4096
+elements stay fp32. Weights of groups without a rank decay after the step, as matrices do; bitsandbytes has it before.
 """
 
 from __future__ import annotations
@@ -34,12 +39,13 @@ from ..core.clock import steps_of
 from ..core.keywords import ACCEPTED, OF_8_BITS, Accepted
 from ..core.rules import Rule, adam, adam_specs, check_adam
 from ..core.types import Group, ParamStep, State
-from ..distributed import FullMatrix, FullShard, has_subspace
+from ..distributed import FullMatrix, FullShard, PendingSolve, has_subspace
 from ..state.blockwise_8bit import IN_8_BITS, require_bitsandbytes
 from ..state.packed_rows import BITS, packed, packed_specs, unpacked
 from ..state.spec import PROJECTORS, Placement, StateSpec
 from .basis import first_columns
 from .galore import GaLore
+from .singular import orthogonal_iteration, orthonormalized
 
 PACKED = ("basis", "basis_scale", "basis_minimum")
 
@@ -60,9 +66,9 @@ class GaLoreAdamW8bit(GaLore):
         quant: store P in ``quant_n_bit`` bits an element.
         quant_n_bit: 4 or 8.
         quant_group_size: how many elements of P share a scale and a minimum.
-        cos_threshold: refresh a matrix ``gamma_proj`` times more rarely each time that the overlap (0 to 1) of its last
-            ``queue_size`` new subspaces with the ones before them averages to this or more; None refreshes every
-            ``update_proj_gap`` steps. Q-GaLore has 0.4.
+        cos_threshold: refresh a matrix ``gamma_proj`` times more rarely each time that the overlap of its last
+            ``queue_size`` new subspaces with the ones before them (1: the same; 0: as near as chance) averages to this
+            or more; None refreshes every ``update_proj_gap`` steps. Q-GaLore has 0.4.
         gamma_proj: factor on the number of steps between refreshes.
         queue_size: how many refreshes are averaged.
         torch_keywords: as for ``GaLoreAdamW``.
@@ -157,10 +163,20 @@ class GaLoreAdamW8bit(GaLore):
         rows = unpacked("basis", held, size, group["quant_n_bit"])
         return rows.flatten()[: length * rank].view(length, rank).to(shard.dtype)
 
+    def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor | PendingSolve:
+        if group["cos_threshold"] is None or group["subspace_method"] == "svd":
+            return super().find_basis(G, shard, group, state)
+        seed = (shard.position + 1 << 32) + steps_of(state)
+        Q = orthogonal_iteration(shard.own(G), shard.side, None, shard.all_reduce_, seed)
+        P = self.previous_columns(shard, group, state)
+        return Q if P is None else _turned_to(P, Q)
+
     def store_basis(self, columns: Tensor, usable: Tensor, shard: FullMatrix, group: Group, state: State) -> None:
         if group["cos_threshold"] is not None:
             rotation = self.columns(shard, group, state).t().float() @ columns.float()  # r x r
-            state["overlap"].copy_(rotation.square().sum() / shard.side.rank)
+            length, rank = shard.side.basis_shape
+            by_chance = rank / length if rank < length else 0  # all of the space is always itself
+            state["overlap"].copy_((rotation.square().sum() / rank - by_chance) / (1 - by_chance))
         self._write_basis(columns, usable, shard, group, state)
 
     def _write_basis(
@@ -202,6 +218,13 @@ def _set_next_refresh(overlap: Tensor, group: Group, state: State) -> None:
         gap.copy_((gap * group["gamma_proj"]).long())
         queue.fill_(torch.nan)
     state["next_refresh"].copy_(refreshed_at + gap)
+
+
+def _turned_to(P: Tensor, Q: Tensor) -> Tensor:
+    """The basis of the span of Q that comes from projecting P onto it."""
+    wide = Q.to(torch.promote_types(Q.dtype, torch.float32))
+    previous = P.to(wide.dtype)
+    return orthonormalized(wide @ (wide.t() @ previous), previous).to(Q.dtype)
 
 
 def _in_groups(columns: Tensor, size: int) -> Tensor:

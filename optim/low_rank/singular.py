@@ -53,19 +53,19 @@ def _by_gram_matrix(G: Tensor, side: ProjectionSide) -> Tensor:
 
 
 def orthogonal_iteration(
-    gradient: Tensor, side: ProjectionSide, previous: Tensor | None, total: Total = lambda part: part
+    gradient: Tensor, side: ProjectionSide, previous: Tensor | None, total: Total = lambda part: part, seed: int = 0
 ) -> Tensor:
     """About the r leading singular vectors of an m x n gradient, near those of ``previous``, in the gradient's dtype.
 
-    Q <- qr(G^T G Q) on the right, qr(G G^T Q) on the left: once from ``previous``, several times from a fixed random
-    start where there is none. Coordinates move little between refreshes, so kept moments stay meaningful; with
-    positive diagonals the QR has one answer. Where the gradient has fewer than r directions, the previous ones fill
-    up; an all-zero gradient keeps them all, one that is not finite gives NaN.
+    Q <- qr(G^T G Q) on the right, qr(G G^T Q) on the left: once from ``previous``, several times from a random start,
+    which is a function of ``seed``, where there is none. Coordinates move little between refreshes, so kept moments
+    stay meaningful; with positive diagonals the QR has one answer. Where the gradient has fewer than r directions, the
+    previous ones fill up; an all-zero gradient keeps them all, one that is not finite gives NaN.
 
     ``gradient`` may be some lines of the matrix, each process's own: ``total`` then sums over processes.
     """
     G = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    Q = random_columns(side.basis_shape, 0, G) if previous is None else previous.to(G.dtype)
+    Q = random_columns(side.basis_shape, seed, G) if previous is None else previous.to(G.dtype)
     for _ in range(COLD_ITERATIONS if previous is None else 1):
         Z = total(G.t() @ (G @ Q) if side.right else G @ (G.t() @ Q))
         Q = orthonormalized(Z, Q)
