@@ -11,8 +11,10 @@ each parameter and 1e-4 of its movement
     as exact singular vectors and 8-bit codes do.
 
 Moments and errors in 8 bits change by a whole step of their codes where a last bit decides: they are held to 1e-3 and
-5e-3; blocks that do not lie where those of one process do would show as more than that. In bf16 the one process is the
-same engine on one rank: a launch on one rank writes its weights to ``alone``, later ones read them there.
+5e-3; blocks that do not lie where those of one process do would show as more than that. Singular vectors turn by a
+rounding over the distance to the next singular value: SST, which trains them, is held to 3e-5 of a parameter. In bf16
+the one process is the same engine on one rank: a launch on one rank writes its weights to ``alone``, later ones read
+them there.
 """
 
 import contextlib
@@ -47,6 +49,7 @@ STEPS, RANK, BATCH = CELL_STEPS, 6, 8
 SIZES = (24, 45, 28)
 OF_PARAMETER, OF_MOVEMENT = 1e-5, 1e-4
 IN_8_BITS = 1e-3, 5e-3
+DECOMPOSED = 3e-5, 1e-4
 
 SIZES_OF = {"SRSTEAdamW": (24, 45, 27), "CastAdamS": (24, 45, 27)}  # rows that m divides
 TARGETS = ["tall", "wide", "near", "square", "small"]
@@ -434,6 +437,8 @@ def run(cell, reference):
 def holds(cell, told):
     in_8_bits = is_in_8_bits(cell["optimizer"])
     of_parameter, of_movement = IN_8_BITS if in_8_bits else (OF_PARAMETER, OF_MOVEMENT)
+    if cell["optimizer"] == "SSTAdamW":
+        of_parameter, of_movement = DECOMPOSED
     limits = {"": of_parameter, "_of_movement": of_movement}
     held = told["replicas_agree"] and told["moved"] > 1e-3
     held &= all(told.get(f"replayed{of}", 0.0) <= limit for of, limit in limits.items())
