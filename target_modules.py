@@ -1,27 +1,76 @@
-"""Layers by name: parts of names or regular expressions, each of which must match something."""
+"""Layers by name, in one way for ranks, masks and conversions: ``"all-linear"``, parts of names or regular expressions,
+each of which must match something."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import Tensor, nn
 
 from .validation import nearest
 
 # The linear layers of a transformer block in the LLaMA, Qwen and GPT-2 families, as the papers choose them.
 DEFAULT_TARGETS = ("attn", "mlp")
+ALL_LINEAR = "all-linear"
+# The same where transformers calls them otherwise, by a model's ``config.model_type``: what the default means there.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("gpt_neox", "gptj_neox"), ("attention", "mlp")),
+    **dict.fromkeys(("bloom", "falcon"), ("self_attention", "mlp")),
+    **dict.fromkeys(
+        ("opt", "bart", "mbart", "whisper", "m2m_100", "pegasus"), ("self_attn", "encoder_attn", "fc1", "fc2")
+    ),
+    **dict.fromkeys(("mpt",), ("attn", "ffn")),
+    **dict.fromkeys(("mamba", "falcon_mamba", "mamba2"), ("mixer",)),
+    **dict.fromkeys(("t5", "mt5", "umt5"), ("SelfAttention", "EncDecAttention", "DenseReluDense")),
+    **dict.fromkeys(
+        ("bert", "roberta", "electra", "xlm-roberta", "camembert"), ("attention", "intermediate", r".*output\.dense")
+    ),
+    **dict.fromkeys(("distilbert",), ("attention", "ffn")),
+    **dict.fromkeys(("wav2vec2", "hubert"), ("attention", "feed_forward")),
+}
+# What families call the parts of a block: published lists name several, of which a model has some.
+BLOCK_PARTS = ("attn", "attention", "mlp", "ffn", "feed_forward")
+ROUTERS = ("gate", "router", "shared_expert_gate")  # of a mixture of experts, by the last part of their names
 
 
-def targets(target_modules: str | Iterable[str], names: Collection[str]) -> list[str]:
-    """Those of ``names`` that a list of patterns matches, or one regular expression for all of a name, in their order.
+def targets(
+    target_modules: str | Iterable[str],
+    names: Collection[str],
+    output: Collection[str] = (),
+    unfit: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Those of ``names`` that are chosen, in their order.
+
+    Args:
+        target_modules: ``"all-linear"``; a list of patterns, each a part of a name or a regular expression for all of
+            it; or one regular expression for all of a name. The router of a mixture of experts is chosen where a
+            pattern names it (``"gate"``), and not by ``"mlp"``.
+        names: of layers with a matrix to choose.
+        output: the output layer's, which ``"all-linear"`` leaves out.
+        unfit: other layers, each with the reason why it cannot be chosen.
 
     Raises:
         ValueError: for no patterns, or one that matches none.
     """
+    unfit = unfit or {}
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if not patterns:
         raise ValueError("target_modules is empty; name the layers that it is for")
-    matched = set().union(*found("target_modules", patterns, names, isinstance(target_modules, str)).values())
-    return [name for name in names if name in matched]
+    if patterns == [ALL_LINEAR]:
+        chosen = [name for name in names if name not in output and not _is_router(name)]
+        if not chosen:
+            raise ValueError(f"target_modules: no layer is a trainable linear one{_reasons(unfit)}")
+        return chosen
+    whole_name = isinstance(target_modules, str)
+    matches = {pattern: _matching("target_modules", pattern, names, whole_name) for pattern in patterns}
+    matches = {pattern: {n for n in matched if not _is_router(n, pattern)} for pattern, matched in matches.items()}
+    for pattern in (pattern for pattern, matched in matches.items() if not matched):
+        those = {name: unfit[name] for name in _matching("target_modules", pattern, unfit, whole_name)}
+        if those or pattern not in BLOCK_PARTS or not any(matches.values()):
+            raise _unmatched("target_modules", pattern, names, those)
+    matched_by_any = set().union(*matches.values())
+    return [name for name in names if name in matched_by_any]
 
 
 def found(key: str, patterns: list[str], names: Collection[str], whole_name: bool) -> dict[str, set[str]]:
@@ -37,9 +86,59 @@ def found(key: str, patterns: list[str], names: Collection[str], whole_name: boo
     matches = {pattern: _matching(key, pattern, names, whole_name) for pattern in patterns}
     for pattern, matched in matches.items():
         if not matched:
-            parts = {part for name in names for part in name.split(".") if not part.isdigit()}
-            raise ValueError(f"{key}: {pattern!r} matches no trainable linear layer; {nearest(pattern, parts)}")
+            raise _unmatched(key, pattern, names, {})
     return matches
+
+
+def of_family(model: nn.Module, target_modules: str | Iterable[str]) -> str | Iterable[str]:
+    """What is meant for ``model``: where it is the default, its family's names. They are the parts of all its members,
+    of which some have no cross-attention."""
+    if target_modules not in (DEFAULT_TARGETS, list(DEFAULT_TARGETS)):
+        return target_modules
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    named = FAMILIES.get(str(kind), DEFAULT_TARGETS)
+    every = [name for name, _ in model.named_modules()]
+    return [pattern for pattern in named if _matching("target_modules", pattern, every, False)] or named
+
+
+def output_layers(model: nn.Module) -> set[str]:
+    """The names of the layer that a model says is its output, such as transformers' models do."""
+    find_output = getattr(model, "get_output_embeddings", None)
+    output = find_output() if callable(find_output) else None
+    if output is None:
+        return set()
+    weight = getattr(output, "weight", None)
+    every = model.named_modules(remove_duplicate=False)
+    return {name for name, m in every if m is output or (weight is not None and getattr(m, "weight", None) is weight)}
+
+
+def reason_against(weight: Tensor) -> str | None:
+    """Why a matrix cannot be trained as one, in a word; None where it can."""
+    if not weight.is_floating_point():
+        return "quantized"
+    return None if weight.requires_grad else "frozen"
+
+
+def _is_router(name: str, pattern: str = "") -> bool:
+    own = name.rpartition(".")[2]
+    return own in ROUTERS and own not in pattern
+
+
+def _unmatched(key: str, pattern: str, names: Collection[str], unfit: Mapping[str, str]) -> ValueError:
+    if unfit:
+        return ValueError(f"{key}: {pattern!r} matches no trainable linear layer{_reasons(unfit)}")
+    parts = {part for name in names for part in name.split(".") if not part.isdigit()}
+    hint = nearest(pattern, parts)
+    if key == "target_modules" and hint.startswith("known"):
+        hint += f"; {ALL_LINEAR!r} takes every linear layer but the output"
+    return ValueError(f"{key}: {pattern!r} matches no trainable linear layer; {hint}")
+
+
+def _reasons(unfit: Mapping[str, str]) -> str:
+    """Of layers that cannot be chosen, how many for which reason."""
+    counts = {reason: sum(other == reason for other in unfit.values()) for reason in sorted(set(unfit.values()))}
+    told = " and ".join(f"{count} {'is' if count == 1 else 'are'} {reason}" for reason, count in counts.items())
+    return f": {told}" if told else ""
 
 
 def _matching(key: str, pattern: str, names: Iterable[str], whole_name: bool) -> set[str]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..target_modules import DEFAULT_TARGETS, targets
+from ..target_modules import DEFAULT_TARGETS, of_family, output_layers, targets
 from .layers import FactoredLinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,13 +26,12 @@ def convert(
         model: any module; ``nn.Linear`` and the ``Conv1D`` of transformers' GPT-2 are linear layers. Dtype, device
             (also meta) and training mode are kept; a layer that several names share remains shared.
         layer: a class of ``gracile.models.layers``.
-        target_modules: a list of patterns, each a part of a name or a regular expression for all of it; or one regular
-            expression for all of the name. Each must match.
+        target_modules: as for ``gracile.optim.param_groups``.
         keywords: the layer's own, such as ``rank``.
 
     Raises:
-        ValueError: for a pattern that matches nothing, a value that the layer refuses, or weights that DeepSpeed ZeRO 3
-            has split already.
+        ValueError: for a pattern that matches nothing, or quantized layers alone, a value that the layer refuses,
+            or weights that DeepSpeed ZeRO 3 has split already.
         TypeError: for a keyword that the layer does not take.
 
     Example:
@@ -47,7 +46,11 @@ def convert(
         )
     """
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
-    chosen = {name: linears[name] for name in targets(target_modules, linears)}
+    unfit = {name: "quantized" for name, module in linears.items() if not module.weight.is_floating_point()}
+    whole = {name: module for name, module in linears.items() if name not in unfit}
+    chosen = {
+        name: whole[name] for name in targets(of_family(model, target_modules), whole, output_layers(model), unfit)
+    }
     split = next((name for name, module in chosen.items() if hasattr(module.weight, "ds_id")), None)
     if split is not None:
         raise ValueError(

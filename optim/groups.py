@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..layer_registry import parts_among
-from ..target_modules import DEFAULT_TARGETS, targets
+from ..target_modules import DEFAULT_TARGETS, of_family, output_layers, reason_against, targets
 from ..target_modules import found as found_names
 from .core.group_checks import MATRIX_KEYS
 from .distributed import full_shape
 
 OTHER_MARKS = tuple(key for key in MATRIX_KEYS if key != "rank")  # what makes a group of matrices beside a rank
 MASKS = ("sparsity", "density")
+LEFT_OUT = 0.1  # share of the parameters from which it is said that no pattern matched them
 
 
 class Target(NamedTuple):
@@ -40,9 +43,11 @@ def param_groups(
         model: any module; frozen parameters are left out, tied ones are in one group only.
         rank: of the target matrices. Without it, and without another key that marks them (``sparsity``, ``density``,
             ``n``, ``keep``), they have no group of their own, and the groups suit ``torch.optim`` too.
-        target_modules: a list of patterns, each a part of a module's name or a regular expression for all of it;
-            or one regular expression for all of the name; or ``"all-linear"``, every matrix but embeddings and the
-            output layer. Each pattern must match.
+        target_modules: a list of patterns, each a part of a module's name or a regular expression for all of it; or
+            one regular expression for all of the name; or ``"all-linear"``, every matrix but embeddings and the
+            output layer. The default is what the model's family calls the matrices of a block. Each pattern must
+            match, but for the usual names of a block's parts (``attn``, ``attention``, ``mlp``, ...), of which one
+            must. The router of a mixture of experts is chosen where a pattern names it.
         weight_decay: for the two groups of weights; None leaves it to the optimizer. Norms and biases get 0. The
             parameters that a layer of ``gracile.models.layers`` builds its weight from are weights, of any shape.
         role: for ``SCALE``: ``auto`` makes groups by what each matrix is for, as its module says: ``linear``,
@@ -58,8 +63,8 @@ def param_groups(
     their names match or not: left dense, they would be more weights than those of the layers they replace.
 
     Raises:
-        ValueError: for a pattern that matches no trainable matrix, matrix keys without one that makes their group, or a
-            matrix whose role is not known.
+        ValueError: for a pattern that matches no trainable matrix, with the reason where they are frozen or
+            quantized, matrix keys without one that makes their group, or a matrix whose role is not known.
 
     Example:
         >>> from torch import nn
@@ -82,6 +87,8 @@ def param_groups(
     masked = any(key in MASKS for key in marks)
     matrices = [] if rank is None and not marks else list(_targets(model, target_modules, masked))
     chosen = {id(target.parameter) for target in matrices}
+    if matrices:
+        _tell_what_is_left_out(model, chosen)
     trainable = [p for p in model.parameters() if p.requires_grad]  # lists a tied parameter once
     others = [p for p in trainable if id(p) not in chosen]
     factors = {number for number, part in parts_among(others).items() if part.name != "bias"}
@@ -149,20 +156,18 @@ def _dim(parameter: Tensor) -> int:
 
 
 def _targets(model: nn.Module, target_modules: str | Iterable[str], masked: bool) -> Iterator[Target]:
-    candidates = list(_matrices(model, masked))
-    find_output = getattr(model, "get_output_embeddings", None)  # transformers models know their output layer
-    output = find_output() if callable(find_output) else None
-    if target_modules in ("all-linear", ["all-linear"]):
-        yield from (target for target in candidates if output is None or target.parameter is not output.weight)
-        return
+    matrices = list(_matrices(model, masked))
+    reasons = {target.name: reason_against(target.parameter) for target in matrices}
+    candidates = [target for target in matrices if reasons[target.name] is None]
+    unfit = {name: reason for name, reason in reasons.items() if reason is not None}
     names = dict.fromkeys(target.name for target in candidates)
-    matched = set(targets(target_modules, names))
+    matched = set(targets(of_family(model, target_modules), names, output_layers(model), unfit))
     yield from (target for target in candidates if target.name in matched or target.density is not None)
 
 
 def _matrices(model: nn.Module, masked: bool) -> Iterator[Target]:
-    """Layers with a trainable matrix of their own: nn.Linear and its like (GPT-2's Conv1D), not embeddings. Of an
-    optimizer of masks, also matrices that their layers call sparse."""
+    """Layers with a matrix of their own, trainable or not: nn.Linear and its like (GPT-2's Conv1D), not embeddings. Of
+    an optimizer of masks, also matrices that their layers call sparse."""
     modules = dict(model.named_modules())
     embeddings = {id(m.weight) for m in modules.values() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     for name, module in modules.items():
@@ -170,8 +175,31 @@ def _matrices(model: nn.Module, masked: bool) -> Iterator[Target]:
         densities: Mapping[str, float | None] = {"weight": None} if tell is None else tell()
         for part, density in densities.items():
             p = module._parameters.get(part)
-            if p is not None and p.requires_grad and _dim(p) == 2 and id(p) not in embeddings:
+            if p is not None and _dim(p) == 2 and id(p) not in embeddings:
                 yield Target(name, p, density)
+
+
+def _tell_what_is_left_out(model: nn.Module, chosen: Collection[int]) -> None:
+    """One line where weights that are neither embeddings nor the output are not matched, with their share."""
+    outputs = output_layers(model)
+    others, sizes = {}, {}
+    for prefix, module in model.named_modules():
+        for part, p in module._parameters.items():
+            if p is None or not p.requires_grad:
+                continue
+            sizes[id(p)] = math.prod(full_shape(p))
+            aside = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or prefix in outputs or _dim(p) < 2
+            if id(p) not in chosen and not aside:
+                others[id(p)] = f"{prefix}.{part}".removesuffix(".weight"), full_shape(p)
+    share = sum(sizes[i] for i in others) / max(1, sum(sizes.values()))
+    if share >= LEFT_OUT:
+        name, shape = max(others.values(), key=lambda item: math.prod(item[1]))
+        warnings.warn(
+            f"target_modules leaves out {share:.0%} of the parameters, such as {name} {shape}: they get the plain rule;"
+            " 'all-linear' takes every linear layer but the output",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _split(matrices: list[Target], keys: dict[str, Any]) -> list[tuple[list[Tensor], dict[str, Any]]]:

@@ -13,6 +13,7 @@ A method says what it is by the public verbs of ``ShardedOptimizer``, and overri
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -57,6 +58,7 @@ class ShardedOptimizer(DeclaredState):
     checks: ClassVar[Mapping[str, Check]] = {}
     accepted: ClassVar[Mapping[str, Accepted]] = ACCEPTED
     renamed: ClassVar[Mapping[str, str]] = {}
+    later_keys: ClassVar[Mapping[str, Any]] = {"maximize": False}
     phase_listener: PhaseListener | None = None
 
     def __init__(self, params: ParamsT, arguments: Group) -> None:
@@ -68,13 +70,13 @@ class ShardedOptimizer(DeclaredState):
         self.defaults = defaults  # what the checks of groups look at; torch sets it again
         self.registry = ParamRegistry()
         self._key_names, self._moments = {}, {}
-        self.check_values(defaults)
+        self._check_each(defaults)
         super().__init__(params, defaults)
 
     # ---- what a method says -----------------------------------------------------------------------------------------
 
     def check_group(self, group: Group) -> None:
-        """Refuse values that do not go together. Called for the defaults and every group, late ones too."""
+        """Refuse values that do not go together. Called for every group with all of its keys, late ones too."""
 
     def check_shape(self, shape: tuple[int, ...], group: Group) -> None:
         """Refuse a parameter that a group of matrices cannot hold."""
@@ -142,11 +144,15 @@ class ShardedOptimizer(DeclaredState):
 
     def check_values(self, group: Group) -> None:
         """Every declared check of this class and its bases, then what goes together."""
+        self._check_each(group)
+        self.check_group(group)
+
+    def _check_each(self, group: Group) -> None:
+        """Each value by itself. Of defaults no more is asked: a group may have what they lack."""
         check_declared(group, COMMON_CHECKS)
         self.rule.check(group)
         for kind in reversed(type(self).__mro__):
             check_declared(group, vars(kind).get("checks", {}))
-        self.check_group(group)
 
     # ---- one step, in phases ----------------------------------------------------------------------------------------
 
@@ -159,6 +165,8 @@ class ShardedOptimizer(DeclaredState):
                 loss = closure()
         with torch.autocast(self._device_type(), enabled=False):  # a step inside autocast must not round its products
             first = not self.state
+            if first:
+                self._warn_without_matrices()
             work = self._collect()
             if not (first and self._is_blank(work)):
                 self._advance(work)
@@ -183,6 +191,19 @@ class ShardedOptimizer(DeclaredState):
         and with zeros for gradients. Counting it would keep a subspace of nothing until the second refresh."""
         still = all(plain(group["lr"]) == 0 for group in self.param_groups)
         return still and not any(item.shard.norm(item.shard.gather_grad()) for item in work)
+
+    def _warn_without_matrices(self) -> None:
+        """Say once that a method does nothing: plain parameters were given to it, as a Trainer does."""
+        if self.matrix_key is None or any(map(self.is_for_matrices, self.param_groups)):
+            return
+        name = type(self).__name__
+        warnings.warn(
+            f"{name} was given no group of matrices, with a key {self.matrix_key!r}, and trains all parameters by its "
+            f"plain rule; make groups by gracile.optim.param_groups(model, {self.matrix_key}=...), for a Trainer by "
+            f"optimizer_cls_and_kwargs=({name}, {{'params': param_groups(...)}})",
+            UserWarning,
+            stacklevel=5,
+        )
 
     def _device_type(self) -> str:
         return next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")

@@ -12,9 +12,10 @@ For a layer W = U diag(sigma) V^T (m x n, k = min(m, n)), of whose pairs of vect
     every round of these    U, sigma, V  <- SVD of W, before S is drawn           W stays
                             all moments <- 0
 
-A round is ceil(k / r) draws, so that each pair has its turn; ``iterations`` is another number of them. The paper's
-constants were not to be had: ``swap_every``, ``iterations`` and ``warmup_steps`` are our choices. Pairs are drawn when
-a step ends, for gradients belong to the pairs that made them; the first ones are the largest. What is drawn is a
+A round is ceil(k / r) draws, so that each pair has its turn; ``iterations`` is another number of them. The defaults are
+the paper's: 200 steps a draw, 20 of warm-up, k / r draws a round. The paper also resets the moments of sigma at each
+draw (``reset_sigma``); ours follow their pairs, which made no difference where it was tried. Pairs are drawn when a
+step ends, for gradients belong to the pairs that made them; the first ones are the largest. What is drawn is a
 function of ``seed``, the layer and the step. Decay acts on sigma alone, for columns have length one. Gradients of sigma
 and of vectors are of different size: clip them, if at all, by themselves.
 
@@ -54,6 +55,7 @@ class SSTAdamW(FactoredOptimizer):
         swap_every: steps between draws of the active vectors.
         iterations: draws between singular value decompositions; None for ceil(k / r), each layer's own.
         warmup_steps: over which the learning rate of U and V rises after a draw.
+        reset_sigma: whether the moments of sigma are reset at each draw too, as in the paper.
         seed: of the draws.
         synchronize: where a process group has been started, one replica of a model (DistributedDataParallel) computes
             a decomposition and the others copy it. False for a model that only one of the processes trains, which
@@ -89,10 +91,12 @@ class SSTAdamW(FactoredOptimizer):
     method = "sst"
     layer_class = "SpectralLinear"
     stepped = ("U", "V", "sigma")
+    later_keys: ClassVar[Mapping[str, Any]] = {**FactoredOptimizer.later_keys, "reset_sigma": False}
     checks: ClassVar[Mapping[str, Check]] = {
         "swap_every": whole(1),
         "iterations": whole(1, optional=True),
         "warmup_steps": whole(0),
+        "reset_sigma": flag(),
         "seed": whole(0),
         "synchronize": flag(),
     }
@@ -108,6 +112,7 @@ class SSTAdamW(FactoredOptimizer):
         swap_every: int = 200,
         iterations: int | None = None,
         warmup_steps: int = 20,
+        reset_sigma: bool = False,
         seed: int = 0,
         synchronize: bool = True,
         state_dtype: torch.dtype | None = None,
@@ -124,7 +129,8 @@ class SSTAdamW(FactoredOptimizer):
         if name is None:
             return super().direction(G, shard, group, state)
         if name == "sigma":
-            age = since(t, self._round(self._parts[shard.position].layer, group))
+            period = self._round(self._parts[shard.position].layer, group)
+            age = since(t, group["swap_every"] if group["reset_sigma"] else period)
             return super().direction(G, shard, group, with_age(state, age))
         age = since(t, group["swap_every"])
         N, correction = super().direction(G, shard, group, with_age(state, age))
@@ -186,11 +192,13 @@ class SSTAdamW(FactoredOptimizer):
         return layer.steps % self._round(layer.layer, layer.group) == 0
 
     def _restart(self, layer: LayerStep, order: Tensor) -> None:
-        """Moments of vectors are nothing now; those of sigma follow their pairs, but for a new decomposition's."""
+        """Moments of vectors are nothing now; those of sigma follow their pairs, but for a new decomposition's, and
+        where they are reset too."""
+        reset = ("U", "V", "sigma") if self._is_over(layer) or layer.group["reset_sigma"] else ("U", "V")
         for name, item in layer.stepped.items():
             shard, state = item.shard, item.state
             for key in MOMENTS:
-                if name != "sigma" or self._is_over(layer):
+                if name in reset:
                     state[key].zero_()
                 else:
                     state[key].copy_(shard.part_of(shard.gather_whole(state[key])[order]))

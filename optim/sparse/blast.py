@@ -28,7 +28,7 @@ class BlockSparseAdamW(SparseOptimizer):
     Args:
         params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
         sparsity, density, distribution, update_every, drop_fraction, t_begin, t_end, init, rescale_init,
-            reinit_when_same, seed, state_dtype: as for ``SparseAdamW``.
+            reinit_when_same, grown_step, grown_warmup, seed, state_dtype: as for ``SparseAdamW``.
         block_size: b, rows and columns of a block; it divides both sides of every masked matrix.
         initial_sparsity: at the start; None for ``sparsity`` from the first step on.
         torch_keywords: as for ``GaLoreAdamW``.
@@ -82,6 +82,8 @@ class BlockSparseAdamW(SparseOptimizer):
         init: str | None = None,
         rescale_init: bool = False,
         reinit_when_same: bool = False,
+        grown_step: str = "shared",
+        grown_warmup: int = 0,
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
         **torch_keywords: object,

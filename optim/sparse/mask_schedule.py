@@ -12,6 +12,7 @@ from typing import Any
 from ...validation import is_real, is_whole, require
 from ..core.clock import steps_of
 from ..core.types import State
+from .grown_weights import GROWN_STEPS
 from .layer_budgets import BY_WEIGHT, DISTRIBUTIONS, budgets
 from .masks import DROPS, GROWS, Structure, Unstructured
 from .structured_masks import Blocks, ConstantFanIn
@@ -56,6 +57,7 @@ def check_masks(keys: Keys) -> None:
         "distribution": DISTRIBUTIONS,
         "schedule": tuple(SCHEDULES),
         "init": (*INITS, None),
+        "grown_step": GROWN_STEPS,
     }.items():
         require(keys[key] in known, f"{key} must be one of {', '.join(map(str, known))}", keys[key])
     _check_clock(keys)
@@ -73,6 +75,9 @@ def check_masks(keys: Keys) -> None:
     weight = keys["drop_lambda"]
     require(is_real(weight) and weight >= 0, "drop_lambda must be a number >= 0", weight)
     require(is_whole(keys["seed"]) and keys["seed"] >= 0, "seed must be a whole number >= 0", keys["seed"])
+    warmup = keys["grown_warmup"]
+    require(is_whole(warmup) and warmup >= 0, "grown_warmup must be a whole number >= 0", warmup)
+    require(not warmup or keys["grown_step"] == "own", "grown_warmup must be 0 unless grown_step='own'", warmup)
     for key in ("reinit_when_same", "rescale_init"):
         require(isinstance(keys[key], bool), f"{key} must be True or False", keys[key])
     STRUCTURES[keys["structure"]].check(with_defaults(keys))

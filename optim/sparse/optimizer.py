@@ -44,6 +44,7 @@ from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard, ProcessGroup, UnsupportedLayout, full_shape, held_shard
 from ..state.spec import INDICES, Coordinates, Placement, StateSpec, moment_dtype
 from .gather_scatter import Places
+from .grown_weights import BORN, aged_adam, born_spec
 from .layer_budgets import BY_SHAPE, BY_WEIGHT, budgets_by_weight
 from .mask_schedule import (
     STRUCTURES,
@@ -73,6 +74,11 @@ class SparseOptimizer(ShardedOptimizer):
     rule = TORCH_ADAM
     matrix_key = "sparsity"
     fixed: ClassVar[Mapping[str, Any]] = {}
+    later_keys: ClassVar[Mapping[str, Any]] = {
+        **ShardedOptimizer.later_keys,
+        "grown_step": "shared",
+        "grown_warmup": 0,
+    }
     _is_built = False
     _in_masks: frozenset[int] = frozenset()  # by position, matrices whose weights keep to their masks: not loaded since
 
@@ -149,6 +155,8 @@ class SparseOptimizer(ShardedOptimizer):
         mask = replace(by_element.spec("mask", torch.uint8), kind=INDICES, codec=Indices(planned))
         moments = [spec.stored_by(Packed(planned)) for spec in self.rule.specs(by_element, dtype, group)]
         specs = [mask, *moments]
+        if group["grown_step"] == "own":
+            specs.append(born_spec(by_element, planned))
         if self.settings(group)["grow"] == "momentum":
             specs.append(by_element.spec("momentum", dtype).stored_by(Flattened()))
         return specs
@@ -189,7 +197,10 @@ class SparseOptimizer(ShardedOptimizer):
         W, G, M = shard.parameter.view(-1), G.reshape(-1), Places(shard, group, state["indices"])
         if "momentum" in state:
             state["momentum"].lerp_(G.to(state["momentum"].dtype), 1 - group["betas"][0])
-        N, correction = self.rule.direction(M.of(G), state, group)
+        if group["grown_step"] == "own":
+            N, correction = aged_adam(M.of(G), state, group), 1.0
+        else:
+            N, correction = self.rule.direction(M.of(G), state, group)
         if group["weight_decay"]:
             W.mul_(1 - group["lr"] * group["weight_decay"])  # of all places: faster than of some, and zeros stay
         M.add_(W, N, -group["lr"] * correction)
@@ -306,7 +317,7 @@ def _alike(matrices: Sequence[Masked]) -> list[list[Masked]]:
 def _give(matrix: Masked, indices: Tensor) -> None:
     """A first mask, and moments for its weights."""
     matrix.state["indices"] = indices
-    for key in MOMENTS:
+    for key in (*MOMENTS, BORN):
         if key in matrix.state:
             matrix.state[key] = matrix.state[key].new_zeros(len(indices))
 
@@ -328,9 +339,9 @@ def _take(matrix: Masked, change: Change) -> None:
         there &= _places_in(change.kept, new)[1]
     held = W[new.long()].masked_fill_(~there, 0)
     W.zero_().index_copy_(0, new.long(), held)
-    for key in MOMENTS:
-        moments = state[key]
-        state[key] = moments[place].masked_fill_(~there, 0) if len(moments) else moments.new_zeros(len(new))
+    for key, first in [*((key, 0) for key in MOMENTS), *([(BORN, matrix.clock)] if BORN in state else [])]:
+        values = state[key]
+        state[key] = values[place].masked_fill_(~there, first) if len(values) else values.new_full((len(new),), first)
     state["indices"] = new
 
 

@@ -40,8 +40,8 @@ class SETAdamW(SparseOptimizer):
 
     Args:
         params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
-        sparsity, density, distribution, update_every, drop_fraction, t_end, init, rescale_init, reinit_when_same, seed,
-            state_dtype: as for ``SparseAdamW``.
+        sparsity, density, distribution, update_every, drop_fraction, t_end, init, rescale_init, reinit_when_same,
+            grown_step, grown_warmup, seed, state_dtype: as for ``SparseAdamW``.
         torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
@@ -81,6 +81,8 @@ class SETAdamW(SparseOptimizer):
         init: str | None = None,
         rescale_init: bool = False,
         reinit_when_same: bool = False,
+        grown_step: str = "shared",
+        grown_warmup: int = 0,
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
         **torch_keywords: object,
@@ -95,8 +97,8 @@ class RigLAdamW(SparseOptimizer):
 
     Args:
         params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
-        sparsity, density, distribution, update_every, drop_fraction, t_end, init, rescale_init, reinit_when_same, seed,
-            state_dtype: as for ``SparseAdamW``.
+        sparsity, density, distribution, update_every, drop_fraction, t_end, init, rescale_init, reinit_when_same,
+            grown_step, grown_warmup, seed, state_dtype: as for ``SparseAdamW``.
         torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
@@ -138,6 +140,8 @@ class RigLAdamW(SparseOptimizer):
         init: str | None = None,
         rescale_init: bool = False,
         reinit_when_same: bool = False,
+        grown_step: str = "shared",
+        grown_warmup: int = 0,
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
         **torch_keywords: object,

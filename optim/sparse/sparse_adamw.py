@@ -40,6 +40,10 @@ class SparseAdamW(SparseOptimizer):
         init: first masks are ``random``, or of the largest ``magnitude``; None: random but for lamp and global.
         rescale_init: multiply weights that are masked for the first time by 1 / sqrt(density), as fan-in asks.
         reinit_when_same: a weight that is dropped and grown in one update starts from zero; else it keeps its value.
+        grown_step: which steps Adam's bias correction counts for a grown weight: ``shared``, its matrix's, or ``own``,
+            those since it was grown (SMET, arXiv:2606.00888), for 4 more bytes a weight. With the matrix's, its first
+            updates are several times as large as others'.
+        grown_warmup: with ``own``, steps over which the learning rate of a grown weight rises.
         drop_lambda: weight of gradients in ``gradient_magnitude``.
         gamma_sal: of ``constant_fan_in``: a row with a smaller share of salient weights is ablated, whole; None: 0.3.
         block_size: of ``block``: rows and columns of a block; None: 64.
@@ -92,6 +96,8 @@ class SparseAdamW(SparseOptimizer):
         init: str | None = None,
         rescale_init: bool = False,
         reinit_when_same: bool = False,
+        grown_step: str = "shared",
+        grown_warmup: int = 0,
         drop_lambda: float = 1e-3,
         gamma_sal: float | None = None,
         block_size: int | None = None,

@@ -29,8 +29,8 @@ class SRigLAdamW(SparseOptimizer):
 
     Args:
         params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
-        sparsity, density, distribution, update_every, drop_fraction, t_end, init, rescale_init, reinit_when_same, seed,
-            state_dtype: as for ``SparseAdamW``.
+        sparsity, density, distribution, update_every, drop_fraction, t_end, init, rescale_init, reinit_when_same,
+            grown_step, grown_warmup, seed, state_dtype: as for ``SparseAdamW``.
         gamma_sal: a row is kept if at least this share of its weights is salient, or this number of them, from 1 on;
             0 keeps every row. The authors tune it: 0.3 for convolutions, 0.95 for transformers.
         torch_keywords: as for ``GaLoreAdamW``.
@@ -77,6 +77,8 @@ class SRigLAdamW(SparseOptimizer):
         init: str | None = None,
         rescale_init: bool = False,
         reinit_when_same: bool = False,
+        grown_step: str = "shared",
+        grown_warmup: int = 0,
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
         **torch_keywords: object,

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 
 class FaithfulLoading(torch.optim.Optimizer):
-    """An optimizer whose ``load_state_dict`` keeps dtypes, copies, and checks before it changes anything."""
+    """An optimizer whose ``load_state_dict`` keeps dtypes, copies, and checks before it changes anything.
+
+    Attributes:
+        later_keys: keys of groups that came when there were checkpoints already, with the values that they had before.
+            At these they are not saved: torch.distributed.checkpoint refuses a checkpoint without a key.
+    """
+
+    later_keys: ClassVar[Mapping[str, Any]] = {}
 
     def check_keys(self, group: dict[str, Any]) -> None:
         """Refuse keys of a group that would be ignored."""
@@ -49,6 +56,9 @@ class FaithfulLoading(torch.optim.Optimizer):
             for number, (p, group) in enumerate(owners):
                 if saved["state"].get(number):
                     saved["state"][number] = self.saved_state(p, group, saved["state"][number])
+            for group in saved["param_groups"]:
+                for key in [key for key, before in self.later_keys.items() if group.get(key) == before]:
+                    del group[key]
 
         hook = self.register_state_dict_post_hook(convert, prepend=True)  # runs before the user's own
         try:
@@ -70,7 +80,8 @@ class FaithfulLoading(torch.optim.Optimizer):
             saved_state.update({ids.index(i): _counted(state) for i, state in saved["state"].items() if i in ids})
             # A key that was not saved keeps its present value: another optimizer's groups must not lose the rank.
             groups = [
-                {**{key: own[key] for key in self.defaults}, **other, "group_number": own["group_number"]}
+                {key: own[key] for key in self.defaults}
+                | {**self.later_keys, **other, "group_number": own["group_number"]}
                 for own, other in zip(self.param_groups, saved["param_groups"], strict=False)
             ]
             self._check_state(saved_state, groups)

@@ -48,7 +48,12 @@ CHANGED = {
     ("GaLoreAdamW8bit", "quant"): "its overlaps are corrected for chance, and measured from a random start",
     ("GaLoreAdamW8bit", "cos_threshold"): "as above",
 }
-SINCE = [("maximize", False)]  # keys of groups that came later, at what they are by default
+SINCE = [
+    ("maximize", False),
+    ("reset_sigma", False),
+    ("grown_step", "shared"),
+    ("grown_warmup", 0),
+]  # keys of groups that came later, at what they are by default
 
 
 # ---- comparing ------------------------------------------------------------------------------------------------------

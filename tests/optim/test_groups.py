@@ -227,6 +227,9 @@ def test_patterns(patterns, expected):
     assert ranked_names(Small(), patterns) == sorted(expected)
 
 
+ALL = "'all-linear' takes every linear layer but the output"
+
+
 def test_a_lone_string_must_match_the_whole_name():
     with pytest.raises(ValueError, match="'attn' matches no trainable linear layer; did you mean 'attn'"):
         param_groups(Small(), 4, "attn")
@@ -237,11 +240,11 @@ def test_a_lone_string_must_match_the_whole_name():
     [
         ("atn", "did you mean 'attn'?"),
         ("haed", "did you mean 'head'?"),
-        ("xyz", "known: attn, blocks, down, head, mlp, up"),
+        ("xyz", f"known: attn, blocks, down, head, mlp, up; {ALL}"),
         (r"blocks\.7\..*", "did you mean 'blocks'?"),
-        ("embed", "known: attn, blocks, down, head, mlp, up"),  # an embedding is no linear layer
-        ("norm", "known: attn, blocks, down, head, mlp, up"),
-        ("conv", "known: attn, blocks, down, head, mlp, up"),
+        ("embed", f"known: attn, blocks, down, head, mlp, up; {ALL}"),  # an embedding is no linear layer
+        ("norm", f"known: attn, blocks, down, head, mlp, up; {ALL}"),
+        ("conv", f"known: attn, blocks, down, head, mlp, up; {ALL}"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_named_with_the_nearest_name(pattern, hint):

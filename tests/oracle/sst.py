@@ -6,10 +6,11 @@ import torch
 class Sst:
     """U (m x k), sigma (k), V (n x k), the r active pairs first."""
 
-    def __init__(self, U, sigma, V, rank, *, lr, swap_every, iterations, warmup, betas=(0.9, 0.999), eps=1e-8):
+    def __init__(self, U, sigma, V, rank, *, lr, swap_every, iterations, warmup, reset_sigma=False, betas=(0.9, 0.999),
+                 eps=1e-8):  # fmt: skip
         self.held = {"U": U.clone(), "V": V.clone(), "sigma": sigma.clone()}
         self.rank, self.lr, self.betas, self.eps = rank, lr, betas, eps
-        self.swap_every, self.iterations, self.warmup = swap_every, iterations, warmup
+        self.swap_every, self.iterations, self.warmup, self.reset_sigma = swap_every, iterations, warmup, reset_sigma
         self.t = 0
         self.clear("U", "V", "sigma")
 
@@ -54,4 +55,4 @@ class Sst:
         order = chosen + [i for i in range(len(sigma)) if i not in chosen]
         self.held = {name: value[..., order] for name, value in self.held.items()}
         self.moments["sigma"] = [moment[order] for moment in self.moments["sigma"]]
-        self.clear("U", "V")
+        self.clear("U", "V", *(["sigma"] if self.reset_sigma else []))

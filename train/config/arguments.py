@@ -132,7 +132,10 @@ class OptimizerArguments:
     )
     target_modules: list[str] = field(
         default_factory=lambda: list(DEFAULT_TARGETS),
-        metadata={"help": "Parts of, or regular expressions for, the names of the layers that get a rank or a mask."},
+        metadata={
+            "help": "Parts of, or regular expressions for, the names of the layers that get a rank or a mask; or "
+            "all-linear."
+        },
     )
     lr_restart_every: int | None = field(
         default=None,

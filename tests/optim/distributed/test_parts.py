@@ -31,6 +31,12 @@ CASES = {  # class, its keys, those of matrices, their shapes
     "LDAdamW": (optim.LDAdamW, {}, {"rank": 3, "shard_basis": True}, SHAPES),
     "RigLAdamW": (optim.RigLAdamW, MASKED, {"sparsity": 0.5}, SHAPES),
     "RigLAdamW upwards": (optim.RigLAdamW, {**MASKED, "maximize": True}, {"sparsity": 0.5}, SHAPES),
+    "RigLAdamW with ages": (
+        optim.RigLAdamW,
+        {**MASKED, "grown_step": "own", "grown_warmup": 2},
+        {"sparsity": 0.5},
+        SHAPES,
+    ),
     "SRigLAdamW": (optim.SRigLAdamW, MASKED, {"sparsity": 0.5}, SHAPES),
     "BlockSparseAdamW": (optim.BlockSparseAdamW, {**MASKED, "block_size": 16}, {"sparsity": 0.5}, BLOCKS),
     "SRSTEAdamW": (optim.SRSTEAdamW, {"n": None}, {"n": 1, "m": 3}, [(8, 9), (6, 12)]),

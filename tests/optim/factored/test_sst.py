@@ -45,12 +45,15 @@ def train(net, optimizer, steps, dtype=torch.float32):
 
 
 @by_shape
-@pytest.mark.parametrize(("every", "iterations", "warmup"), [(4, 2, 3), (3, 1, 0), (5, None, 2)])
-def test_it_is_the_papers_loop(m, n, rank, every, iterations, warmup):
+@pytest.mark.parametrize(
+    ("every", "iterations", "warmup", "reset"),
+    [(4, 2, 3, False), (3, 1, 0, False), (5, None, 2, False), (4, 3, 2, True)],
+)
+def test_it_is_the_papers_loop(m, n, rank, every, iterations, warmup, reset):
     layer = layer_of(m, n, rank)
     with torch.no_grad():
         layer.sigma.add_(1)  # of none that is clamped to zero can the vectors be foretold
-    keys = {"swap_every": every, "lr": 0.02}
+    keys = {"swap_every": every, "lr": 0.02, "reset_sigma": reset}
     optimizer = SSTAdamW(layer.parameters(), iterations=iterations, warmup_steps=warmup, seed=5, **keys)
     rounds = iterations or -(-min(m, n) // rank)
     oracle = Sst(columns(layer, "U"), layer.sigma.detach(), columns(layer, "V"), rank, iterations=rounds,
