@@ -10,10 +10,10 @@ arXiv:2304.06941.
 
 With a fixed budget there is no s: W~ is W with all but its largest weights zero, and h = 1 for those.
 
-Read were the abstract and summaries, not the method's text: what is said of s is STR's (Kusupati et al. 2020,
-arXiv:2002.03231); the annealing is in ``gradient_annealing``. Ours: a ceiling on theta, which
-keeps a least density where a layer's weights would all sink below it together; s has its gradient there too, so that
-the loss can lower it.
+Read were the abstracts and the code of others who had the paper's text (PQuantML), where s may also be one number for
+each output or weight; what is said of s is STR's (Kusupati et al. 2020, arXiv:2002.03231). The annealing is in
+``gradient_annealing``. Ours: a ceiling on theta, which keeps a least density where a layer's weights would all sink
+below it together; s has its gradient there too, so that the loss can lower it.
 """
 
 from __future__ import annotations

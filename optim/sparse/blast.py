@@ -13,13 +13,21 @@ work. optim/sparse/optimizer.py has the steps, optim/sparse/structured_masks.py 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..core.group_checks import parameters_in
+from ..core.types import Group
+from ..distributed import full_shape
+from .mask_schedule import as_matrix
 from .optimizer import SparseOptimizer
+
+BLOCK_SIZES = (64, 32, 16, 8)
 
 
 class BlockSparseAdamW(SparseOptimizer):
@@ -29,7 +37,8 @@ class BlockSparseAdamW(SparseOptimizer):
         params, lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
         sparsity, density, distribution, update_every, drop_fraction, t_begin, t_end, init, rescale_init,
             reinit_when_same, grown_step, grown_warmup, seed, state_dtype: as for ``SparseAdamW``.
-        block_size: b, rows and columns of a block; it divides both sides of every masked matrix.
+        block_size: b, rows and columns of a block; it divides both sides of every masked matrix. None, for each group:
+            64, or the largest power of two below, and at least 8, that does.
         initial_sparsity: at the start; None for ``sparsity`` from the first step on.
         torch_keywords: as for ``GaLoreAdamW``.
 
@@ -77,7 +86,7 @@ class BlockSparseAdamW(SparseOptimizer):
         drop_fraction: float = 0.05,
         t_begin: int = 0,
         t_end: int | None = None,
-        block_size: int = 64,
+        block_size: int | None = None,
         initial_sparsity: float | None = 0.0,
         init: str | None = None,
         rescale_init: bool = False,
@@ -89,3 +98,24 @@ class BlockSparseAdamW(SparseOptimizer):
         **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As ``torch.optim.Optimizer.add_param_group``; a group of masks gets a ``block_size`` that divides it."""
+        group = dict(param_group)
+        keys = {**self.defaults, **group}
+        if keys["block_size"] is None and self.is_for_matrices(keys) and not isinstance(group["params"], set):
+            held = group["params"]
+            group["params"] = [held] if isinstance(held, Tensor) else list(held)
+            group["block_size"] = _largest_block([as_matrix(full_shape(p)) for p in parameters_in(group)])
+        super().add_param_group(group)
+
+
+def _largest_block(shapes: list[tuple[int, int]]) -> int:
+    sides = math.gcd(*(side for shape in shapes for side in shape))
+    fitting = [size for size in BLOCK_SIZES if sides % size == 0]
+    if not fitting:
+        raise ValueError(
+            f"block_size: none of {', '.join(map(str, BLOCK_SIZES))} divides all sides of the matrices "
+            f"{', '.join(map(str, sorted(set(shapes))))}; give one that does, or put some into a group of their own"
+        )
+    return fitting[0]

@@ -16,14 +16,24 @@ def model(**keys):
     return convert(nn.Sequential(nn.Linear(50, 80), nn.Tanh(), nn.Linear(80, 30)), ThresholdLinear, ["0", "2"], **keys)
 
 
-def test_the_factor_falls_from_its_start_to_zero_and_depends_on_the_step_alone():
-    annealing = GradientAnnealing(model(), annealing=0.6, annealed_share=0.8)
+def test_the_factor_is_the_larger_of_a_sigmoid_and_a_cosine():
+    """Values computed by hand from the formula."""
+    annealing = GradientAnnealing(model(), annealing=0.5)
+    shares = {0: 1.0, 25: 0.9526, 50: 0.5, 75: 0.1464, 89: 0.0295, 90: 0.0, 100: 0.0}
+    for t, share in shares.items():
+        assert annealing.factor(t, 100) == pytest.approx(0.5 * share, abs=1e-4)
+    factors = [annealing.factor(t, 1000) for t in range(900)]
+    assert all(a > b for a, b in pairwise(factors))
+
+
+def test_with_a_cosine_it_falls_from_its_start_to_zero_and_depends_on_the_step_alone():
+    annealing = GradientAnnealing(model(), annealing=0.6, annealed_share=0.8, schedule="cosine")
     factors = [annealing.factor(t, 100) for t in range(101)]
     assert factors[0] == 0.6
     assert factors[40] == pytest.approx(0.3)
     assert all(a > b for a, b in pairwise(factors[:81]))
     assert factors[80:] == [0.0] * 21
-    assert GradientAnnealing(model(), 0.6, 0.8).factor(57, 100) == factors[57]
+    assert GradientAnnealing(model(), 0.6, 0.8, schedule="cosine").factor(57, 100) == factors[57]
 
 
 def test_every_layer_is_told_and_counts_on_time():

@@ -305,3 +305,30 @@ def test_a_block_that_does_not_divide_both_sides_is_refused(shape):
 def test_a_bad_block_size_is_refused(size):
     with pytest.raises(ValueError, match=f"block_size must be a whole number >= 1, got {size!r}"):
         BlockSparseAdamW(weights((24, 12)), sparsity=0.5, block_size=size, t_end=9)
+
+
+# ---- the side of a block --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shapes", "size"),
+    [([(128, 352), (352, 128)], 32), ([(512, 1376)], 32), ([(1024, 2736)], 16), ([(64, 128)], 64), ([(24, 40)], 8)],
+    ids=str,
+)
+def test_without_a_block_size_it_is_the_largest_that_divides_a_groups_matrices(shapes, size):
+    """Those of quickstart, 60m and 350m among them, of which 64 divides none."""
+    held = [nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0))) for shape in shapes]
+    groups = [{"params": (p for p in held), "sparsity": 0.5}, {"params": [nn.Parameter(torch.ones(3))]}]
+    optimizer = BlockSparseAdamW(groups, t_end=10, initial_sparsity=None)
+    assert [group["block_size"] for group in optimizer.param_groups] == [size, None]
+    for p in held:
+        blocks = (p.detach() != 0).unflatten(0, (-1, size)).unflatten(2, (-1, size)).sum(dim=(1, 3)).unique()
+        assert blocks.tolist() == [0, size * size]
+
+
+def test_matrices_that_no_block_divides_are_refused():
+    held = [nn.Parameter(torch.ones(20, 12)), nn.Parameter(torch.ones(16, 16))]
+    with pytest.raises(
+        ValueError, match=r"block_size: none of 64, 32, 16, 8 divides all .* \(16, 16\), \(20, 12\); give"
+    ):
+        BlockSparseAdamW(held, sparsity=0.5, t_end=10)
