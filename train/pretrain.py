@@ -183,6 +183,8 @@ def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks) 
         f"{train} training and {len(blocks.validation):,} validation blocks of {config.data.block_size} tokens",
         flush=True,
     )
+    if config.left_out:
+        print(f"{config.optimizer.optimizer} has its own {', '.join(config.left_out)}, not those of the recipe")
     idle = without_effect(config)
     if idle:
         print(f"no effect with {config.optimizer.optimizer}: {', '.join(idle)}")

@@ -196,7 +196,12 @@ GROUPS: Any = (ModelArguments, DataArguments, OptimizerArguments, RunArguments)
 
 @dataclass(frozen=True)
 class Config:
-    """A resolved configuration."""
+    """A resolved configuration.
+
+    Attributes:
+        given: keys that the file or the command line has.
+        left_out: keys of a recipe for another optimizer than the command line names.
+    """
 
     name: str
     model: ModelArguments
@@ -204,6 +209,7 @@ class Config:
     optimizer: OptimizerArguments
     run: RunArguments
     given: dict[str, Any]
+    left_out: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """The keys that make two runs the same run: what cannot change between a run and its resumption."""

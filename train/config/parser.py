@@ -20,6 +20,11 @@ from ..errors import BadInput
 from .arguments import Config, DataArguments, Keywords, ModelArguments, OptimizerArguments, RunArguments
 
 GROUPS: Any = (ModelArguments, DataArguments, OptimizerArguments, RunArguments)
+# Keys that an optimizer has defaults of its own for.
+METHOD_KEYS = (
+    "scale", "update_proj_gap", "proj_type", "subspace_method", "update_every", "drop_fraction", "t_end", "art_every",
+    "optimizer_args",
+)  # fmt: skip
 # What an error message calls a type; and, by key, its example of a mapping.
 KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 EXAMPLES = {
@@ -72,10 +77,11 @@ def load_config(argv: Sequence[str], needs_output_dir: bool = True) -> Config:
     """
     argv = [a for a in argv if not a.startswith("--local_rank=")]  # DeepSpeed's launcher puts it before the file
     source = argv.pop(0) if argv and not argv[0].startswith("-") else "quickstart"
-    settings = _read_yaml(source)
+    settings, is_recipe = _read_yaml(source)
     _check_keys(settings, f"in {source}")
     _check_keys([re.split("=", a[2:])[0].replace("-", "_") for a in argv if a.startswith("--")], "on the command line")
-    arguments = _as_flags(settings) + argv
+    left_out = _of_another_optimizer(settings, argv) if is_recipe else []
+    arguments = _as_flags({key: value for key, value in settings.items() if key not in left_out}) + argv
     namespace, stray = _Parser(GROUPS, allow_abbrev=False, add_help=False).parse_known_args(arguments)
     if stray:
         raise BadInput(f"unexpected argument {stray[0]!r}; give values as --key value")
@@ -89,14 +95,26 @@ def load_config(argv: Sequence[str], needs_output_dir: bool = True) -> Config:
         model, data, optimizer, run = (_filled(group, namespace) for group in GROUPS)
     except (ValueError, ImportError, OSError) as error:  # TrainingArguments checks its own values
         raise BadInput(" ".join(str(error).split())) from None
-    return Config(Path(source).stem, model, data, optimizer, run, given)
+    return Config(Path(source).stem, model, data, optimizer, run, given, tuple(left_out))
+
+
+def _of_another_optimizer(settings: dict[str, Any], argv: Sequence[str]) -> list[str]:
+    """The keys of a recipe that are its optimizer's own, where the command line names another one: that one's defaults
+    hold then."""
+    named = OneLineParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--optimizer")
+    chosen = named.parse_known_args(list(argv))[0].optimizer
+    if chosen is None or chosen == settings.get("optimizer"):
+        return []
+    return [key for key in METHOD_KEYS if key in settings and not _was_given(key, list(argv))]
 
 
 def _filled(group: Any, namespace: argparse.Namespace) -> Any:
     return group(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(group) if f.init})
 
 
-def _read_yaml(source: str) -> dict[str, Any]:
+def _read_yaml(source: str) -> tuple[dict[str, Any], bool]:
+    """What a file or an embedded recipe says, and whether it is a recipe."""
     embedded = resources.files(f"{__package__.split('.')[0]}.configs")
     path = Path(source)
     if path.is_file():
@@ -112,7 +130,7 @@ def _read_yaml(source: str) -> dict[str, Any]:
         raise BadInput(f"{source} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise BadInput(f"{source} must hold `key: value` lines, got a {type(settings).__name__}")
-    return settings
+    return settings, not path.is_file()
 
 
 def _check_keys(keys: Iterable[Any], where: str) -> None:

@@ -64,6 +64,22 @@ def test_resolved_configuration_reproduces_itself(tiny, tmp_path):
     assert load_config([str(tmp_path / "again.yaml")]).resolved() == first.resolved()
 
 
+def test_another_optimizer_than_a_recipes_has_its_own_defaults(tmp_path, capsys):
+    """But for keys that are given, and in a file of one's own, where every key is."""
+    out = ["--output_dir", str(tmp_path / "run")]
+    config = load_config(["llama_60m_galore", "--optimizer", "apollo_adamw", *out])
+    assert (config.optimizer.scale, config.optimizer.update_proj_gap) == (None, None)
+    assert config.optimizer.rank == load_config(["llama_60m_galore", *out]).optimizer.rank
+    assert set(config.left_out) >= {"scale", "update_proj_gap"}
+    given = load_config(["llama_60m_galore", "--optimizer=apollo_adamw", "--scale", "0.5", *out])
+    assert (given.optimizer.scale, given.optimizer.update_proj_gap) == (0.5, None)
+    same = load_config(["llama_60m_galore", "--optimizer", "galore_adamw", *out])
+    assert (same.optimizer.scale, same.left_out) == (0.25, ())
+    own = tmp_path / "own.yaml"
+    own.write_text("model: 2m\noptimizer: galore_adamw\nscale: 0.25\nrank: 8\n")
+    assert load_config([str(own), "--optimizer", "apollo_adamw", *out]).optimizer.scale == 0.25
+
+
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_every_embedded_configuration_is_valid(name, monkeypatch):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
