@@ -124,8 +124,8 @@ VARIANTS = {
     "DCTAdamW fed back": Variant(
         optim.DCTAdamW,
         "errors",
-        Use(EPS, {"update_proj_gap": 5, "error_feedback": "fp32"}),
-        Use({"lr": 0.05}, RANKED | {"error_feedback": "fp32"}),
+        Use(EPS, {"update_proj_gap": 5, "error_feedback": "fp32", "rotate_subspace": True}),
+        Use({"lr": 0.05}, RANKED | {"error_feedback": "fp32", "rotate_subspace": True}),
     ),
     "DCTAdamW fed back in 8 bits": Variant(
         optim.DCTAdamW,

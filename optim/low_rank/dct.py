@@ -17,8 +17,14 @@ For a matrix W (m x n) with gradient G, the picture for m >= n (``right``; trans
 Old and new columns are columns of one orthogonal matrix, so the change of basis that the authors' code multiplies by is
 a gather: a column that stays keeps its moments, one that leaves loses them, one that comes starts from zero.
 
-Departures from the authors' code: ``rotate_subspace`` is on by default, because moments that stay where they were
-belong to other columns as soon as the choice changes; Q is built with whole-number phases, in fp32 also for bf16
+By default, as in the authors' code, moments do not move: they belong to the places of columns, of which the first has
+the largest score (the authors' are in whatever order ``topk`` returns). With ``rotate_subspace`` a column that comes
+has moments of zero, and its first steps are several times as large as Adam's. After 200 steps of the quickstart with
+a choice at every step, at learning rates of 0.01 and 0.005: places in the order of the scores 4.897 and 4.985, in
+that of the columns 5.093 and 5.037, moments that move 5.554 and 5.601, and with bias corrections by each column's own
+age 5.621 and 5.745.
+
+Departures from the authors' code: Q is built with whole-number phases, in fp32 also for bf16
 gradients (and for fp64 ones); the gradient is not used as scratch; ties are broken by index; betas, eps and step live
 in groups and state. Error feedback in 8 or 4 bits has a minimum and a step for each line: row, or column on the left.
 """
@@ -62,7 +68,8 @@ class DCTAdamW(LowRankOptimizer):
         rank: r, the number of columns; None gives a group plain AdamW. Capped at min(m, n).
         update_proj_gap: T, steps between choices of the columns: at steps 1, T, 2T, ...
         ell_norm: columns are ranked by their 1- or 2-norm.
-        rotate_subspace: moments follow their columns. False leaves them in place, as the authors' default does.
+        rotate_subspace: moments follow their columns; one that comes begins with none, under a bias correction that is
+            over. False, as the authors have it, leaves moments to the places, in the order of the scores.
         error_feedback: what the subspace misses is added to the next gradient: None, or kept as ``fp32``, ``8bit`` or
             ``4bit``.
         torch_keywords: as for ``GaLoreAdamW``.
@@ -108,7 +115,7 @@ class DCTAdamW(LowRankOptimizer):
         update_proj_gap: int = 1,
         proj_type: str = "std",
         ell_norm: int = 1,
-        rotate_subspace: bool = True,
+        rotate_subspace: bool = False,
         error_feedback: str | None = None,
         state_dtype: torch.dtype | None = None,
         **torch_keywords: object,

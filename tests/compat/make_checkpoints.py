@@ -79,6 +79,8 @@ SST = {"lr": 0.02, "swap_every": 4, "iterations": 2, "warmup_steps": 3}
 LOOSE = 5e-3  # a last bit may decide over a step of an 8-bit code
 BF16 = {"dtype": "bf16", "near": 1e-2}
 
+OF_DCT = {"lr": 0.05, "rotate_subspace": True}  # the default of that version
+
 CASES: dict[str, dict[str, Case]] = {
     "GaLoreAdamW": {
         "": Case(optim.GaLoreAdamW, {"lr": 0.1}, RANKED),
@@ -120,11 +122,11 @@ CASES: dict[str, dict[str, Case]] = {
         "bf16": Case(optim.APOLLOAdamW, {"lr": 0.05}, RANKED, **BF16),
     },
     "DCTAdamW": {
-        "": Case(optim.DCTAdamW, {"lr": 0.05}, RANKED),
-        "every step": Case(optim.DCTAdamW, {"lr": 0.05}, RANKED | {"update_proj_gap": 1}),
-        "fp32": Case(optim.DCTAdamW, {"lr": 0.05}, RANKED | {"error_feedback": "fp32"}),
-        "8bit": Case(optim.DCTAdamW, {"lr": 0.05}, RANKED | {"error_feedback": "8bit"}, near=LOOSE),
-        "4bit": Case(optim.DCTAdamW, {"lr": 0.05}, RANKED | {"error_feedback": "4bit"}, near=5 * LOOSE),
+        "": Case(optim.DCTAdamW, OF_DCT, RANKED),
+        "every step": Case(optim.DCTAdamW, OF_DCT, RANKED | {"update_proj_gap": 1}),
+        "fp32": Case(optim.DCTAdamW, OF_DCT, RANKED | {"error_feedback": "fp32"}),
+        "8bit": Case(optim.DCTAdamW, OF_DCT, RANKED | {"error_feedback": "8bit"}, near=LOOSE),
+        "4bit": Case(optim.DCTAdamW, OF_DCT, RANKED | {"error_feedback": "4bit"}, near=5 * LOOSE),
     },
     "GaLorePlusAdamW": {
         "": Case(optim.GaLorePlusAdamW, {"lr": 0.1}, RANKED | {"residual_warmup": 3, "residual_fraction": 0.1}),

@@ -7,6 +7,7 @@ values (test_validation.py), resumption, dtypes that survive loading, pickles (t
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -367,3 +368,23 @@ def test_it_is_printed_copied_and_saved_with_weights_only(method):
     file.seek(0)
     twin.load_state_dict(torch.load(file, weights_only=True))
     assert_equal(train(optimizer, 2), train(twin, 2))
+
+
+@by_class
+def test_plain_parameters_are_said_to_be_trained_by_the_plain_rule(method):
+    """Once, at the first step; not where there is a group of matrices."""
+    if method.cls.matrix_key is None:
+        return
+    held = [nn.Parameter(torch.ones(8, 6))]
+    key = method.cls.matrix_key
+    off = {} if key not in ("n", "role") else {key: None}
+    optimizer = method.cls(held, **{**method.keys, **off})
+    held[0].grad = torch.ones(8, 6)
+    with pytest.warns(
+        UserWarning, match=rf"was given no group of matrices, with a key '{key}', .*param_groups\(model, {key}="
+    ):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        train(mixed(method), 2)

@@ -217,7 +217,7 @@ def test_moments_move_with_their_columns_as_a_product_with_the_change_of_basis_w
 
 def test_a_column_that_left_comes_back_with_nothing():
     W, Q = weight(20, 12), scipy_basis(12)
-    optimizer = DCTAdamW([W], rank=1, betas=(0.5, 0.5))
+    optimizer = DCTAdamW([W], rank=1, betas=(0.5, 0.5), rotate_subspace=True)
     S = torch.randn(20, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     for column in (4, 9, 4):
         state = step(optimizer, W, (S @ Q[:, [column]].T).float())
@@ -254,7 +254,10 @@ def test_at_full_rank_nothing_is_lost_and_torchs_adamw_in_rotated_coordinates_is
     W, right, Q = weight(*shape, dtype=torch.float64), is_right(shape), scipy_basis(min(shape))
     keys = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 0.1, "weight_decay": 0.3}
     X = nn.Parameter(W.detach() @ Q if right else Q.T @ W.detach())
-    ours, rotated = DCTAdamW([W], rank=rank, error_feedback="fp32", **keys), torch.optim.AdamW([X], **keys)
+    ours, rotated = (
+        DCTAdamW([W], rank=rank, error_feedback="fp32", rotate_subspace=True, **keys),
+        torch.optim.AdamW([X], **keys),
+    )
     for G in gradients(*shape, dtype=torch.float64):
         state = step(ours, W, G)
         X.grad = G @ Q if right else Q.T @ G

@@ -250,3 +250,10 @@ def test_a_matrix_that_would_have_no_mask_is_refused():
         CastAdamS(net.parameters(), total_steps=9)
     with pytest.raises(ValueError, match=r"the weight of ScaledLinear\(.*\) needs a mask, got n=None; put it into a"):
         CastAdamS(net.parameters(), n=None)
+
+
+def test_a_group_may_have_what_the_defaults_lack():
+    net = model()
+    CastAdamS(param_groups(net, target_modules=r"\d", n=2, m=4, total_steps=100))
+    with pytest.raises(ValueError, match="total_steps must be a whole number >= 1, got None"):
+        CastAdamS(param_groups(net, target_modules=r"\d", n=2, m=4))
