@@ -157,6 +157,7 @@ class ShardedOptimizer(DeclaredState):
     # ---- one step, in phases ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @torch._disable_dynamo  # clocks, messages and host reads: a graph would break at each of them
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. Returns the closure's loss, if there is a closure."""
         loss = None

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo.testing
 from catalogue import VARIANTS
 from torch import nn
 
@@ -388,3 +389,17 @@ def test_plain_parameters_are_said_to_be_trained_by_the_plain_rule(method):
         warnings.simplefilter("error")
         optimizer.step()
         train(mixed(method), 2)
+
+
+@pytest.mark.parametrize("name", ["GaLoreAdamW", "RigLAdamW", "SRSTEAdamW"])
+def test_a_compiled_step_is_the_step(name):
+    """It is kept out of the graph."""
+    optimizer, plain = mixed(CLASSES[name]), mixed(CLASSES[name])
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(lambda: optimizer.step(), backend=counter)
+    for t in range(5):
+        for one, step in ((optimizer, compiled), (plain, plain.step)):
+            give_gradients(held_by(one), t)
+            step()
+    assert_equal(held_by(optimizer), held_by(plain))
+    assert counter.frame_count == 0
