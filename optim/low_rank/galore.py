@@ -15,11 +15,12 @@ authors' ``galore-torch``, which differs from the paper in three places: eps is 
 overwritten by their corrected values; the clock starts at t = 0 before the increment, so the first step always finds a
 subspace.
 
-Departures from the authors' code: the default finds P by one orthogonal iteration from the previous P, which holds the
-same energy and trains to the same loss at a small part of the cost, and whose columns do not change sign when a sum is
-rounded another way (``benchmarks/RESULTS.md``); moments are fp32 at least (``state_dtype`` restores the parameter's
-dtype; bf16 second moments stall); the side is decided once from the shape, not from the projected gradient's, which is
-ambiguous at full rank; P is a tensor in ``state``, not a pickled object; a non-finite gradient keeps the old P.
+Departures from the authors' code: the default finds P by one orthogonal iteration from the previous P, which holds
+nearly the same energy, in another subspace, and trains to nearly the same loss at a small part of the cost, and whose
+columns do not change sign when a sum is rounded another way (``benchmarks/RESULTS.md``); moments are fp32 at least
+(``state_dtype`` restores the parameter's dtype; bf16 second moments stall); the side is decided once from the shape,
+not from the projected gradient's, which is ambiguous at full rank; P is a tensor in ``state``, not a pickled object;
+a non-finite gradient keeps the old P.
 """
 
 from __future__ import annotations
