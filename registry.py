@@ -6,7 +6,6 @@ the memory planner, the tables of the documentation and the tests' catalogue all
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from .models import layers
 from .models.layer_schedules.gradient_annealing import GradientAnnealing
 from .models.layer_schedules.mask_decay import MaskDecay
 from .models.layer_schedules.ordered_dropout import OrderedDropout
+from .optim.core.keywords import keyword_names
 
 Family = Literal["plain", "low_rank", "sparse", "factored"]
 
@@ -56,8 +56,7 @@ class OptimizerEntry:
 
     def accepts(self) -> set[str]:
         """The keywords of its constructor."""
-        parameters = inspect.signature(self.cls).parameters.values()
-        return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - {"params"}
+        return keyword_names(self.cls)
 
 
 @dataclass(frozen=True)

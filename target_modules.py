@@ -15,7 +15,7 @@ DEFAULT_TARGETS = ("attn", "mlp")
 ALL_LINEAR = "all-linear"
 # The same where transformers calls them otherwise, by a model's ``config.model_type``: what the default means there.
 FAMILIES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("gpt_neox", "gptj_neox"), ("attention", "mlp")),
+    **dict.fromkeys(("gpt_neox",), ("attention", "mlp")),
     **dict.fromkeys(("bloom", "falcon"), ("self_attention", "mlp")),
     **dict.fromkeys(
         ("opt", "bart", "mbart", "whisper", "m2m_100", "pegasus"), ("self_attn", "encoder_attn", "fc1", "fc2")
@@ -35,29 +35,28 @@ ROUTERS = ("gate", "router", "shared_expert_gate")  # of a mixture of experts, b
 
 
 def targets(
-    target_modules: str | Iterable[str],
-    names: Collection[str],
-    output: Collection[str] = (),
-    unfit: Mapping[str, str] | None = None,
+    model: nn.Module, target_modules: str | Iterable[str], names: Collection[str], unfit: Mapping[str, str]
 ) -> list[str]:
     """Those of ``names`` that are chosen, in their order.
 
     Args:
+        model: whose family says what the default means, and which layer is the output, which ``"all-linear"`` leaves
+            out.
         target_modules: ``"all-linear"``; a list of patterns, each a part of a name or a regular expression for all of
             it; or one regular expression for all of a name. The router of a mixture of experts is chosen where a
             pattern names it (``"gate"``), and not by ``"mlp"``.
         names: of layers with a matrix to choose.
-        output: the output layer's, which ``"all-linear"`` leaves out.
         unfit: other layers, each with the reason why it cannot be chosen.
 
     Raises:
         ValueError: for no patterns, or one that matches none.
     """
-    unfit = unfit or {}
+    target_modules = _of_family(model, target_modules)
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if not patterns:
         raise ValueError("target_modules is empty; name the layers that it is for")
     if patterns == [ALL_LINEAR]:
+        output = output_layers(model)
         chosen = [name for name in names if name not in output and not _is_router(name)]
         if not chosen:
             raise ValueError(f"target_modules: no layer is a trainable linear one{_reasons(unfit)}")
@@ -90,7 +89,7 @@ def found(key: str, patterns: list[str], names: Collection[str], whole_name: boo
     return matches
 
 
-def of_family(model: nn.Module, target_modules: str | Iterable[str]) -> str | Iterable[str]:
+def _of_family(model: nn.Module, target_modules: str | Iterable[str]) -> str | Iterable[str]:
     """What is meant for ``model``: where it is the default, its family's names. They are the parts of all its members,
     of which some have no cross-attention."""
     if target_modules not in (DEFAULT_TARGETS, list(DEFAULT_TARGETS)):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..target_modules import DEFAULT_TARGETS, of_family, output_layers, targets
+from ..target_modules import DEFAULT_TARGETS, targets
 from .layers import FactoredLinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,9 +48,7 @@ def convert(
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
     unfit = {name: "quantized" for name, module in linears.items() if not module.weight.is_floating_point()}
     whole = {name: module for name, module in linears.items() if name not in unfit}
-    chosen = {
-        name: whole[name] for name in targets(of_family(model, target_modules), whole, output_layers(model), unfit)
-    }
+    chosen = {name: whole[name] for name in targets(model, target_modules, whole, unfit)}
     split = next((name for name, module in chosen.items() if hasattr(module.weight, "ds_id")), None)
     if split is not None:
         raise ValueError(

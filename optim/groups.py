@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..layer_registry import parts_among
-from ..target_modules import DEFAULT_TARGETS, of_family, output_layers, reason_against, targets
+from ..target_modules import DEFAULT_TARGETS, output_layers, reason_against, targets
 from ..target_modules import found as found_names
 from .core.group_checks import MATRIX_KEYS
 from .distributed import full_shape
@@ -161,7 +161,7 @@ def _targets(model: nn.Module, target_modules: str | Iterable[str], masked: bool
     candidates = [target for target in matrices if reasons[target.name] is None]
     unfit = {name: reason for name, reason in reasons.items() if reason is not None}
     names = dict.fromkeys(target.name for target in candidates)
-    matched = set(targets(of_family(model, target_modules), names, output_layers(model), unfit))
+    matched = set(targets(model, target_modules, names, unfit))
     yield from (target for target in candidates if target.name in matched or target.density is not None)
 
 

@@ -112,7 +112,7 @@ def check_keys(
     """
     refused = list(refused_keywords({k: v for k, v in group.items() if k not in own}, accepted))
     for key in sorted(map(str, group.keys() - own - FOREIGN_KEYS - accepted.keys())):
-        theirs = min((kind.__name__ for kind in elsewhere if key in keyword_names(kind)), default=None)
+        theirs = min((kind.__name__ for kind in elsewhere if key in _known_to(kind)), default=None)
         if difflib.get_close_matches(key, own, n=1, cutoff=SLIP):
             hint = nearest(key, own)
         elif theirs is not None:
@@ -122,6 +122,10 @@ def check_keys(
         refused.append(f"unknown parameter group key {key!r} = {group[key]!r}; {hint}")
     if refused:
         raise ValueError("; ".join(refused))
+
+
+def _known_to(kind: type) -> set[str]:
+    return keyword_names(kind) | getattr(kind, "renamed", {}).keys()
 
 
 def keyword_names(kind: type) -> set[str]:

@@ -130,6 +130,10 @@ class LowRankOptimizer(ShardedOptimizer):
 
     # ---- what methods use -------------------------------------------------------------------------------------------
 
+    def waited_for_gradient(self, item: ParamStep) -> bool:
+        """Whether a matrix has moved before this step, and never with a gradient."""
+        return self._first_gradients.missing(item.shard.position)
+
     def basis(self, shard: FullMatrix, group: Group, state: State) -> Basis:
         """P of one matrix, to project onto and lift from. Collective, as ``columns``."""
         return Basis(self.columns(shard, group, state), shard.side)
@@ -170,7 +174,7 @@ class LowRankOptimizer(ShardedOptimizer):
             yield portion
 
     def _is_due_now(self, item: ParamStep) -> bool:
-        return self._first_gradients.missing(item.shard.position) or self.is_due(item.group, item.state)
+        return self.waited_for_gradient(item) or self.is_due(item.group, item.state)
 
     def find(self, work: list[ParamStep]) -> None:
         due = [item for item in work if item.is_due]

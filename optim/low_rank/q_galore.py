@@ -204,12 +204,14 @@ class GaLoreAdamW8bit(GaLore):
         device = lazy[0].state["overlap"].device
         overlaps = torch.stack([item.state["overlap"].to(device) for item in lazy]).cpu()  # one read for all
         for item, overlap in zip(lazy, overlaps, strict=True):
-            _set_next_refresh(overlap, item.group, item.state)
+            # what was found from zeros says nothing: exact vectors of zeros are always the same
+            waited = self.waited_for_gradient(item)
+            _set_next_refresh(overlap.new_tensor(torch.nan) if waited else overlap, item.group, item.state)
 
 
 def _set_next_refresh(overlap: Tensor, group: Group, state: State) -> None:
     """T_l and the next refresh of a matrix that was refreshed in this step, whose ``overlap`` with its last subspace is
-    known now."""
+    known now; NaN where there is none to speak of."""
     queue, gap = state["overlaps"], state["refresh_gap"]
     refreshed_at = steps_of(state) - 1
     if refreshed_at > 0 and overlap.isfinite():

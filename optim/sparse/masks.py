@@ -43,7 +43,9 @@ class Masked:
 
     @property
     def gradient(self) -> Tensor:
-        return self.shard.gradient.reshape(-1)
+        """As autograd left it: what it is worth is its size, whichever way the weights go."""
+        assert self.shard.held_gradient is not None
+        return self.shard.held_gradient.reshape(-1)
 
     @property
     def indices(self) -> Tensor:

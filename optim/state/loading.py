@@ -14,7 +14,8 @@ class FaithfulLoading(torch.optim.Optimizer):
 
     Attributes:
         later_keys: keys of groups that came when there were checkpoints already, with the values that they had before.
-            At these they are not saved: torch.distributed.checkpoint refuses a checkpoint without a key.
+            At these they are not saved, and where they are missing they are these: torch.distributed.checkpoint
+            refuses a checkpoint without a key.
     """
 
     later_keys: ClassVar[Mapping[str, Any]] = {}

@@ -95,6 +95,20 @@ def test_so_it_is_after_a_checkpoint(cls, keys, at, how):
         assert torch.equal(W, V)
 
 
+@pytest.mark.parametrize("method", ["iterate", "svd"])
+def test_what_is_found_from_zeros_is_no_overlap(method):
+    """The exact vectors of zeros never change: by their overlap the gap would widen before there is a gradient."""
+    W = matrix()
+    keys = {"update_proj_gap": 2, "cos_threshold": 0.4, "subspace_method": method}
+    optimizer = made(optim.GaLoreAdamW8bit, keys, W)
+    advance(optimizer, W, 0, 21, zeros=20)
+    state = optimizer.state[W]
+    assert state["refresh_gap"] == 2
+    assert state["overlaps"].isnan().all()
+    advance(optimizer, W, 21, 25, zeros=20)
+    assert state["overlaps"].isfinite().sum() == 2
+
+
 def test_a_first_gradient_that_is_not_finite_does_not_count():
     W = matrix()
     optimizer = made(GaLoreAdamW, {}, W)
