@@ -6,7 +6,8 @@
 
 Each line is ``gracile pretrain quickstart`` with the settings of ``RUNS``. The learning rates there are tried times
 every one of ``--factors``, and the best final validation loss counts: the same budget for every optimizer, AdamW
-included. Runs that are in the results file already are not run again.
+included. Runs that are in the results file already are not run again. ``--jobs`` runs several at a time, on a GPU or on
+many cores; ``TARGETS`` is the share of the learning rate that the lines at two rates give to the matrices (a tenth).
 """
 
 from __future__ import annotations
@@ -18,12 +19,23 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+WRITING = threading.Lock()
+
+# how the weights that a mask grows count their steps
+GROWN: dict[str, dict[str, Any]] = {
+    "shared steps": {},
+    "own steps": {"grown_step": "own"},
+    "own steps, warm-up": {"grown_step": "own", "grown_warmup": 10},
+}
 
 # name in the table -> settings; a learning rate of each one's usual order of size at this model, and the papers'
 # exact singular vectors but for one line, which shows what the default iteration makes of them
@@ -75,11 +87,23 @@ RUNS: dict[str, dict[str, Any]] = {
         "adam_beta1": 0.908,
         "adam_beta2": 0.99,
     },
+    **{
+        f"{name}, {how}": {
+            "optimizer": optimizer,
+            "learning_rate": 0.02,
+            "sparsity": 0.8,
+            "update_every": 10,
+            "script": "split_adamw.py",
+            "optimizer_args": {"distribution": "uniform", "rescale_init": True, **grown},
+        }
+        for name, optimizer in (("RigLAdamW", "rigl_adamw"), ("SRigLAdamW", "srigl_adamw"))
+        for how, grown in GROWN.items()
+    },
 }
 
 
-def train(settings: dict[str, Any], dataset: str, steps: int) -> dict[str, Any]:
-    """One run in a process of its own; what its metrics.json holds, without the history."""
+def train(settings: dict[str, Any], dataset: str, steps: int, history: bool = False) -> dict[str, Any]:
+    """One run in a process of its own; what its metrics.json holds, the history if asked for."""
     with tempfile.TemporaryDirectory() as folder:
         keys = {"dataset": dataset, "max_steps": steps, "save_strategy": "no", "eval_strategy": "no", **settings}
         script = keys.pop("script", None)
@@ -99,7 +123,21 @@ def train(settings: dict[str, Any], dataset: str, steps: int) -> dict[str, Any]:
         "weight_bytes",
         "gradient_bytes",
     )
-    return {key: told[key] for key in wanted}
+    return {key: told[key] for key in (*wanted, *(["history"] if history else []))}
+
+
+def in_turn(work: Callable[[Any], None], wanted: list[Any], jobs: int) -> None:
+    """``work`` on each, ``jobs`` at a time; the first alone, since it fills the cache of packed text."""
+    if wanted:
+        work(wanted[0])
+    with ThreadPoolExecutor(jobs) as pool:
+        for _ in pool.map(work, wanted[1:]):
+            pass
+
+
+def device() -> str:
+    """What the runs compute on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -131,25 +169,31 @@ def main() -> None:
     parser.add_argument("--factors", type=float, nargs="+", default=(0.5, 1.0, 2.0), help="on the learning rates")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--results", type=Path, help="file of the results; by default named after the dataset")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     options = parser.parse_args()
     path = options.results or RESULTS / f"quickstart_{Path(options.dataset).stem}.json"
     told = json.loads(path.read_text()) if path.exists() else {"runs": []}
 
-    for factor in options.factors:
-        for name, settings in RUNS.items():
-            if options.optimizers and settings["optimizer"] not in options.optimizers:
-                continue
-            rate = factor * settings["learning_rate"]
-            if any(
-                r["name"] == name and r["learning_rate"] == rate and r["steps"] == options.steps for r in told["runs"]
-            ):
-                continue
-            found = train({**settings, "learning_rate": rate}, options.dataset, options.steps)
+    wanted = [
+        (name, settings, factor * settings["learning_rate"])
+        for factor in options.factors
+        for name, settings in RUNS.items()
+        if not options.optimizers or settings["optimizer"] in options.optimizers
+    ]
+    done = {(run["name"], run["learning_rate"], run["steps"]) for run in told["runs"]}
+    wanted = [run for run in wanted if (run[0], run[2], options.steps) not in done]
+    told["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "device": device()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def measure(run: tuple[str, dict[str, Any], float]) -> None:
+        name, settings, rate = run
+        found = train({**settings, "learning_rate": rate}, options.dataset, options.steps)
+        with WRITING:
             told["runs"].append({"name": name, "learning_rate": rate, "steps": options.steps, **found})
-            told["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(told, indent=1) + "\n")
             print(f"{name:<32} lr {rate:<8g} validation loss {found['validation_loss']:.4f}", flush=True)
+
+    in_turn(measure, wanted, options.jobs)
     runs = [run for run in told["runs"] if run["steps"] == options.steps]
     tokens = runs[0]["tokens"]
     text = f"{options.steps} steps, {tokens:,} tokens, {runs[0]['parameters']:,} parameters\n\n{table(runs)}\n"
