@@ -20,6 +20,7 @@ from .models.layer_schedules.gradient_annealing import GradientAnnealing
 from .models.layer_schedules.mask_decay import MaskDecay
 from .models.layer_schedules.ordered_dropout import OrderedDropout
 from .optim.core.keywords import keyword_names
+from .optim.core.optimizer import COMMON_KEYS, ShardedOptimizer
 
 Family = Literal["plain", "low_rank", "sparse", "factored"]
 
@@ -55,8 +56,9 @@ class OptimizerEntry:
     clocks: Mapping[str, float] = field(default_factory=dict)
 
     def accepts(self) -> set[str]:
-        """The keywords of its constructor."""
-        return keyword_names(self.cls)
+        """The keywords of its constructor, and the keys that every class here has."""
+        ours = COMMON_KEYS.keys() if issubclass(self.cls, ShardedOptimizer) else set()
+        return keyword_names(self.cls) | ours
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from ..state.spec import (
     step_spec,
 )
 from .group_checks import MATRIX_KEYS
+from .rounding import is_rounded
 from .rules import ADAM, Rule
 from .types import Group, State
 
@@ -64,6 +65,7 @@ class DeclaredState(FaithfulLoading):
     registry: ParamRegistry
     _key_names: dict[int, tuple[str, ...]]  # by position, the keys of a parameter's state
     _moments: dict[int, list[StateSpec]]  # by position, its moments: declared once, where every step asks
+    _by_chance: dict[int, list[StateSpec]]  # by position, what is rounded by chance, likewise
 
     # ---- what a method declares -------------------------------------------------------------------------------------
 
@@ -100,6 +102,12 @@ class DeclaredState(FaithfulLoading):
         if shard.position not in self._moments:
             self._moments[shard.position] = self.moment_specs(shard, group)
         return self._moments[shard.position]
+
+    def by_chance(self, shard: FullShard, group: Group) -> list[StateSpec]:
+        """The tensors that stochastic rounding is for, declared once a parameter."""
+        if shard.position not in self._by_chance:
+            self._by_chance[shard.position] = [spec for spec in self.state_specs(shard, group) if is_rounded(spec)]
+        return self._by_chance[shard.position]
 
     def initialize(self, shard: FullShard, group: Group, state: State) -> None:
         """Give new state values that no fill says. Called once for each parameter, in their order. Collective."""
@@ -290,3 +298,4 @@ class DeclaredState(FaithfulLoading):
         super().load_state_dict(state_dict)
         self._key_names.clear()  # a loaded rank may have other keys and shapes
         self._moments.clear()
+        self._by_chance.clear()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ...validation import Check, flag, number, require
+from ...validation import Check, flag, number, require, whole
 from .types import Group
 
 # Keys of which one marks the groups of matrices that a method is for; other groups get the plain rule.
@@ -23,6 +23,8 @@ COMMON_CHECKS: dict[str, Check] = {
     "weight_decay": number(">= 0"),
     "state_dtype": _floating_dtype,
     "maximize": flag(),
+    "stochastic_rounding": flag(),
+    "rounding_seed": whole(0),
 }
 
 
@@ -53,3 +55,10 @@ def check_tensors(parameters: list[Tensor]) -> None:
     require(once, "params must hold each parameter once", len(parameters))
     for p in parameters:
         require(p.is_floating_point(), "parameters must be real floating point tensors", p.dtype)
+
+
+def check_rounding(parameters: list[Tensor], group: Group) -> None:
+    """Refuse what would be rounded to nearest all the same."""
+    if group.get("stochastic_rounding"):
+        for p in parameters:
+            require(p.dtype != torch.float16, "stochastic_rounding=True is for bfloat16 and wider parameters", p.dtype)

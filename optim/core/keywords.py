@@ -1,8 +1,8 @@
 """Keywords and group keys that other optimizers take and none here has: accepted where their value changes nothing,
 refused by name and reason where it would.
 
-An optimizer's keys are its constructor's arguments and ``maximize``. Of the others, one that a class here or a slip of
-the keyboard may mean is refused; a key that nobody knows is the user's own, and is kept in its group.
+An optimizer's keys are its constructor's arguments and those that every class has. Of the others, one that a class here
+or a slip of the keyboard may mean is refused; a key that nobody knows is the user's own, and is kept in its group.
 """
 
 from __future__ import annotations

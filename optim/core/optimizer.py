@@ -26,13 +26,16 @@ from ...validation import Check
 from ..distributed import FullShard, MatrixShard, ParamRegistry, Update, Workspace, complete_gradients, full_shape
 from ..state.spec import PLAIN, to_portable
 from .declared_state import DeclaredState
-from .group_checks import COMMON_CHECKS, check_declared, check_tensors, parameters_in
+from .group_checks import COMMON_CHECKS, check_declared, check_rounding, check_tensors, parameters_in
 from .keywords import ACCEPTED, Accepted, check_keys, check_keywords, keyword_names
+from .rounding import widened, widened_weights
 from .rules import plain, with_numbers
 from .types import Group, ParamStep, State
 
 # Phases of a step, by the names that a listener gets.
 FIND, UPDATE, AFTER = "find", "update", "after"
+# The keys of every class beside its constructor's, with what they are where they are not given.
+COMMON_KEYS: Mapping[str, Any] = {"maximize": False, "stochastic_rounding": False, "rounding_seed": 0}
 PhaseListener = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -44,7 +47,7 @@ class ShardedOptimizer(DeclaredState):
     engine steps flat tensors that hold several parameters, keys begin with a parameter's position: ``"3.exp_avg"``.
 
     A constructor's arguments are its group keys: it passes ``locals()`` on, of which its parameters are taken. Its
-    ``torch_keywords`` are ``maximize``, a key of every class, and what ``accepted`` lists.
+    ``torch_keywords`` are the keys that every class has (``COMMON_KEYS``), and what ``accepted`` lists.
 
     Attributes:
         checks: a check for each key of the class's own.
@@ -58,18 +61,18 @@ class ShardedOptimizer(DeclaredState):
     checks: ClassVar[Mapping[str, Check]] = {}
     accepted: ClassVar[Mapping[str, Accepted]] = ACCEPTED
     renamed: ClassVar[Mapping[str, str]] = {}
-    later_keys: ClassVar[Mapping[str, Any]] = {"maximize": False}
+    later_keys: ClassVar[Mapping[str, Any]] = COMMON_KEYS
     phase_listener: PhaseListener | None = None
 
     def __init__(self, params: ParamsT, arguments: Group) -> None:
         names = keyword_names(arguments.get("__class__", type(self)))
         defaults = {key: value for key, value in arguments.items() if key in names}
         more = dict(arguments.get("torch_keywords", {}))
-        defaults["maximize"] = more.pop("maximize", False)
+        defaults |= {key: more.pop(key, value) for key, value in COMMON_KEYS.items()}
         check_keywords(type(self).__name__, more, defaults, self.accepted)
         self.defaults = defaults  # what the checks of groups look at; torch sets it again
         self.registry = ParamRegistry()
-        self._key_names, self._moments = {}, {}
+        self._key_names, self._moments, self._by_chance = {}, {}, {}
         self._check_each(defaults)
         super().__init__(params, defaults)
 
@@ -133,6 +136,7 @@ class ShardedOptimizer(DeclaredState):
         self.check_values(group)
         parameters = parameters_in(group)
         check_tensors(parameters)
+        check_rounding(parameters, group)
         if self.is_for_matrices(group):
             for shape in map(full_shape, parameters):
                 self.check_shape(shape, group)
@@ -179,13 +183,28 @@ class ShardedOptimizer(DeclaredState):
             with self.phase(UPDATE):
                 for item in portion:
                     item.state["step"] += 1
-                    self.update(item.take_grad(), item.shard, item.group, item.state)
+                    G = item.take_grad()
+                    with self._rounded(item) as state:
+                        self.update(G, item.shard, item.group, state)
         with self.phase(AFTER):
             self.after_step(work)
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
         """A phase of the step, announced to the listener."""
         return nullcontext() if self.phase_listener is None else self.phase_listener(name)
+
+    def _rounded(self, item: ParamStep) -> AbstractContextManager[State]:
+        """The state that a parameter is moved with: itself, or wider, if it is rounded by chance."""
+        if not item.group["stochastic_rounding"]:
+            return nullcontext(item.state)
+        specs = self.by_chance(item.shard, item.group)
+        return widened(item.shard, item.state, specs, item.group["rounding_seed"])
+
+    def rounded_weights(self, item: ParamStep, what: str) -> AbstractContextManager[None]:
+        """Weights that are written outside of ``update``; ``what`` tells the passes of one step apart."""
+        if not item.group["stochastic_rounding"]:
+            return nullcontext()
+        return widened_weights(item.shard, item.state, item.group["rounding_seed"], what)
 
     def _is_blank(self, work: list[ParamStep]) -> bool:
         """Whether a step moves nothing: torch.distributed.checkpoint lets state be made by one without a learning rate
@@ -245,9 +264,11 @@ class ShardedOptimizer(DeclaredState):
         """Also reached by unpickling: groups pickled before a key existed get its default."""
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # which torch puts there, and no constructor of ours takes
-        self.defaults.setdefault("maximize", False)  # pickled before there was one
+        for key, value in COMMON_KEYS.items():  # pickled before there was one
+            self.defaults.setdefault(key, value)
         if not hasattr(self, "registry"):  # unpickled: torch keeps nothing but groups, state and defaults
-            self.registry, self._key_names, self._moments = ParamRegistry(), {}, {}
+            self.registry = ParamRegistry()
+            self._key_names, self._moments, self._by_chance = {}, {}, {}
             for group in self.param_groups:
                 self.register(group)
         for group in self.param_groups:

@@ -31,6 +31,10 @@ class FlatShard(FullShard):
         return self._gradient
 
     @property
+    def first_element(self) -> int:
+        return self.held.start
+
+    @property
     def processes(self) -> ProcessGroup:
         return self.held.processes
 

@@ -10,7 +10,8 @@ Verbs communicate where a parameter is split (flat.py, matrix.py), attributes ne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeGuard
 
 import torch
@@ -56,11 +57,26 @@ class FullShard:
         self.shape = tuple(parameter.shape)
         self.position = position  # among all parameters of the optimizer: the same on every process
         self.workspace = workspace
+        self._narrow: Tensor | None = None  # the parameter, while a wider one is in its place
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights that the optimizer steps: an engine's masters are wider than the model's."""
-        return self.parameter.dtype
+        return (self.parameter if self._narrow is None else self._narrow).dtype
+
+    @property
+    def first_element(self) -> int:
+        """Which element of the flattened parameter is the first of those that this process holds."""
+        return 0
+
+    @contextmanager
+    def in_place_of_weights(self, wide: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """``wide`` is what methods see as ``parameter``; gives the parameter and ``wide``."""
+        self._narrow, self.parameter = self.parameter, wide
+        try:
+            yield self._narrow, wide
+        finally:
+            self.parameter, self._narrow = self._narrow, None
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +97,7 @@ class FullShard:
     @property
     def held_gradient(self) -> Tensor | None:
         """``gradient`` as autograd left it."""
-        return self.parameter.grad
+        return (self.parameter if self._narrow is None else self._narrow).grad
 
     def gather_grad(self) -> Tensor:
         """The gradient as the rule or the method wants it: of a matrix, its lines. Collective; once a step."""

@@ -60,6 +60,10 @@ class MatrixShard(FullMatrix):
         return self._gradient
 
     @property
+    def first_element(self) -> int:
+        return self.held.start
+
+    @property
     def processes(self) -> ProcessGroup:
         return self.held.processes
 

@@ -150,7 +150,8 @@ class WGSEFAdamW(ShardedOptimizer):
                 keep_only_(item.shard.parameter, own.each(largest(norms, k), item.shard))
             elif (lam := _strength(item)) > 0:
                 factors = proximal_factors(norms, own.sizes(norms.device).view(-1), k, lam)
-                item.shard.parameter.mul_(own.each(factors.to(norms.dtype), item.shard))
+                with self.rounded_weights(item, "shrunk"):
+                    item.shard.parameter.mul_(own.each(factors.to(norms.dtype), item.shard))
 
 
 def _is_finished(group: Group, state: State) -> bool:
