@@ -65,9 +65,9 @@ __all__ = [
 
 # Names on the import lines of published scripts, and what stands in their place.
 REPLACED = {
-    "QAPOLLOAdamW": "APOLLOAdamW, on weights in bf16: it trains int8 weights, and there are none here",
-    "GaLoreRMSProp": "GaLoreAdamW with betas=(0.0, 0.99), which is RMSProp with its bias corrected",
-    "FiraRMSProp": "FiraAdamW with betas=(0.0, 0.99), which is RMSProp with its bias corrected",
+    "QAPOLLOAdamW": "APOLLOAdamW, on weights in bf16 (theirs trains int8 weights, with moments in fp32)",
+    "GaLoreRMSProp": "GaLoreAdamW with betas=(0.0, 0.99) (RMSProp with its bias corrected)",
+    "FiraRMSProp": "FiraAdamW with betas=(0.0, 0.99) (RMSProp with its bias corrected)",
     "divide_params": "param_groups(model, rank=rank, target_modules=target_modules_list, scale=alpha)",
 }
 
@@ -76,5 +76,5 @@ if not TYPE_CHECKING:  # which would take every name for one of the module
     def __getattr__(name: str) -> object:
         """Tell what replaces a name; an AttributeError would be lost in that of the import."""
         if name in REPLACED:
-            raise ImportError(f"gracile.optim has no {name}; use {REPLACED[name]} (docs/migrating.md)")
+            raise ImportError(f"gracile.optim has no {name}; use {REPLACED[name]}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,16 +13,23 @@ from typing import IO, Any
 
 import torch
 
-PROJECTORS = (
-    "galore_torch.galore_projector.GaLoreProjector",
-    "apollo_torch.svd_projector.GaLoreProjector",
-    "apollo_torch.random_projector.GradientProjector",
-    "fira.gradient_projection.GradientProjector",
-)
-
 
 class PublishedProjector:
     """What a projector of those packages held: attributes, and nothing that could be called."""
+
+
+def _of_name(name: str) -> type[PublishedProjector]:
+    """What ``torch.load`` takes for the class of that name."""
+    module, _, own = name.rpartition(".")
+    return type(own, (PublishedProjector,), {"__module__": module})
+
+
+STAND_INS: list[Any] = [
+    _of_name("galore_torch.galore_projector.GaLoreProjector"),
+    _of_name("apollo_torch.svd_projector.GaLoreProjector"),
+    _of_name("apollo_torch.random_projector.GradientProjector"),
+    _of_name("fira.gradient_projection.GradientProjector"),
+]
 
 
 def read_published(file: str | os.PathLike[str] | IO[bytes]) -> Any:
@@ -58,11 +65,10 @@ def read_published(file: str | os.PathLike[str] | IO[bytes]) -> Any:
         >>> {key: tuple(tensor.shape) for key, tensor in ours.state[weight].items()}
         {'step': (), 'basis': (32, 4), 'exp_avg': (64, 4), 'exp_avg_sq': (64, 4)}
     """
-    stand_ins: list[Any] = [(PublishedProjector, name) for name in PROJECTORS]
     try:
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals(STAND_INS):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, TypeError) as error:  # the second of a projector that is called
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"an object of {found[1]}" if found else "what is neither a tensor nor a number"
         name = getattr(file, "name", file)
