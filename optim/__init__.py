@@ -1,5 +1,7 @@
 """Drop-in ``torch.optim`` classes whose state is low-rank. Imports torch and nothing heavier."""
 
+from typing import TYPE_CHECKING
+
 from .factored.relora import ReLoRAAdamW
 from .factored.sltrain import SLTrainAdamW, SLTrainAdamW8bit
 from .factored.sst import SSTAdamW
@@ -15,6 +17,7 @@ from .low_rank.gradnormlorp import GradNormLoRPAdamW
 from .low_rank.ldadam import LDAdamW
 from .low_rank.q_galore import GaLoreAdamW8bit
 from .memory import state_bytes
+from .published_file import read_published
 from .scale import SCALE
 from .schedules import JaggedCosineLR
 from .sparse.blast import BlockSparseAdamW
@@ -56,5 +59,22 @@ __all__ = [
     "full_state",
     "load_full_state",
     "param_groups",
+    "read_published",
     "state_bytes",
 ]
+
+# Names on the import lines of published scripts, and what stands in their place.
+REPLACED = {
+    "QAPOLLOAdamW": "APOLLOAdamW, on weights in bf16 (theirs trains int8 weights, with moments in fp32)",
+    "GaLoreRMSProp": "GaLoreAdamW with betas=(0.0, 0.99) (RMSProp with its bias corrected)",
+    "FiraRMSProp": "FiraAdamW with betas=(0.0, 0.99) (RMSProp with its bias corrected)",
+    "divide_params": "param_groups(model, rank=rank, target_modules=target_modules_list, scale=alpha)",
+}
+
+if not TYPE_CHECKING:  # which would take every name for one of the module
+
+    def __getattr__(name: str) -> object:
+        """Tell what replaces a name; an AttributeError would be lost in that of the import."""
+        if name in REPLACED:
+            raise ImportError(f"gracile.optim has no {name}; use {REPLACED[name]}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

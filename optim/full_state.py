@@ -16,10 +16,14 @@ from torch import Tensor
 from .core.optimizer import ShardedOptimizer
 from .core.types import Group
 from .distributed import FlatShard, FullMatrix, FullShard, MatrixShard, ParamRef
+from .low_rank.optimizer import LowRankOptimizer
+from .low_rank.published import is_foreign
 from .state.blockwise_8bit import without_codes
-from .state.spec import Placement, StateSpec, portable_from
+from .state.loading import by_position
+from .state.spec import Placement, State, StateSpec, portable_from
 
 FORMAT = 1
+Held = tuple[ParamRef, FullShard, Group, State]
 
 
 @torch.no_grad()
@@ -70,7 +74,8 @@ def load_full_state(optimizer: ShardedOptimizer, saved: dict[str, Any]) -> None:
 
     Args:
         optimizer: of the same class and for the same parameters; its layout and number of processes may differ.
-        saved: what ``full_state`` returned at process 0.
+        saved: what ``full_state`` returned at process 0; or the ``state_dict()`` of the published class of the same
+            name, as ``read_published`` reads it. Groups stay as they are here.
 
     Raises:
         ValueError: where ``saved`` is of another class or of other parameters; nothing is changed then.
@@ -86,12 +91,14 @@ def load_full_state(optimizer: ShardedOptimizer, saved: dict[str, Any]) -> None:
         >>> all(torch.equal(tensor, other.state[weight][key]) for key, tensor in one.state[weight].items())
         True
     """
+    held = list(optimizer.held_parameters())
+    if "param_groups" in saved:
+        saved = _of_published(optimizer, saved, held)
     if saved.get("format") != FORMAT or saved.get("class") != type(optimizer).__name__:
         raise ValueError(
             f"the full state is of {saved.get('class')!r} in format {saved.get('format')!r}, expected "
             f"{type(optimizer).__name__!r} in format {FORMAT}"
         )
-    held = list(optimizer.held_parameters())
     fresh = []
     for ref, shard, group, _ in held:
         own = saved["parameters"].get(ref.position)
@@ -104,6 +111,22 @@ def load_full_state(optimizer: ShardedOptimizer, saved: dict[str, Any]) -> None:
         own = saved["parameters"][ref.position]
         if "weight" in own:
             shard.parameter.copy_(_own_weights(own["weight"], shard))
+
+
+def _of_published(optimizer: ShardedOptimizer, saved: dict[str, Any], held: list[Held]) -> dict[str, Any]:
+    """The full state from the ``state_dict()`` of a published class."""
+    foreign = all(map(is_foreign, saved["state"].values()))
+    if not isinstance(optimizer, LowRankOptimizer) or optimizer.published is None or not foreign:
+        raise ValueError(f"a state_dict() of {type(optimizer).__name__} is loaded by load_state_dict; see full_state")
+    for group in saved["param_groups"]:
+        optimizer.check_keys(optimizer.with_own_names(group))
+    states = by_position(saved)
+    parameters = {
+        ref.position: optimizer.published_state(ref, group, states[ref.position], shard.device)
+        for ref, shard, group, _ in held
+        if ref.position in states
+    }
+    return {"format": FORMAT, "class": type(optimizer).__name__, "parameters": parameters}
 
 
 def _gathered(value: Tensor, spec: StateSpec, shard: FullShard) -> Tensor | None:

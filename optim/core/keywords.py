@@ -66,6 +66,10 @@ OF_8_BITS: Mapping[str, Accepted] = {
     "percentile_clipping": Accepted((100,), "gradients are not clipped"),
     "block_wise": Accepted((True,), "codes are block-wise"),
     "is_paged": Accepted((False,), "moments are not paged"),
+    # of its groups, for AdEMAMix
+    "alpha": Accepted((0.0,), "there is no third moment"),
+    "t_alpha": Accepted((None,), "there is no third moment"),
+    "t_beta3": Accepted((None,), "there is no third moment"),
 }
 
 

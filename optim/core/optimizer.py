@@ -112,7 +112,7 @@ class ShardedOptimizer(DeclaredState):
 
     def add_param_group(self, param_group: Group) -> None:
         """As ``torch.optim.Optimizer.add_param_group``; a group that is refused leaves the optimizer as it was."""
-        group = self._with_own_names(param_group)
+        group = self.with_own_names(param_group)
         if isinstance(group["params"], Tensor):
             group["params"] = [group["params"]]
         elif not isinstance(group["params"], set):  # sets are torch's to refuse
@@ -121,7 +121,7 @@ class ShardedOptimizer(DeclaredState):
         super().add_param_group(group)
         self.register(self.param_groups[-1])
 
-    def _with_own_names(self, group: Group) -> Group:
+    def with_own_names(self, group: Group) -> Group:
         """A group whose keys are called as here."""
         if twice := sorted(theirs for theirs, own in self.renamed.items() if theirs in group and own in group):
             raise ValueError(f"{twice[0]} and {self.renamed[twice[0]]} are one key; give one of them")

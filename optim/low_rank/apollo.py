@@ -43,6 +43,7 @@ from ..state.spec import StateSpec, wide_dtype
 from .gaussian import following, gaussian_columns
 from .growth_limiter import limit_growth_
 from .optimizer import LowRankOptimizer
+from .published import Published
 from .singular import leading_singular_vectors
 
 PROJECTIONS = ("random", "svd")
@@ -102,6 +103,8 @@ class APOLLOAdamW(LowRankOptimizer):
         "disable_nl": flag(),
         "seed": _seed,
     }
+
+    published = Published("apollo-torch", renamed={"update_norm": "scaled_grad"}, derived=("seed",))
 
     def __init__(
         self,

@@ -37,6 +37,7 @@ from ..distributed import FullMatrix, Update
 from ..state.spec import StateSpec, wide_dtype
 from .growth_limiter import limit_growth_
 from .optimizer import LowRankOptimizer
+from .published import Published
 
 RESIDUALS = ("reference", "orthogonal")
 
@@ -79,6 +80,7 @@ class FiraAdamW(LowRankOptimizer):
     }
 
     renamed: ClassVar[Mapping[str, str]] = {"alpha": "scale"}  # of their groups
+    published = Published("fira", scale="alpha", renamed={"residual_norm": "scaling_grad"})
 
     def __init__(
         self,

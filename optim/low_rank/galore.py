@@ -39,6 +39,7 @@ from ..core.rules import ADAFACTOR, LION
 from ..core.types import Group, State
 from ..distributed import FullMatrix, FullShard, Update, has_subspace
 from .optimizer import LowRankOptimizer
+from .published import Published
 
 
 class GaLore(LowRankOptimizer):
@@ -101,6 +102,8 @@ class GaLoreAdamW(GaLore):
         >>> GaLoreAdamW.state_bytes_for((4096, 4096), rank=128), GaLoreAdamW.state_bytes_for((4096, 4096))
         (6291460, 134217732)
     """
+
+    published = Published("galore-torch")
 
     def __init__(
         self,
@@ -213,6 +216,7 @@ class GaLoreAdafactor(GaLore):
     """
 
     rule = ADAFACTOR
+    published = Published("galore-torch", derived=("RMS",))
 
     def __init__(
         self,

@@ -24,10 +24,21 @@ from ...validation import Check, finite, one_of, require, whole
 from ..core.clock import every, steps_of
 from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.types import Group, ParamStep, State
-from ..distributed import PROJ_TYPES, FullMatrix, FullShard, PendingSolve, ProjectionSide, Update, has_subspace
+from ..distributed import (
+    PROJ_TYPES,
+    FullMatrix,
+    FullShard,
+    ParamRef,
+    PendingSolve,
+    ProjectionSide,
+    Update,
+    has_subspace,
+    is_dtensor,
+)
 from ..state.spec import StateSpec, basis_spec
 from .basis import Basis, first_columns
 from .first_gradients import FirstGradients
+from .published import Published, PublishedState, is_foreign
 from .singular import SUBSPACE_METHODS, leading_singular_vectors, orthogonal_iteration
 
 
@@ -41,9 +52,13 @@ class LowRankOptimizer(ShardedOptimizer):
     A method says by ``low_rank_direction`` where a matrix goes, and where its subspace is not GaLore's, by
     ``find_basis`` what it is, by ``basis_specs``, ``store_basis`` and ``columns`` how it is kept, and by ``is_due``
     when it is found anew.
+
+    Attributes:
+        published: what the published class of the same name keeps in its state; None where there is none.
     """
 
     matrix_key = "rank"
+    published: ClassVar[Published | None] = None
     subspace_methods: ClassVar[tuple[str, ...]] = SUBSPACE_METHODS
     checks: ClassVar[Mapping[str, Check]] = {
         "rank": whole(1, optional=True),
@@ -119,6 +134,36 @@ class LowRankOptimizer(ShardedOptimizer):
     def from_portable(self, shard: FullShard, group: Group, portable: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self._first_gradients.forget()
         return super().from_portable(shard, group, portable)
+
+    def own_form(self, parameter: Tensor, group: Group, saved: Mapping[str, Any]) -> dict[str, Any] | None:
+        ref = self._ref(parameter, group)
+        if self.published is None or ref is None or not is_foreign(saved):
+            return super().own_form(parameter, group, saved)
+        if is_dtensor(parameter):
+            raise ValueError(
+                f"the saved state of parameter {ref.position} is of a whole parameter, from {self.published.package}, "
+                "and this one is split; load it by gracile.optim.load_full_state"
+            )
+        return self.published_state(ref, group, saved, parameter.device)
+
+    def published_state(
+        self, ref: ParamRef, group: Group, saved: Mapping[str, Any], device: torch.device
+    ) -> dict[str, Any] | None:
+        """The state of a whole parameter as it is kept here, of which ``saved`` is that of the published class; None
+        where the parameter has not moved yet.
+
+        Raises:
+            ValueError: where this class would not go on as that one.
+        """
+        assert self.published is not None
+        shard = self.on_meta(ref, group)
+        try:
+            return PublishedState(saved, self.published, shard, group, device).as_declared(self.specs(shard, group))
+        except ValueError as reason:
+            name = type(self).__name__
+            raise ValueError(
+                f"the saved state of parameter {ref.position}, of shape {ref.shape}, cannot go on in {name}: {reason}"
+            ) from None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

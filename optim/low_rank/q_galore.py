@@ -45,6 +45,7 @@ from ..state.packed_rows import BITS, packed, packed_specs, unpacked
 from ..state.spec import PROJECTORS, Placement, StateSpec
 from .basis import first_columns
 from .galore import GaLore
+from .published import Published
 from .singular import orthogonal_iteration, orthonormalized
 
 PACKED = ("basis", "basis_scale", "basis_minimum")
@@ -97,6 +98,7 @@ class GaLoreAdamW8bit(GaLore):
 
     rule = Rule(check_adam, adam_specs, partial(adam, torch_eps=True))
     moment_codec = IN_8_BITS
+    published = Published("galore-torch", scratch=("unorm_vec",))
     accepted: ClassVar[Mapping[str, Accepted]] = {**ACCEPTED, **OF_8_BITS}
     checks: ClassVar[Mapping[str, Check]] = {
         "quant": flag(),

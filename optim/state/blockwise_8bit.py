@@ -8,7 +8,7 @@ larger, and the codes are the same ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -141,6 +141,33 @@ def without_codes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, value in state.items()
         if name not in scales
     }
+
+
+def of_bitsandbytes(spec: StateSpec, number: str, theirs: MutableMapping[str, Any]) -> dict[str, Tensor]:
+    """A moment that an optimizer of bitsandbytes keeps as ``state1`` or ``state2``, under its keys here.
+
+    Args:
+        spec: the moment of the whole parameter.
+        number: 1 or 2.
+        theirs: the state, of which what belongs to the moment is taken away.
+
+    Raises:
+        ValueError: for codes that stand for other numbers here.
+    """
+    codes, scales, values = (theirs.pop(f"{key}{number}", None) for key in ("state", "absmax", "qmap"))
+    size = math.prod(spec.shape)
+    form, expected = getattr(codes, "dtype", None), torch.float32 if size < SMALLEST else torch.uint8
+    if form != expected:
+        raise ValueError(
+            f"state{number} of {size} elements must be {expected}, got {form}: min_8bit_size is {SMALLEST}"
+        )
+    if size < SMALLEST:
+        return {spec.name: codes}
+    if not isinstance(scales, Tensor) or len(scales) != -(-size // BLOCK):
+        raise ValueError(f"absmax{number} must hold a scale for each block of {BLOCK} of {size} elements")
+    if not isinstance(values, Tensor) or not torch.equal(values.cpu(), _code_of(spec.name, torch.device("cpu"))):
+        raise ValueError(f"qmap{number} must be the dynamic map of bitsandbytes; its codes stand for other numbers")
+    return {spec.name: codes, scales_key(spec.name): scales}
 
 
 def dequantize(state: Mapping[str, Tensor], key: str, shard: FullShard | None = None) -> Tensor:

@@ -28,6 +28,18 @@ class FaithfulLoading(torch.optim.Optimizer):
         """Refuse bad values of a group."""
         raise NotImplementedError
 
+    def with_own_names(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group whose keys are called as here."""
+        raise NotImplementedError
+
+    def own_form(self, parameter: Tensor, group: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Saved state under the keys that it has here, where another optimizer saved it; None where that had none yet.
+
+        Raises:
+            ValueError: where this optimizer would not go on as that one.
+        """
+        return counted(saved)
+
     def expected_state(
         self, parameter: Tensor, group: dict[str, Any], saved: Mapping[str, Any]
     ) -> Mapping[str, tuple[int, ...]] | None:
@@ -73,21 +85,23 @@ class FaithfulLoading(torch.optim.Optimizer):
         torch casts state to the parameter's dtype, which would round fp32 moments of bf16 parameters, and shares
         tensors with ``state_dict``. Raises ValueError, before anything is changed, where the state is not one of
         this optimizer for parameters of these shapes.
+
+        The classes that galore-torch, apollo-torch and fira publish too take their ``state_dict()`` as it is, and go on
+        with their arithmetic; ``gracile.optim.read_published`` reads it from a file.
         """
         saved_state: dict[int, dict[str, Tensor]] = {}  # by position among all parameters
 
         def withhold(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            ids = [i for group in saved["param_groups"] for i in group["params"]]
-            saved_state.update({ids.index(i): _counted(state) for i, state in saved["state"].items() if i in ids})
+            if _sizes(self.param_groups) != _sizes(saved["param_groups"]):
+                return saved  # torch refuses it
             # A key that was not saved keeps its present value: another optimizer's groups must not lose the rank.
             groups = [
                 {key: own[key] for key in self.defaults}
-                | {**self.later_keys, **other, "group_number": own["group_number"]}
-                for own, other in zip(self.param_groups, saved["param_groups"], strict=False)
+                | {**self.later_keys, **self.with_own_names(other), "group_number": own["group_number"]}
+                for own, other in zip(self.param_groups, saved["param_groups"], strict=True)
             ]
-            self._check_state(saved_state, groups)
-            rest = saved["param_groups"][len(groups) :]  # torch refuses unequal lengths
-            return {**saved, "state": {}, "param_groups": groups + rest}
+            saved_state.update(self._checked_state(by_position(saved), groups))
+            return {**saved, "state": {}, "param_groups": groups}
 
         def restore(_: torch.optim.Optimizer) -> None:
             owners = [(p, group) for group in self.param_groups for p in group["params"]]
@@ -107,21 +121,26 @@ class FaithfulLoading(torch.optim.Optimizer):
             before.remove()
             after.remove()
 
-    def _check_state(self, saved_state: dict[int, dict[str, Tensor]], saved_groups: list[dict[str, Any]]) -> None:
-        """Compare saved tensors with those this optimizer would create: nothing is allocated."""
+    def _checked_state(
+        self, saved_state: Mapping[int, Mapping[str, Any]], saved_groups: list[dict[str, Any]]
+    ) -> dict[int, dict[str, Tensor]]:
+        """Saved states in their form here, compared with those this optimizer would create: none of these is made."""
         for group in saved_groups:
             self.check_keys(group)
             self.check_values(group)
         # The saved rank counts: loading restores the saved groups too.
         owners = [
             (p, {**saved, "params": group["params"]})
-            for group, saved in zip(self.param_groups, saved_groups, strict=False)
+            for group, saved in zip(self.param_groups, saved_groups, strict=True)
             for p in group["params"]
         ]
-        for number, state in saved_state.items():
-            if number >= len(owners):
-                return  # torch refuses this too, with its own message
+        checked = {}
+        for number, theirs in saved_state.items():
             p, group = owners[number]
+            state = self.own_form(p, group, theirs)
+            if state is None:
+                continue
+            checked[number] = state
             expected = self.expected_state(p, group, state)
             if expected is None:
                 continue
@@ -132,9 +151,20 @@ class FaithfulLoading(torch.optim.Optimizer):
                     f"shape {tuple(p.shape)}: it holds {saved}, expected {expected}; load it into the optimizer and "
                     "model that saved it"
                 )
+        return checked
 
 
-def _counted(state: Mapping[str, Any]) -> dict[str, Any]:
+def _sizes(groups: list[dict[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
+
+
+def by_position(state_dict: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """The states of a ``state_dict()`` by the position of their parameter among all."""
+    places = {i: number for number, i in enumerate(i for group in state_dict["param_groups"] for i in group["params"])}
+    return {places[i]: state for i, state in state_dict["state"].items() if i in places}
+
+
+def counted(state: Mapping[str, Any]) -> dict[str, Any]:
     """Saved state whose counter is a tensor, which before torch 1.12 was a number."""
     step = state.get("step")
     if isinstance(step, Tensor) or not isinstance(step, (int, float)):

@@ -112,6 +112,53 @@ def test_every_package_of_the_page_has_its_tables():
     assert {theirs.partition(".")[0] for theirs, _ in TABLES} == {*GROUP_KEYS, "peft"}
 
 
+# ---- names, and checkpoints -----------------------------------------------------------------------------------------
+
+
+def table_after(mark):
+    """The cells of each row of a table."""
+    found = re.search(rf"<!-- {mark} -->\n\n((?:\|.*\n)+)", PAGE.read_text(encoding="utf-8"))
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in found[1].splitlines()[2:]]
+
+
+@pytest.mark.parametrize(("name", "instead"), table_after("names"))
+def test_a_name_that_is_not_here_says_what_is_in_its_place(name, instead):
+    with pytest.raises(ImportError, match=rf"^gracile.optim has no {name}; use ") as refused:
+        exec(f"from gracile.optim import {name}", {})
+    assert "\n" not in str(refused.value)
+    used = re.match(r"\w+", instead)[0]
+    assert f"use {used}" in str(refused.value)
+    assert used in optim.__all__
+    assert name not in dir(optim)
+
+
+def test_the_page_has_all_names_that_say_what_is_in_their_place():
+    assert {name for name, _ in table_after("names")} == optim.REPLACED.keys()
+    with pytest.raises(ImportError, match="cannot import name 'GaLoreAdam'"):
+        exec("from gracile.optim import GaLoreAdam", {})
+    assert not hasattr(optim, "GaLoreAdam")
+
+
+def test_adamw_without_a_first_moment_is_rmsprop_with_its_bias_corrected():
+    one, other = (nn.Parameter(torch.linspace(-1, 1, 20)) for _ in range(2))
+    ours = optim.GaLoreAdamW([{"params": [one]}], lr=0.1, betas=(0.0, 0.99), eps=1e-12)
+    theirs = torch.optim.RMSprop([other], alpha=0.99, eps=1e-12)
+    for t in range(1, 9):
+        one.grad = other.grad = torch.randn(20, generator=torch.Generator().manual_seed(t))
+        theirs.param_groups[0]["lr"] = 0.1 * (1 - 0.99**t) ** 0.5
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_checkpoints_of_the_page_are_those_that_are_tested():
+    from tests.optim.low_rank.test_published import CASES, PLAIN
+
+    tested = {(case.theirs, case.ours) for case in CASES.values()} | {(theirs, ours) for theirs, ours, *_ in PLAIN}
+    written = {(named(theirs), getattr(optim, ours, None)) for theirs, ours, _ in table_after("loads")}
+    assert written == tested | {(torch.optim.AdamW, None)}
+
+
 # ---- what the page says of numbers ----------------------------------------------------------------------------------
 
 
