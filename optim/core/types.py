@@ -23,7 +23,6 @@ class ParamStep:
     state: State
     is_due: bool = False  # for a new subspace, in this step
     usable: Tensor | None = None  # of a subspace found in this step: a flag on the device, whether it is finite
-    has_gradient: Tensor | None = None  # where it may be the first one: a flag on the device, whether there is any
     _grad: Tensor | None = None
 
     @property

@@ -42,7 +42,7 @@ from ...validation import Check, flag, is_whole, one_of, require
 from ..core.clock import steps_of
 from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
-from ..core.types import Group, State
+from ..core.types import Group, ParamStep, State
 from ..distributed import FullMatrix, FullShard, Update, has_subspace
 from ..state.packed_rows import pack_, packed_specs, unpacked
 from ..state.spec import ERRORS, INDICES, Placement, StateSpec
@@ -137,10 +137,13 @@ class DCTAdamW(LowRankOptimizer):
             torch.arange(shard.side.rank, out=state["indices"], device=state["indices"].device)
 
     def waits_for_gradient(self, group: Group) -> bool:
-        return False
+        return group["update_proj_gap"] > 1  # with 1 the next step chooses anyhow
 
     def is_due(self, group: Group, state: State) -> bool:
-        return False  # columns are chosen in ``low_rank_direction``, for the gradient and the error together
+        return False
+
+    def find(self, work: list[ParamStep]) -> None:
+        """Nothing: columns are chosen in ``low_rank_direction``, for the gradient and the error together."""
 
     def columns(self, shard: FullMatrix, group: Group, state: State) -> Tensor:
         Q = cosine_basis(shard.side.basis_shape[0], shard.device)
@@ -148,8 +151,8 @@ class DCTAdamW(LowRankOptimizer):
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
         A = self._with_error(G, shard, group, state)
-        t = steps_of(state)
-        if t == 1 or t % group["update_proj_gap"] == 0:
+        t, gap = steps_of(state), group["update_proj_gap"]
+        if t == 1 or t % gap == 0 or (gap > 1 and self.waited_for_gradient(shard)):
             with self.phase(FIND):
                 self._choose_columns(A, shard, group, state)
         P = self.basis(shard, group, state)
@@ -170,6 +173,8 @@ class DCTAdamW(LowRankOptimizer):
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key].copy_(state[key].index_select(axis, place).mul_(kept))
         state["indices"].copy_(chosen)
+        if self.waits_for_gradient(group):
+            self.look_at_gradient(A, shard, torch.isfinite(scores).all())
 
     def _with_error(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor:
         """A (m x n, fp32). With fp32 feedback it is the error buffer itself."""

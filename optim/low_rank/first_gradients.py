@@ -7,13 +7,14 @@ gradients of a refresh afterwards: once a step, all at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..core.clock import steps_of
 from ..core.types import ParamStep
+from ..distributed import FullShard
 
 NOTHING = 1e-29  # Adafactor's second moments have 1e-30 of no gradient
 
@@ -23,10 +24,12 @@ class FirstGradients:
 
     def __init__(self) -> None:
         self._seen: dict[int, bool] = {}
+        self._looked: dict[int, Tensor] = {}  # in this step: flags on the device
 
     def forget(self) -> None:
         """States are others now."""
         self._seen.clear()
+        self._looked.clear()
 
     def missing(self, position: int) -> bool:
         """Whether a matrix has moved without a gradient."""
@@ -35,23 +38,23 @@ class FirstGradients:
     def recall(self, work: Sequence[ParamStep]) -> None:
         """Ask the moments of matrices that have moved and of which nothing is known. Collective, after loading."""
         unknown = [item for item in work if item.shard.position not in self._seen and steps_of(item.state) > 0]
-        self._read((item, item.shard.all_reduce_max_(_moved(item))) for item in unknown)
+        self._read({item.shard.position: item.shard.all_reduce_max_(_moved(item)) for item in unknown})
 
-    def look_at(self, item: ParamStep) -> None:
+    def look_at(self, G: Tensor, shard: FullShard, usable: Tensor) -> None:
         """Whether a matrix that is being refreshed has a gradient, if it may be its first. Collective."""
-        if not self._seen.get(item.shard.position):
-            assert item.usable is not None
-            item.has_gradient = (item.shard.norm(item.gathered, torch.float64) > 0) & item.usable
+        if not self._seen.get(shard.position):
+            self._looked[shard.position] = (shard.norm(G, torch.float64) > 0) & usable
 
-    def note(self, refreshed: Iterable[ParamStep]) -> None:
-        """Keep what was seen: one read of the device for all matrices."""
-        self._read((item, item.has_gradient) for item in refreshed if item.has_gradient is not None)
+    def note(self) -> None:
+        """Keep what was seen in this step: one read of the device for all matrices."""
+        looked, self._looked = self._looked, {}
+        self._read(looked)
 
-    def _read(self, flags: Iterable[tuple[ParamStep, Tensor]]) -> None:
-        found = list(flags)
-        if found:
-            seen = torch.stack([flag.to(found[0][1].device, torch.float32) for _, flag in found]).tolist()
-            self._seen |= {item.shard.position: value > 0 for (item, _), value in zip(found, seen, strict=True)}
+    def _read(self, flags: Mapping[int, Tensor]) -> None:
+        if flags:
+            device = next(iter(flags.values())).device
+            seen = torch.stack([flag.to(device, torch.float32) for flag in flags.values()]).tolist()
+            self._seen |= {position: value > 0 for position, value in zip(flags, seen, strict=True)}
 
 
 def _moved(item: ParamStep) -> Tensor:

@@ -175,9 +175,13 @@ class LowRankOptimizer(ShardedOptimizer):
 
     # ---- what methods use -------------------------------------------------------------------------------------------
 
-    def waited_for_gradient(self, item: ParamStep) -> bool:
+    def waited_for_gradient(self, shard: FullShard) -> bool:
         """Whether a matrix has moved before this step, and never with a gradient."""
-        return self._first_gradients.missing(item.shard.position)
+        return self._first_gradients.missing(shard.position)
+
+    def look_at_gradient(self, G: Tensor, shard: FullShard, usable: Tensor) -> None:
+        """Note whether ``G``, which a subspace was found from, is one. Collective."""
+        self._first_gradients.look_at(G, shard, usable)
 
     def basis(self, shard: FullMatrix, group: Group, state: State) -> Basis:
         """P of one matrix, to project onto and lift from. Collective, as ``columns``."""
@@ -219,7 +223,8 @@ class LowRankOptimizer(ShardedOptimizer):
             yield portion
 
     def _is_due_now(self, item: ParamStep) -> bool:
-        return self.waited_for_gradient(item) or self.is_due(item.group, item.state)
+        waits = self.waits_for_gradient(item.group) and self.waited_for_gradient(item.shard)
+        return waits or self.is_due(item.group, item.state)
 
     def find(self, work: list[ParamStep]) -> None:
         due = [item for item in work if item.is_due]
@@ -238,7 +243,7 @@ class LowRankOptimizer(ShardedOptimizer):
             columns = pending.result() if isinstance(pending, PendingSolve) else pending
             # A non-finite gradient has no singular vectors: keep the old ones, without asking the device.
             item.usable = torch.isfinite(columns).all()
-            self._first_gradients.look_at(item)
+            self._first_gradients.look_at(item.gathered, item.shard, item.usable)
             self.store_basis(columns, item.usable, item.matrix, item.group, item.state)
 
     def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> tuple[Update, float]:
@@ -248,11 +253,10 @@ class LowRankOptimizer(ShardedOptimizer):
 
     def after_step(self, work: list[ParamStep]) -> None:
         refreshed = [item for item in work if item.usable is not None]
-        if not refreshed:
-            return
-        self.after_refresh(refreshed)
-        self._first_gradients.note(refreshed)
-        if self._warned_non_finite:
+        if refreshed:
+            self.after_refresh(refreshed)
+        self._first_gradients.note()
+        if not refreshed or self._warned_non_finite:
             return
         flags = [item.usable for item in refreshed if item.usable is not None]
         if not torch.stack([flag.to(flags[0].device) for flag in flags]).all():  # one host read for all matrices

@@ -207,7 +207,7 @@ class GaLoreAdamW8bit(GaLore):
         overlaps = torch.stack([item.state["overlap"].to(device) for item in lazy]).cpu()  # one read for all
         for item, overlap in zip(lazy, overlaps, strict=True):
             # what was found from zeros says nothing: exact vectors of zeros are always the same
-            waited = self.waited_for_gradient(item)
+            waited = self.waited_for_gradient(item.shard)
             _set_next_refresh(overlap.new_tensor(torch.nan) if waited else overlap, item.group, item.state)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from gracile import optim
 from gracile.optim.core.clock import every, since
 from gracile.optim.core.group_checks import MATRIX_KEYS
-from gracile.optim.core.optimizer import AFTER, FIND, UPDATE, ShardedOptimizer
+from gracile.optim.core.optimizer import AFTER, COMMON_KEYS, FIND, UPDATE, ShardedOptimizer
 from gracile.optim.distributed import FullMatrix, PrefixedState
 
 CLASSES = [kind for name in optim.__all__ if isinstance(kind := getattr(optim, name), type)]
@@ -43,7 +43,7 @@ def test_a_local_variable_of_a_constructor_is_no_key():
             ShardedOptimizer.__init__(self, params, locals())
 
     optimizer = Own([nn.Parameter(torch.ones(2))])
-    assert set(optimizer.defaults) == {"lr", "betas", "weight_decay", "state_dtype", "maximize"}
+    assert set(optimizer.defaults) == {"lr", "betas", "weight_decay", "state_dtype", *COMMON_KEYS}
 
 
 def test_a_matrix_is_gathered_once_a_step_at_a_refresh_too(monkeypatch):

@@ -8,6 +8,7 @@ from torch import nn
 
 from gracile import optim
 from gracile.optim import GaLoreAdamW, full_state, load_full_state
+from gracile.optim.low_rank.cosine import cosine_basis
 from gracile.optim.low_rank.optimizer import LowRankOptimizer
 
 RANK, GAP, ZEROS = 4, 50, 3
@@ -145,3 +146,25 @@ def test_which_classes_wait():
     kinds = {kind for name in optim.__all__ if isinstance(kind := getattr(optim, name), type)}
     ranked = {kind for kind in kinds if issubclass(kind, LowRankOptimizer)}
     assert ranked == {cls for cls, _ in CASES.values()} | {optim.DCTAdamW, optim.LDAdamW}
+
+
+@pytest.mark.parametrize("feedback", [None, "fp32", "8bit"])
+@pytest.mark.parametrize("at", [1, ZEROS, ZEROS + 1])
+def test_columns_of_a_cosine_basis_come_from_the_first_gradient(feedback, at):
+    """And stay for the gap, also where the run goes on from a checkpoint."""
+    W = matrix()
+    optimizer = made(optim.DCTAdamW, {"error_feedback": feedback}, W)
+    chosen = torch.tensor([17, 3, 11, 20])
+    columns = cosine_basis(24, torch.device("cpu"))[:, chosen]
+    G = torch.randn(40, 4, generator=torch.Generator().manual_seed(2)) @ columns.t()
+    for t in range(ZEROS + 3):
+        if t == at:
+            W, before = nn.Parameter(W.detach().clone()), optimizer
+            optimizer = made(optim.DCTAdamW, {"error_feedback": feedback}, W)
+            optimizer.load_state_dict(before.state_dict())
+        if t > ZEROS:
+            assert set(optimizer.state[W]["indices"].tolist()) == set(chosen.tolist())
+            G = torch.randn(40, 24)
+        W.grad = torch.zeros_like(W) if t < ZEROS else G
+        optimizer.step()
+    assert set(optimizer.state[W]["indices"].tolist()) == set(chosen.tolist())
