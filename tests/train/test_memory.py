@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from gracile.models import build_llama
@@ -144,6 +145,34 @@ def test_a_linear_layer_keeps_its_input_alone():
     assert one.at_peak.gradients <= 4 * (64 * 128 + 128 * 256)
     later = FakePass(Loss, accumulated=True).of((2, 5))
     assert (later.activations, later.at_peak.gradients) == (one.activations, 0)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_in_one_tensor_are_planned(family, dtype):
+    """What a pass over real tensors allocates, routed as it comes."""
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    experts = {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+    config = getattr(transformers, f"{family}Config")(**sizes, **experts, num_key_value_heads=2, use_cache=False)
+
+    def make():
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+
+    planned = FakePass(make).of((2, 16))
+    model, tokens = make(), torch.randint(96, (2, 16))
+    ledger = Ledger([*model.parameters(), *model.buffers(), tokens])
+    with ledger:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        activations = ledger.forward_has_ended()
+        loss.backward()
+    assert planned.activations == pytest.approx(activations, rel=0.02)
+    assert planned.at_peak.bytes == pytest.approx(ledger.at_peak.bytes, rel=0.02)
 
 
 def test_nothing_is_computed_and_the_same_pass_costs_the_same_again():
