@@ -52,6 +52,7 @@ IN_RUN = {**EPS, "lr": 3e-3}
 # of cells
 ADAFACTOR = {"relative_step": False, "scale_parameter": True, "beta1": 0.9, "lr": 0.1}
 MASKED = {**EPS, "update_every": 4, "t_end": 14}
+AGED = {"grown_step": "own", "grown_warmup": 3}
 SQUEEZED = {**EPS, "hs_lambda": 3e-3, "interval": 3, "warmup_steps": 2, "quantile_every": 4, "prune_at": 10}
 ENVELOPED = {**EPS, "wgsef_lambda": 0.05, "ramp_steps": 5, "finish_at": 10, "block_size": 4}
 PATTERN = {"n": 1, "m": 3}
@@ -102,7 +103,7 @@ VARIANTS = {
         optim.GaLoreAdafactor, "factored moments", quadratic=Use(RELATIVE_LR, RANKED | {"scale": 1.0})
     ),
     "GaLoreLion": Variant(
-        optim.GaLoreLion, "basis", Use({"lr": 3e-3}, {}), Use({"lr": 0.1}, RANKED), Use({"lr": 0.005}, LOW_RANK)
+        optim.GaLoreLion, "basis", Use({"lr": 3e-3, "maximize": True}, {}), Use({"lr": 0.1}, RANKED), Use({"lr": 0.005}, LOW_RANK)
     ),
     "GaLorePlusAdamW": Variant(
         optim.GaLorePlusAdamW,
@@ -235,8 +236,8 @@ VARIANTS = {
         optim.SparseAdamW,
         "masks",
         Use(
-            {**MASKED, "drop": "gradient_magnitude", "drop_lambda": 1.0, "grow": "momentum", "initial_sparsity": 0.5},
-            {"sparsity": 0.8, "distribution": "erk"},
+            {**MASKED, **AGED, "drop": "gradient_magnitude", "drop_lambda": 1.0, "grow": "momentum"},
+            {"sparsity": 0.8, "distribution": "erk", "initial_sparsity": 0.5},
         ),
         Use(MASK, HALF | {"grow": "momentum", "initial_sparsity": 0.35}),
         Use(MASK_IN_SCRIPT, {"density": 0.5, "grow": "momentum"}),
