@@ -105,6 +105,37 @@ def test_moments_can_be_kept_in_bf16(capsys):
     assert before == 2 * after
 
 
+ONE_LAYER = ("quickstart", "--model_overrides", '{"num_hidden_layers": 1}')
+
+
+def test_an_adamw_with_moments_like_the_others_stands_beside_torchs(capsys):
+    """Which has bf16 moments for bf16 weights, half of what GaLore's fp32 ones are compared with."""
+    names = ("--compare", "galore_adamw,adamw,galore_adamw_8bit")
+    plans = told(capsys, *ONE_LAYER, "--dtype", "bfloat16", *names)["optimizers"]
+    dtypes = {name: plan["dtype_of_moments"] for name, plan in plans.items()}
+    wide = "adamw, fp32 moments"
+    assert dtypes == {"galore_adamw": "fp32", "adamw": "bf16", wide: "fp32", "galore_adamw_8bit": "8 bits"}
+    in_fp32 = told(capsys, *ONE_LAYER, "--compare", "adamw")["optimizers"]["adamw"]["held"]["moments"]
+    assert plans[wide]["held"] == plans["adamw"]["held"] | {"moments": in_fp32}
+    assert plans[wide]["peak"] - plans["adamw"]["peak"] == in_fp32 - plans["adamw"]["held"]["moments"] > 10**6
+    state = {name: plan["held"]["moments"] + plan["held"]["projectors"] for name, plan in plans.items()}
+    assert state["adamw"] < state["galore_adamw"] < state[wide]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["--compare", "galore_adamw,adamw"],  # in fp32
+        ["--compare", "galore_adamw,adamw", "--dtype", "bfloat16", "--optimizer_args", '{"state_dtype": "bfloat16"}'],
+        ["--compare", "galore_adamw,adamw", "--bf16", "true", "--zero", "2", "--world_size", "2"],
+        ["--compare", "adamw", "--dtype", "bfloat16"],
+        ["--compare", "galore_adamw_8bit,adamw", "--dtype", "bfloat16"],
+    ],
+)
+def test_where_dtypes_are_alike_nothing_is_put_beside(keys, capsys):
+    assert set(told(capsys, *ONE_LAYER, *keys)["optimizers"]) == set(keys[1].split(","))
+
+
 # ---- passes ---------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +266,7 @@ def test_the_table_and_the_picture(tmp_path, capsys):
     lines = {line.strip().split("  ")[0]: line for line in out.splitlines()}
     assert out.startswith("2m, 1,852,544 parameters in float32; 16 x 128 tokens a pass; 1 process\n")
     assert lines["moments"].split() == ["moments", "14.1", "MiB", "9.5", "MiB"]
+    assert lines["dtype of moments"].split()[-2:] == ["fp32", "fp32"]
     assert lines["fits 24GB (RTX3090, RTX4090)"].split()[-2:] == ["yes", "yes"]
     assert "fits 80GB (A100-80GB, H100)" in lines
     assert not any("141GB" in line for line in lines)
