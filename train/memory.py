@@ -191,6 +191,8 @@ class Table:
         ]
         foot = "Not all at the same time: the peak is the most together. What a step of the optimizer needs for a\n"
         foot += "moment, and the driver's own share of a GPU (about 0.5 GiB), are not in it."
+        if WIDE_ADAMW in self.names:
+            foot += f"\ntorch's AdamW keeps moments in the dtype of the weights: compare fp32 ones with {WIDE_ADAMW}."
         return "\n".join([self.title, "", *lines, "", foot])
 
     def as_json(self) -> dict[str, Any]:
@@ -222,7 +224,10 @@ class Table:
     def plot(self, path: Path) -> None:
         """Stacked bars of what there is at the peak, checkpointed where the configuration says so."""
         checkpointed = checkpoints_activations(self.config.run)
-        bars = {name: self.plans[name][checkpointed].at_peak for name in self.names}
+        names = {name: name for name in self.names}
+        if WIDE_ADAMW in names:
+            names[ADAMW] += f", {short_name(self.plans[ADAMW][checkpointed].moments)} moments"
+        bars = {shown: self.plans[name][checkpointed].at_peak for name, shown in names.items()}
         draw(path, bars, self._limits(), self._plot_title(checkpointed))
 
     def _limits(self) -> dict[str, float]:

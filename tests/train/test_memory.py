@@ -1,6 +1,7 @@
 """``gracile memory``: what is planned is what is held, and bad input gets one line."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from gracile.models import build_llama
 from gracile.registry import OPTIMIZERS
+from gracile.train import memory
 from gracile.train.build import model as building
 from gracile.train.build.layers import converted
 from gracile.train.build.optimizer import build_optimizer
@@ -120,6 +122,19 @@ def test_an_adamw_with_moments_like_the_others_stands_beside_torchs(capsys):
     assert plans[wide]["peak"] - plans["adamw"]["peak"] == in_fp32 - plans["adamw"]["held"]["moments"] > 10**6
     state = {name: plan["held"]["moments"] + plan["held"]["projectors"] for name, plan in plans.items()}
     assert state["adamw"] < state["galore_adamw"] < state[wide]
+
+
+def test_the_table_and_the_picture_name_the_dtypes_of_moments(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(memory, "draw", lambda path, bars, *rest: drawn.append(list(bars)))
+    picture = str(tmp_path / "plan.png")
+    names = ("--compare", "adamw,galore_adamw")
+    assert main([*ONE_LAYER, "--dtype", "bfloat16", *names, "--plot", picture]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"at most +adamw  adamw, fp32 moments  galore_adamw\n", out)
+    assert re.search(r"dtype of moments +bf16 +fp32 +fp32\n", out)
+    assert "compare fp32 ones with adamw, fp32 moments." in out
+    assert drawn == [["adamw, bf16 moments", "adamw, fp32 moments", "galore_adamw"]]
 
 
 @pytest.mark.parametrize(
