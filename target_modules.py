@@ -30,7 +30,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("wav2vec2", "hubert"), ("attention", "feed_forward")),
 }
 # What families call the parts of a block: published lists name several, of which a model has some.
-BLOCK_PARTS = ("attn", "attention", "mlp", "ffn", "feed_forward")
+ATTENTION_PARTS, MLP_PARTS = ("attn", "attention"), ("mlp", "ffn", "feed_forward")
+BLOCK_PARTS = (*ATTENTION_PARTS, *MLP_PARTS)
 ROUTERS = ("gate", "router", "shared_expert_gate")  # of a mixture of experts, by the last part of their names
 
 
@@ -98,6 +99,14 @@ def _of_family(model: nn.Module, target_modules: str | Iterable[str]) -> str | I
     named = FAMILIES.get(str(kind), DEFAULT_TARGETS)
     every = [name for name, _ in model.named_modules()]
     return [pattern for pattern in named if _matching("target_modules", pattern, every, False)] or named
+
+
+def left_out_on_purpose(target_modules: str | Iterable[str]) -> tuple[str, ...]:
+    """What the part of a block is called that is not meant, where patterns name the other part alone."""
+    patterns = {target_modules} if isinstance(target_modules, str) else set(target_modules)
+    if patterns <= set(MLP_PARTS):
+        return ATTENTION_PARTS
+    return MLP_PARTS if patterns <= set(ATTENTION_PARTS) else ()
 
 
 def output_layers(model: nn.Module) -> set[str]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..layer_registry import parts_among
-from ..target_modules import DEFAULT_TARGETS, output_layers, reason_against, targets
+from ..target_modules import DEFAULT_TARGETS, left_out_on_purpose, output_layers, reason_against, targets
 from ..target_modules import found as found_names
 from .core.group_checks import MATRIX_KEYS
 from .distributed import full_shape
@@ -87,8 +87,9 @@ def param_groups(
     masked = any(key in MASKS for key in marks)
     matrices = [] if rank is None and not marks else list(_targets(model, target_modules, masked))
     chosen = {id(target.parameter) for target in matrices}
-    if matrices:
-        _tell_what_is_left_out(model, chosen)
+    converted = any(target.density is not None for target in matrices)  # and what stays dense was chosen then
+    if matrices and not converted:
+        _tell_what_is_left_out(model, chosen, left_out_on_purpose(target_modules))
     trainable = [p for p in model.parameters() if p.requires_grad]  # lists a tied parameter once
     others = [p for p in trainable if id(p) not in chosen]
     factors = {number for number, part in parts_among(others).items() if part.name != "bias"}
@@ -179,8 +180,9 @@ def _matrices(model: nn.Module, masked: bool) -> Iterator[Target]:
                 yield Target(name, p, density)
 
 
-def _tell_what_is_left_out(model: nn.Module, chosen: Collection[int]) -> None:
-    """One line where weights that are neither embeddings nor the output are not matched, with their share."""
+def _tell_what_is_left_out(model: nn.Module, chosen: Collection[int], on_purpose: tuple[str, ...]) -> None:
+    """One line where weights that are neither embeddings nor the output are not matched, with their share; those of
+    layers with one of the names ``on_purpose`` do not count."""
     outputs = output_layers(model)
     others, sizes = {}, {}
     for prefix, module in model.named_modules():
@@ -189,6 +191,7 @@ def _tell_what_is_left_out(model: nn.Module, chosen: Collection[int]) -> None:
                 continue
             sizes[id(p)] = math.prod(full_shape(p))
             aside = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or prefix in outputs or _dim(p) < 2
+            aside = aside or any(part_of_block in prefix for part_of_block in on_purpose)
             if id(p) not in chosen and not aside:
                 others[id(p)] = f"{prefix}.{part}".removesuffix(".weight"), full_shape(p)
     share = sum(sizes[i] for i in others) / max(1, sum(sizes.values()))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .core.optimizer import ShardedOptimizer
 from .distributed import Cut, ParamRef, by_rows, flat_length
-from .state.spec import ERRORS, INDICES, MOMENTS, PROJECTORS
+from .state.spec import ERRORS, INDICES, MOMENTS, PROJECTORS, HeldTensor
 
 __all__ = [
     "ERRORS",
@@ -21,6 +22,9 @@ __all__ = [
     "MOMENTS",
     "PROJECTORS",
     "adamw_state_bytes",
+    "bytes_by_kind",
+    "dtype_of_moments",
+    "planned_state",
     "planned_state_by_kind",
     "state_by_kind",
     "state_bytes",
@@ -58,7 +62,7 @@ def state_by_kind(optimizer: torch.optim.Optimizer) -> Counter[str]:
     """Bytes of state that ``optimizer`` holds in this process, by what they are for."""
     if isinstance(optimizer, ShardedOptimizer):
         return _by_declared_kind(optimizer)
-    return _as_moments(optimizer.state.values())
+    return bytes_by_kind(_as_moments(optimizer.state.values()))
 
 
 def _by_declared_kind(optimizer: ShardedOptimizer) -> Counter[str]:
@@ -82,13 +86,20 @@ def _by_declared_kind(optimizer: ShardedOptimizer) -> Counter[str]:
     return held
 
 
-def _as_moments(states: Iterable[Mapping[str, Any]]) -> Counter[str]:
-    held: Counter[str] = Counter()
-    for value in chain.from_iterable(state.values() for state in states):
+def _as_moments(states: Iterable[Mapping[str, Any]]) -> Iterator[HeldTensor]:
+    """What one of torch's optimizers keeps, all of which counts as moments."""
+    for key, value in chain.from_iterable(state.items() for state in states):
         for tensor in value if isinstance(value, (list, tuple)) else [value]:  # LBFGS keeps lists
             if isinstance(tensor, Tensor):
-                held[MOMENTS] += tensor.numel() * tensor.element_size()
-    return held
+                yield HeldTensor(key, tuple(tensor.shape), tensor.dtype, MOMENTS)
+
+
+def bytes_by_kind(held: Iterable[HeldTensor]) -> Counter[str]:
+    """Bytes of tensors of state by what they are for."""
+    kinds: Counter[str] = Counter()
+    for own in held:
+        kinds[own.kind] += own.nbytes
+    return kinds
 
 
 def planned_state_by_kind(
@@ -102,13 +113,28 @@ def planned_state_by_kind(
 
     The arguments are those of ``ShardedOptimizer.planned_state``. Torch's own optimizers take a step on meta tensors.
     """
+    return bytes_by_kind(planned_state(optimizer, cut, index, size, dtype))
+
+
+def planned_state(
+    optimizer: torch.optim.Optimizer,
+    cut: Cut | None = None,
+    index: int = 0,
+    size: int = 1,
+    dtype: torch.dtype | None = None,
+) -> list[HeldTensor]:
+    """The tensors whose bytes ``planned_state_by_kind`` counts, by shape and dtype."""
     if not isinstance(optimizer, ShardedOptimizer):
-        return _as_moments(_stepped(optimizer, cut, index, size, dtype))
-    held: Counter[str] = Counter()
-    for _, state in optimizer.planned_state(cut, index, size, dtype):
-        for own in state:
-            held[own.kind] += own.nbytes
-    return held
+        return list(_as_moments(_stepped(optimizer, cut, index, size, dtype)))
+    return [own for _, state in optimizer.planned_state(cut, index, size, dtype) for own in state]
+
+
+def dtype_of_moments(held: Iterable[HeldTensor]) -> torch.dtype | None:
+    """The dtype of most numbers among the moments, None where there are none. That of moments in 8 bits is uint8."""
+    elements: Counter[torch.dtype] = Counter()
+    for own in held:
+        elements[own.dtype] += math.prod(own.shape) if own.kind == MOMENTS and own.shape else 0
+    return max(elements, key=elements.__getitem__) if elements.total() else None
 
 
 def _stepped(

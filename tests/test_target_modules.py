@@ -150,6 +150,17 @@ def test_where_nothing_is_left_out_nothing_is_said():
             ranked(build(kind))
 
 
+def test_who_names_one_part_of_a_block_means_to_leave_out_the_other():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all("mlp" in name for name in ranked(build("llama"), ["mlp"]))
+        assert all("attn" in name for name in ranked(build("llama"), ["attn"]))
+    with pytest.warns(UserWarning, match=r"leaves out .*mlp.gate_proj"):
+        ranked(build("llama"), ["mlp.up_proj"])
+    with pytest.warns(UserWarning, match=r"leaves out .* mlp.experts \(4, 16, 32\)"):
+        ranked(Mixture(), ["mlp"])
+
+
 def test_every_family_of_the_table_is_tried_or_named_like_one_that_is():
     alike = {frozenset(patterns) for kind, patterns in FAMILIES.items() if kind in MODELS}
     rest = {kind for kind, patterns in FAMILIES.items() if frozenset(patterns) not in alike}

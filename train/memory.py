@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from .build.model import checkpoints_activations
 from .config.arguments import Config, RunArguments
 from .config.checks import optimizer_entry
@@ -21,8 +23,8 @@ from .config.parser import OneLineParser, load_config
 from .engines.division import Division
 from .engines.process_exit import leave
 from .errors import BadInput
-from .measurement.kinds import ACTIVATIONS, KINDS, TEMPORARY
-from .measurement.planner import Plan, Planner
+from .measurement.kinds import ACTIVATIONS, KINDS, MOMENTS, TEMPORARY, short_name
+from .measurement.planner import ADAMW, WIDE_ADAMW, Plan, Planner
 from .run.report import size
 
 GIB = 2**30
@@ -105,11 +107,20 @@ class Table:
         self.planner = Planner(config, partial(division_of, **given))
         self.micro_batch = config.run.per_device_train_batch_size
         self.plans = {name: self._both(name) for name in self.names}
+        self._compare_like_with_like()
         self._check_budget()
 
     def _both(self, name: str) -> tuple[Plan, Plan]:
         plan = partial(self.planner.plan, name, self.micro_batch)
         return plan(checkpointing=False), plan(checkpointing=True)
+
+    def _compare_like_with_like(self) -> None:
+        """Put an AdamW with fp32 moments beside torch's, where the others' moments are fp32 and torch's narrower."""
+        moments = {name: plain.moments for name, (plain, _) in self.plans.items()}
+        narrow = moments.get(ADAMW) in (torch.bfloat16, torch.float16)
+        if narrow and torch.float32 in moments.values():
+            self.names.insert(self.names.index(ADAMW) + 1, WIDE_ADAMW)
+            self.plans[WIDE_ADAMW] = self._both(WIDE_ADAMW)
 
     def _check_budget(self) -> None:
         weights = min(plain.held["weights"] for plain, _ in self.plans.values())
@@ -150,6 +161,8 @@ class Table:
             if kind not in (ACTIVATIONS, TEMPORARY):
                 if any(plain.held[kind] for plain, _ in self.plans.values()):
                     rows.append(each(kind, lambda plain, _, kind=kind: size(plain.held[kind])))
+                if kind == MOMENTS:
+                    rows.append(each("dtype of moments", lambda plain, _: short_name(plain.moments)))
                 continue
             rows.append(each(kind, lambda plain, _, kind=kind: size(plain.held[kind])))
             rows.append(each(f"{kind}, checkpointed", lambda _, less, kind=kind: size(less.held[kind])))
@@ -178,6 +191,8 @@ class Table:
         ]
         foot = "Not all at the same time: the peak is the most together. What a step of the optimizer needs for a\n"
         foot += "moment, and the driver's own share of a GPU (about 0.5 GiB), are not in it."
+        if WIDE_ADAMW in self.names:
+            foot += f"\ntorch's AdamW keeps moments in the dtype of the weights: compare fp32 ones with {WIDE_ADAMW}."
         return "\n".join([self.title, "", *lines, "", foot])
 
     def as_json(self) -> dict[str, Any]:
@@ -188,6 +203,7 @@ class Table:
         for name, (plain, checkpointed) in self.plans.items():
             optimizers[name] = numbers(plain) | {
                 "checkpointed": numbers(checkpointed),
+                "dtype_of_moments": short_name(plain.moments),
                 "weights_and_state": plain.weights_and_state,
                 "fits": {card: self.fits(name, card) for card in self.cards},
             }
@@ -208,7 +224,10 @@ class Table:
     def plot(self, path: Path) -> None:
         """Stacked bars of what there is at the peak, checkpointed where the configuration says so."""
         checkpointed = checkpoints_activations(self.config.run)
-        bars = {name: plans[checkpointed].at_peak for name, plans in self.plans.items()}
+        names = {name: name for name in self.names}
+        if WIDE_ADAMW in names:
+            names[ADAMW] += f", {short_name(self.plans[ADAMW][checkpointed].moments)} moments"
+        bars = {shown: self.plans[name][checkpointed].at_peak for name, shown in names.items()}
         draw(path, bars, self._limits(), self._plot_title(checkpointed))
 
     def _limits(self) -> dict[str, float]:

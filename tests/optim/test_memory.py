@@ -6,7 +6,7 @@ from torch import nn
 
 from gracile.optim import DCTAdamW, GaLoreAdamW, GaLorePlusAdamW, LDAdamW, Lion
 from gracile.optim.distributed import as_one_buffer, by_rows, each_alone
-from gracile.optim.memory import planned_state_by_kind, state_by_kind, state_bytes
+from gracile.optim.memory import dtype_of_moments, planned_state, planned_state_by_kind, state_by_kind, state_bytes
 
 CUTS = {"ZeRO 1 and 2": as_one_buffer, "ZeRO 3": each_alone, "FSDP2": by_rows}
 
@@ -67,6 +67,16 @@ def test_planned_kinds_are_those_of_a_step(cls, keys):
     assert planned == state_by_kind(optimizer)
     assert planned.total() == state_bytes(optimizer)
     assert len(planned) > 1
+
+
+def test_the_dtype_of_moments_is_that_of_most_numbers():
+    with torch.device("meta"):
+        narrow = model().to(torch.bfloat16)
+    assert dtype_of_moments(planned_state(torch.optim.AdamW(narrow.parameters()))) == torch.bfloat16  # clocks are fp32
+    assert dtype_of_moments(planned_state(GaLoreAdamW(groups_of(narrow)))) == torch.float32  # P is bf16
+    in_bf16 = GaLoreAdamW(groups_of(narrow), state_dtype=torch.bfloat16)
+    assert dtype_of_moments(planned_state(in_bf16)) == torch.bfloat16
+    assert dtype_of_moments(planned_state(torch.optim.SGD(narrow.parameters()))) is None
 
 
 def test_frozen_parameters_have_no_state():

@@ -1,6 +1,7 @@
 """``gracile memory``: what is planned is what is held, and bad input gets one line."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from gracile.models import build_llama
 from gracile.registry import OPTIMIZERS
+from gracile.train import memory
 from gracile.train.build import model as building
 from gracile.train.build.layers import converted
 from gracile.train.build.optimizer import build_optimizer
@@ -104,6 +106,50 @@ def test_moments_can_be_kept_in_bf16(capsys):
     assert narrow["adamw"] == wide["adamw"], "torch's takes no such key"
     before, after = (plan["galore_adamw"]["held"]["moments"] - clocks for plan in (wide, narrow))
     assert before == 2 * after
+
+
+ONE_LAYER = ("quickstart", "--model_overrides", '{"num_hidden_layers": 1}')
+
+
+def test_an_adamw_with_moments_like_the_others_stands_beside_torchs(capsys):
+    """Which has bf16 moments for bf16 weights, half of what GaLore's fp32 ones are compared with."""
+    names = ("--compare", "galore_adamw,adamw,galore_adamw_8bit")
+    plans = told(capsys, *ONE_LAYER, "--dtype", "bfloat16", *names)["optimizers"]
+    dtypes = {name: plan["dtype_of_moments"] for name, plan in plans.items()}
+    wide = "adamw, fp32 moments"
+    assert dtypes == {"galore_adamw": "fp32", "adamw": "bf16", wide: "fp32", "galore_adamw_8bit": "8 bits"}
+    in_fp32 = told(capsys, *ONE_LAYER, "--compare", "adamw")["optimizers"]["adamw"]["held"]["moments"]
+    assert plans[wide]["held"] == plans["adamw"]["held"] | {"moments": in_fp32}
+    assert plans[wide]["peak"] - plans["adamw"]["peak"] == in_fp32 - plans["adamw"]["held"]["moments"] > 10**6
+    state = {name: plan["held"]["moments"] + plan["held"]["projectors"] for name, plan in plans.items()}
+    assert state["adamw"] < state["galore_adamw"] < state[wide]
+
+
+def test_the_table_and_the_picture_name_the_dtypes_of_moments(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(memory, "draw", lambda path, bars, *rest: drawn.append(list(bars)))
+    picture = str(tmp_path / "plan.png")
+    names = ("--compare", "adamw,galore_adamw")
+    assert main([*ONE_LAYER, "--dtype", "bfloat16", *names, "--plot", picture]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"at most +adamw  adamw, fp32 moments  galore_adamw\n", out)
+    assert re.search(r"dtype of moments +bf16 +fp32 +fp32\n", out)
+    assert "compare fp32 ones with adamw, fp32 moments." in out
+    assert drawn == [["adamw, bf16 moments", "adamw, fp32 moments", "galore_adamw"]]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["--compare", "galore_adamw,adamw"],  # in fp32
+        ["--compare", "galore_adamw,adamw", "--dtype", "bfloat16", "--optimizer_args", '{"state_dtype": "bfloat16"}'],
+        ["--compare", "galore_adamw,adamw", "--bf16", "true", "--zero", "2", "--world_size", "2"],
+        ["--compare", "adamw", "--dtype", "bfloat16"],
+        ["--compare", "galore_adamw_8bit,adamw", "--dtype", "bfloat16"],
+    ],
+)
+def test_where_dtypes_are_alike_nothing_is_put_beside(keys, capsys):
+    assert set(told(capsys, *ONE_LAYER, *keys)["optimizers"]) == set(keys[1].split(","))
 
 
 # ---- passes ---------------------------------------------------------------------------------------------------------
@@ -264,6 +310,7 @@ def test_the_table_and_the_picture(tmp_path, capsys):
     lines = {line.strip().split("  ")[0]: line for line in out.splitlines()}
     assert out.startswith("2m, 1,852,544 parameters in float32; 16 x 128 tokens a pass; 1 process\n")
     assert lines["moments"].split() == ["moments", "14.1", "MiB", "9.5", "MiB"]
+    assert lines["dtype of moments"].split()[-2:] == ["fp32", "fp32"]
     assert lines["fits 24GB (RTX3090, RTX4090)"].split()[-2:] == ["yes", "yes"]
     assert "fits 80GB (A100-80GB, H100)" in lines
     assert not any("141GB" in line for line in lines)

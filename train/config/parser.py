@@ -25,6 +25,8 @@ METHOD_KEYS = (
     "scale", "update_proj_gap", "proj_type", "subspace_method", "update_every", "drop_fraction", "t_end", "art_every",
     "optimizer_args",
 )  # fmt: skip
+# Recipes have names that every supported transformers knows; what a newer one calls otherwise, it warns of.
+NEWER_NAMES = {"gradient_checkpointing": "activation_checkpointing"}
 # What an error message calls a type; and, by key, its example of a mapping.
 KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 EXAMPLES = {
@@ -78,6 +80,7 @@ def load_config(argv: Sequence[str], needs_output_dir: bool = True) -> Config:
     argv = [a for a in argv if not a.startswith("--local_rank=")]  # DeepSpeed's launcher puts it before the file
     source = argv.pop(0) if argv and not argv[0].startswith("-") else "quickstart"
     settings, is_recipe = _read_yaml(source)
+    settings = _by_newer_names(settings) if is_recipe else settings
     _check_keys(settings, f"in {source}")
     _check_keys([re.split("=", a[2:])[0].replace("-", "_") for a in argv if a.startswith("--")], "on the command line")
     left_out = _of_another_optimizer(settings, argv) if is_recipe else []
@@ -96,6 +99,12 @@ def load_config(argv: Sequence[str], needs_output_dir: bool = True) -> Config:
     except (ValueError, ImportError, OSError) as error:  # TrainingArguments checks its own values
         raise BadInput(" ".join(str(error).split())) from None
     return Config(Path(source).stem, model, data, optimizer, run, given, tuple(left_out))
+
+
+def _by_newer_names(settings: dict[str, Any]) -> dict[str, Any]:
+    known = field_names()
+    newer = {old: new for old, new in NEWER_NAMES.items() if new in known}
+    return {newer.get(key, key): value for key, value in settings.items()}
 
 
 def _of_another_optimizer(settings: dict[str, Any], argv: Sequence[str]) -> list[str]:

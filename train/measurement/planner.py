@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ...optim.distributed import as_one_buffer, each_alone, flat_length
-from ...optim.memory import planned_state_by_kind
+from ...optim.memory import bytes_by_kind, dtype_of_moments, planned_state
 from ..build.layers import layer_with, with_layer
 from ..build.model import architecture, checkpoint_activations, untrained
 from ..build.optimizer import build_optimizer, with_optimizer
@@ -25,6 +25,9 @@ from .kinds import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, MASTER, STATE, TEMPOR
 
 # Limits on what is planned: nothing larger runs, and planning it would take forever.
 MOST_EXAMPLES, MOST_TOKENS = 2**24, 2**40
+# torch's AdamW keeps moments in the dtype of the weights, the classes here in fp32 at least. The second is torch's with
+# moments like theirs: planned to compare with, not to be trained with.
+ADAMW, WIDE_ADAMW = "adamw", "adamw, fp32 moments"
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,13 @@ class Plan:
     """Bytes of the process that needs most, by kind.
 
     ``held`` is the most of each kind, ``at_peak`` its part of the peak of all kinds together, ``offloaded`` what lies
-    in the CPU's memory instead.
+    in the CPU's memory instead. ``moments`` is the dtype of most of the moments, None where there are none.
     """
 
     held: dict[str, int]
     at_peak: dict[str, int]
     offloaded: dict[str, int]
+    moments: torch.dtype | None
 
     @property
     def peak(self) -> int:
@@ -52,6 +56,13 @@ class Plan:
         """What papers on these methods report as memory."""
         both = (self.held, self.offloaded)
         return sum(held.get(kind, 0) for held in both for kind in (WEIGHTS, *STATE))
+
+
+class _Fixed(NamedTuple):
+    """What does not depend on the batch: bytes by kind, and the dtype of most of the moments."""
+
+    held: dict[str, int]
+    moments: torch.dtype | None
 
 
 class Planner:
@@ -81,13 +92,15 @@ class Planner:
         self._fixed = lru_cache(maxsize=None)(self._weights_and_state)
 
     def plan(self, optimizer: str, micro_batch: int, checkpointing: bool) -> Plan:
-        """What the run needs with ``optimizer``, ``micro_batch`` examples a pass, and activations checkpointed or not.
+        """What the run needs with ``optimizer`` (a name of the registry, or ``WIDE_ADAMW``), ``micro_batch`` examples a
+        pass, and activations checkpointed or not.
 
         Raises:
             BadInput: for an optimizer that is unknown or refuses its keys.
         """
-        layer = layer_with(self.config, optimizer)
-        model, fixed = self._model(layer), dict(self._fixed(optimizer))
+        layer = layer_with(self.config, _trained_as(optimizer))
+        model, (state, moments) = self._model(layer), self._fixed(optimizer)
+        fixed = dict(state)
         one = self._pass(micro_batch, checkpointing, layer)
         kept = _nbytes(model, trained=True)
         if self.division.stage >= 2:  # DeepSpeed averages in fp32, unless its configuration says bf16
@@ -104,11 +117,12 @@ class Planner:
         passing = {ACTIVATIONS: moment.activations, TEMPORARY: moment.temporary}
         held = fixed | passing | {GRADIENTS: kept, ACTIVATIONS: one.activations}
         at_peak = fixed | passing | {GRADIENTS: kept if throughout else moment.gradients}
-        return Plan(*({kind: part.get(kind, 0) for kind in KINDS} for part in (held, at_peak, offloaded)))
+        held, at_peak, offloaded = ({kind: part.get(kind, 0) for kind in KINDS} for part in (held, at_peak, offloaded))
+        return Plan(held, at_peak, offloaded, moments)
 
     def weights_and_state(self, optimizer: str) -> int:
         """Bytes of weights and optimizer state of a process, without a pass: what papers print."""
-        fixed = self._fixed(optimizer)
+        fixed = self._fixed(optimizer).held
         return sum(fixed.get(kind, 0) for kind in (WEIGHTS, *STATE))
 
     def largest_micro_batch(self, optimizer: str, checkpointing: bool, budget: int) -> int:
@@ -163,9 +177,12 @@ class Planner:
                 f"model {self.config.model.model!r} cannot pass {batch[0]} x {batch[1]} tokens: {reason}"
             ) from None
 
-    def _weights_and_state(self, optimizer: str) -> dict[str, int]:
-        model = self._model(layer_with(self.config, optimizer))
-        return self._weights(model) | self._state(model, optimizer)
+    def _weights_and_state(self, optimizer: str) -> _Fixed:
+        layer = layer_with(self.config, _trained_as(optimizer))
+        model = self._model(layer)
+        stepped = self._untrained(layer).float() if optimizer == WIDE_ADAMW else model
+        state, moments = self._state(stepped, _trained_as(optimizer))
+        return _Fixed(self._weights(model) | state, moments)
 
     def _weights(self, model: nn.Module) -> dict[str, int]:
         division, width = self.division, self.dtype.itemsize
@@ -189,19 +206,26 @@ class Planner:
         gathered = min(sum(split), division.prefetch_bucket + max(split, default=0))
         return width * (division.reduce_bucket + gathered)
 
-    def _state(self, model: nn.Module, optimizer: str) -> dict[str, int]:
+    def _state(self, model: nn.Module, optimizer: str) -> tuple[dict[str, int], torch.dtype | None]:
+        """Bytes by kind, and the dtype of most of the moments."""
         chosen = with_optimizer(self.config.optimizer, optimizer)
         built = build_optimizer(model, chosen, self.config.run)
         division = self.division
         if division.stage == 0:
-            return dict(planned_state_by_kind(built))
+            held = planned_state(built)
+            return dict(bytes_by_kind(held)), dtype_of_moments(held)
         cut = each_alone if division.stage == 3 else as_one_buffer
         count = division.processes
         processes = sorted({0, count - 1, count // 2})  # one of these holds the most
-        plans = [planned_state_by_kind(built, cut, index, count, torch.float32) for index in processes]
-        fullest = max(plans, key=Counter.total)
+        plans = [planned_state(built, cut, index, count, torch.float32) for index in processes]
+        held = max(plans, key=lambda plan: bytes_by_kind(plan).total())
         shapes = [[tuple(p.shape) for p in group["params"] if p.requires_grad] for group in built.param_groups]
-        return dict(fullest) | {MASTER: 4 * sum(flat_length(cut, group, division.processes) for group in shapes)}
+        master = 4 * sum(flat_length(cut, group, division.processes) for group in shapes)
+        return dict(bytes_by_kind(held)) | {MASTER: master}, dtype_of_moments(held)
+
+
+def _trained_as(optimizer: str) -> str:
+    return ADAMW if optimizer == WIDE_ADAMW else optimizer
 
 
 def _count(model: nn.Module, trained: bool = False) -> int:

@@ -90,15 +90,16 @@ def test_every_embedded_configuration_is_valid(name, monkeypatch):
         assert run.per_device_train_batch_size * run.gradient_accumulation_steps * config.data.block_size == 131_072
 
 
-def test_the_papers_sizes_have_both_recipes():
+def test_the_papers_sizes_have_recipes():
     sizes = ("60m", "130m", "350m", "1b", "7b")
-    others = ["quickstart_2_4_cast", "quickstart_2_4_sr_ste"]
+    others = ["quickstart", "quickstart_2_4_cast", "quickstart_2_4_sr_ste", "quickstart_maestro"]
     others += ["quickstart_autosparse", "quickstart_hyper_sparse", "quickstart_wgsef"]
     others += [f"quickstart_{name}" for name in ("doped", "factorised", "parallel", "wide")]
     others += ["quickstart_spdf_dense", "quickstart_spdf_sparse"]
-    others += ["quickstart", "quickstart_maestro", "llama_130m_sst", "llama_60m_relora", "llama_60m_low_rank"]
-    others += ["llama_60m_scale"]
-    methods = ("adamw", "galore", "sltrain")
+    others += [f"llama_60m_{name}" for name in ("relora", "low_rank", "scale", "gradnormlorp")]
+    others += [f"llama_130m_{name}" for name in ("sst", "blast", "rigl")]
+    others += [f"llama_350m_{name}" for name in ("ldadam", "dct")]
+    methods = ("adamw", "galore", "sltrain", "apollo", "apollo_mini", "fira", "q_galore")
     assert sorted([*others, *(f"llama_{s}_{o}" for s in sizes for o in methods)]) == EMBEDDED
 
 
