@@ -105,7 +105,8 @@ RUNS: dict[str, dict[str, Any]] = {
 def train(settings: dict[str, Any], dataset: str, steps: int, history: bool = False) -> dict[str, Any]:
     """One run in a process of its own; what its metrics.json holds, the history if asked for."""
     with tempfile.TemporaryDirectory() as folder:
-        keys = {"dataset": dataset, "max_steps": steps, "save_strategy": "no", "eval_strategy": "no", **settings}
+        keys = {"dataset": dataset, "max_steps": steps, "save_strategy": "no", "eval_strategy": "no"}
+        keys |= {"adam_epsilon": 1e-6, **settings}  # one for all
         script = keys.pop("script", None)
         program = ["-m", "gracile.train.pretrain"] if script is None else [str(Path(__file__).with_name(script))]
         command = [sys.executable, *program, "quickstart", f"--output_dir={folder}"]

@@ -103,7 +103,11 @@ VARIANTS = {
         optim.GaLoreAdafactor, "factored moments", quadratic=Use(RELATIVE_LR, RANKED | {"scale": 1.0})
     ),
     "GaLoreLion": Variant(
-        optim.GaLoreLion, "basis", Use({"lr": 3e-3, "maximize": True}, {}), Use({"lr": 0.1}, RANKED), Use({"lr": 0.005}, LOW_RANK)
+        optim.GaLoreLion,
+        "basis",
+        Use({"lr": 3e-3, "maximize": True}, {}),
+        Use({"lr": 0.1}, RANKED),
+        Use({"lr": 0.005}, LOW_RANK),
     ),
     "GaLorePlusAdamW": Variant(
         optim.GaLorePlusAdamW,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import inspect
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from ...registry import OPTIMIZERS
 from ...validation import nearest
 from ..errors import BadInput
 from .arguments import Config, DataArguments, Keywords, ModelArguments, OptimizerArguments, RunArguments
@@ -23,7 +25,7 @@ GROUPS: Any = (ModelArguments, DataArguments, OptimizerArguments, RunArguments)
 # Keys that an optimizer has defaults of its own for.
 METHOD_KEYS = (
     "scale", "update_proj_gap", "proj_type", "subspace_method", "update_every", "drop_fraction", "t_end", "art_every",
-    "optimizer_args",
+    "optimizer_args", "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
 # Recipes have names that every supported transformers knows; what a newer one calls otherwise, it warns of.
 NEWER_NAMES = {"gradient_checkpointing": "activation_checkpointing"}
@@ -91,6 +93,7 @@ def load_config(argv: Sequence[str], needs_output_dir: bool = True) -> Config:
     if needs_output_dir and not _was_given("output_dir", arguments):
         raise BadInput("output_dir is not set; choose one with --output_dir")
     given = {k: v for k, v in vars(namespace).items() if _was_given(k, arguments)}
+    vars(namespace).update({k: v for k, v in _adam_defaults(namespace.optimizer).items() if k not in given})
     deepspeed = namespace.deepspeed
     if isinstance(deepspeed, str) and not deepspeed.startswith("{") and not Path(deepspeed).is_file():
         raise BadInput(f"deepspeed {deepspeed!r} does not exist; give the path of a DeepSpeed configuration")
@@ -116,6 +119,16 @@ def _of_another_optimizer(settings: dict[str, Any], argv: Sequence[str]) -> list
     if chosen is None or chosen == settings.get("optimizer"):
         return []
     return [key for key in METHOD_KEYS if key in settings and not _was_given(key, list(argv))]
+
+
+def _adam_defaults(optimizer: str) -> dict[str, float]:
+    """The betas and eps of an optimizer's constructor, by their keys in a run: ``TrainingArguments`` has AdamW's."""
+    entry = OPTIMIZERS.get(optimizer)
+    if entry is None or entry.run_keys == "adafactor":
+        return {}
+    own = inspect.signature(entry.cls).parameters
+    beta1, beta2 = own["betas"].default
+    return {"adam_beta1": beta1, "adam_beta2": beta2} | ({"adam_epsilon": own["eps"].default} if "eps" in own else {})
 
 
 def _filled(group: Any, namespace: argparse.Namespace) -> Any:

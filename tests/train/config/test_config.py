@@ -80,6 +80,24 @@ def test_another_optimizer_than_a_recipes_has_its_own_defaults(tmp_path, capsys)
     assert load_config([str(own), "--optimizer", "apollo_adamw", *out]).optimizer.scale == 0.25
 
 
+def test_betas_and_eps_that_are_not_given_are_the_optimizers_own(tmp_path):
+    """And not those of AdamW, which ``TrainingArguments`` has."""
+
+    def told(*argv):
+        run = load_config([*argv, "--output_dir", str(tmp_path)]).run
+        return run.adam_beta1, run.adam_beta2, run.adam_epsilon
+
+    for recipe in ("quickstart", "llama_60m_galore"):
+        assert told(recipe, "--optimizer", "ldadamw") == (0.908, 0.99, 1e-8)
+        assert told(recipe, "--optimizer", "lion")[:2] == (0.9, 0.99)
+        assert told(recipe, "--optimizer", "fira_adamw") == (0.9, 0.999, 1e-6)
+        assert told(recipe, "--optimizer", "adamw") == (0.9, 0.999, 1e-8)
+        assert told(recipe, "--optimizer", "ldadamw", "--adam_beta2", "0.95") == (0.908, 0.95, 1e-8)
+    own = tmp_path / "own.yaml"
+    own.write_text("model: 2m\noptimizer: ldadamw\nadam_epsilon: 1e-7\n")
+    assert told(str(own)) == (0.908, 0.99, 1e-7)
+
+
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_every_embedded_configuration_is_valid(name, monkeypatch):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
