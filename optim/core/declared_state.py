@@ -38,10 +38,12 @@ from ..state.spec import (
     HeldTensor,
     StateSpec,
     from_portable,
+    from_saved,
     held_tensors,
     moment_dtype,
     new_state,
     step_spec,
+    to_saved,
 )
 from .group_checks import MATRIX_KEYS
 from .rules import ADAM, Rule
@@ -219,14 +221,25 @@ class DeclaredState(FaithfulLoading):
         return {held.name: held.shape for held in accepted}
 
     def loaded_state(self, parameter: Tensor, group: Group, saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if not is_dtensor(parameter):
+        own = self._ref(parameter, group)
+        if own is None:
             return saved
-        return self._dtensor_state(parameter, group).load(saved)
+        if is_dtensor(parameter):
+            return self._dtensor_state(parameter, group).load(saved)
+        shard = self.on_meta(own, group)
+        return from_saved(self.specs(shard, group), shard, saved)
 
     def saved_state(self, parameter: Tensor, group: Group, held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if not is_dtensor(parameter):
+        own = self._ref(parameter, group)
+        if own is None:
             return held
-        return self._dtensor_state(parameter, group).save(held)
+        if is_dtensor(parameter):
+            saved: Mapping[str, Tensor] = self._dtensor_state(parameter, group).save(held)
+        else:
+            shard = self.on_meta(own, group)
+            saved = to_saved(self.specs(shard, group), shard, held)
+        # torch.distributed.checkpoint wants full states on one device, but for single numbers
+        return {key: value.to(parameter.device) if value.dim() else value for key, value in saved.items()}
 
     def host_keys(self, parameter: Tensor, group: Group) -> set[str]:
         own = self._ref(parameter, group)

@@ -25,11 +25,12 @@ from torch.optim.optimizer import ParamsT
 from ...validation import Check
 from ..distributed import FullShard, MatrixShard, ParamRegistry, Update, Workspace, complete_gradients, full_shape
 from ..state.spec import PLAIN, to_portable
+from .clock import steps_of
 from .declared_state import DeclaredState
 from .group_checks import COMMON_CHECKS, check_declared, check_tensors, parameters_in
 from .keywords import ACCEPTED, Accepted, check_keys, check_keywords, keyword_names
 from .rules import plain, with_numbers
-from .types import Group, ParamStep, State
+from .types import Group, ParamGroup, ParamStep, State
 
 # Phases of a step, by the names that a listener gets.
 FIND, UPDATE, AFTER = "find", "update", "after"
@@ -60,6 +61,7 @@ class ShardedOptimizer(DeclaredState):
     renamed: ClassVar[Mapping[str, str]] = {}
     later_keys: ClassVar[Mapping[str, Any]] = {"maximize": False}
     phase_listener: PhaseListener | None = None
+    _is_unused = False  # whether the state is one that a blank step made, and nothing was loaded or trained since
 
     def __init__(self, params: ParamsT, arguments: Group) -> None:
         names = keyword_names(arguments.get("__class__", type(self)))
@@ -116,6 +118,7 @@ class ShardedOptimizer(DeclaredState):
             group["params"] = list(group["params"])
         self._check_whole_group({**self.defaults, **group})
         super().add_param_group(group)
+        self.param_groups[-1] = ParamGroup(self.param_groups[-1], self.later_keys)
         self.register(self.param_groups[-1])
 
     def _with_own_names(self, group: Group) -> Group:
@@ -169,7 +172,8 @@ class ShardedOptimizer(DeclaredState):
             if first:
                 self._warn_without_matrices()
             work = self._collect()
-            if not (first and self._is_blank(work)):
+            self._is_unused = first and self._is_blank(work)
+            if not self._is_unused:
                 self._advance(work)
         return loss
 
@@ -189,7 +193,8 @@ class ShardedOptimizer(DeclaredState):
 
     def _is_blank(self, work: list[ParamStep]) -> bool:
         """Whether a step moves nothing: torch.distributed.checkpoint lets state be made by one without a learning rate
-        and with zeros for gradients. Counting it would keep a subspace of nothing until the second refresh."""
+        and with zeros for gradients. Counting it would keep a subspace of nothing until the second refresh. State that
+        it made is made anew when training begins: of other weights, or after a load that was broken off."""
         still = all(plain(group["lr"]) == 0 for group in self.param_groups)
         return still and not any(item.shard.norm(item.shard.gather_grad()) for item in work)
 
@@ -213,7 +218,7 @@ class ShardedOptimizer(DeclaredState):
         """State for every trainable parameter, work for those with a gradient."""
         work, workspace = [], Workspace()
         for group in self.param_groups:
-            numbers = with_numbers(group)
+            numbers = {**self.later_keys, **with_numbers(group)}
             for p in group["params"]:
                 if not p.requires_grad and p.grad is None:
                     continue
@@ -221,7 +226,7 @@ class ShardedOptimizer(DeclaredState):
                     raise RuntimeError(f"{type(self).__name__} needs dense gradients; build nn.Embedding(sparse=False)")
                 for _, shard, state in self.shards_of(p, group, workspace):
                     shard.maximize = group["maximize"]
-                    if "step" not in state:
+                    if "step" not in state or (self._is_unused and steps_of(state) == 0):
                         state.update(self._new_state(shard, group))
                     if p.grad is not None and 0 not in shard.shape:
                         work.append(ParamStep(shard, numbers, state))
@@ -241,18 +246,27 @@ class ShardedOptimizer(DeclaredState):
         for spec in specs:
             spec.codec.encode(wide.pop(spec.name), spec, shard, state)
 
+    def from_portable(self, shard: FullShard, group: Group, portable: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self._is_unused = False
+        return super().from_portable(shard, group, portable)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._is_unused = False
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also reached by unpickling: groups pickled before a key existed get its default."""
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # which torch puts there, and no constructor of ours takes
         self.defaults.setdefault("maximize", False)  # pickled before there was one
+        self.param_groups[:] = [ParamGroup(group, self.later_keys) for group in self.param_groups]
         if not hasattr(self, "registry"):  # unpickled: torch keeps nothing but groups, state and defaults
             self.registry, self._key_names, self._moments = ParamRegistry(), {}, {}
             for group in self.param_groups:
                 self.register(group)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            for key in self.defaults.keys() - self.later_keys:
+                group.setdefault(key, self.defaults[key])
 
 
 def _subclasses(kind: type) -> list[type]:

@@ -14,8 +14,7 @@ class FaithfulLoading(torch.optim.Optimizer):
 
     Attributes:
         later_keys: keys of groups that came when there were checkpoints already, with the values that they had before.
-            At these they are not saved, and where they are missing they are these: torch.distributed.checkpoint
-            refuses a checkpoint without a key.
+            At these groups do not hold them (``ParamGroup``), and where they are missing they are these.
     """
 
     later_keys: ClassVar[Mapping[str, Any]] = {}
@@ -57,9 +56,7 @@ class FaithfulLoading(torch.optim.Optimizer):
             for number, (p, group) in enumerate(owners):
                 if saved["state"].get(number):
                     saved["state"][number] = self.saved_state(p, group, saved["state"][number])
-            for group in saved["param_groups"]:
-                for key in [key for key, before in self.later_keys.items() if group.get(key) == before]:
-                    del group[key]
+            saved["param_groups"] = [_without_dtypes(group) for group in saved["param_groups"]]
 
         hook = self.register_state_dict_post_hook(convert, prepend=True)  # runs before the user's own
         try:
@@ -78,11 +75,11 @@ class FaithfulLoading(torch.optim.Optimizer):
 
         def withhold(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             ids = [i for group in saved["param_groups"] for i in group["params"]]
-            saved_state.update({ids.index(i): _counted(state) for i, state in saved["state"].items() if i in ids})
+            saved_state.update({ids.index(i): _tensors_of(state) for i, state in saved["state"].items() if i in ids})
             # A key that was not saved keeps its present value: another optimizer's groups must not lose the rank.
             groups = [
                 {key: own[key] for key in self.defaults}
-                | {**self.later_keys, **other, "group_number": own["group_number"]}
+                | {**self.later_keys, **_with_dtypes(other), "group_number": own["group_number"]}
                 for own, other in zip(self.param_groups, saved["param_groups"], strict=False)
             ]
             self._check_state(saved_state, groups)
@@ -134,9 +131,24 @@ class FaithfulLoading(torch.optim.Optimizer):
                 )
 
 
-def _counted(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved state whose counter is a tensor, which before torch 1.12 was a number."""
-    step = state.get("step")
-    if isinstance(step, Tensor) or not isinstance(step, (int, float)):
-        return dict(state)
-    return {**state, "step": torch.tensor(float(step), dtype=torch.float32, device="cpu")}
+def _tensors_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved state whose counter is a tensor, which before torch 1.12 was a number, and without the empty mappings that
+    torch.distributed.checkpoint has for what is held and was not saved."""
+    given = {key: value for key, value in state.items() if value != {}}
+    step = given.get("step")
+    if isinstance(step, (int, float)):
+        given["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
+    return given
+
+
+def _without_dtypes(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group with the names of dtypes: torch.distributed.checkpoint knows numbers and texts."""
+    return {key: str(value) if isinstance(value, torch.dtype) else value for key, value in group.items()}
+
+
+def _with_dtypes(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of ``_without_dtypes``."""
+    name = group.get("state_dtype")
+    if not isinstance(name, str):
+        return dict(group)
+    return {**group, "state_dtype": getattr(torch, name.removeprefix("torch."), name)}

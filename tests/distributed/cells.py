@@ -81,8 +81,8 @@ class Net(nn.Module):
         return nn.functional.cross_entropy(self.head(self.norm(self.out(h))).flatten(0, 1).float(), y.flatten())
 
 
-def build(cell):
-    torch.manual_seed(0)
+def build(cell, seed=0):
+    torch.manual_seed(seed)
     net = Net(*cell.get("sizes", SIZES_OF.get(cell["optimizer"], SIZES)))
     if layer := VARIANTS[cell["optimizer"]].layer:
         kind, keys, _ = layer
