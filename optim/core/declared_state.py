@@ -205,7 +205,8 @@ class DeclaredState(FaithfulLoading):
                         yield ref, shard, group, state
 
     def from_portable(self, shard: FullShard, group: Group, portable: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state that this process holds, from its portable form. Collective."""
+        """The state that this process holds, from its portable form, for ``state`` to have. Collective."""
+        self.forget()
         return from_portable(self.specs(shard, group), shard, portable)
 
     def expected_state(
@@ -299,7 +300,7 @@ class DeclaredState(FaithfulLoading):
             for shard in shards:
                 yield shard.position, held_tensors(self.specs(shard, group), shard)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def forget(self) -> None:
+        super().forget()
         self._key_names.clear()  # a loaded rank may have other keys and shapes
         self._moments.clear()

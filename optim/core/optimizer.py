@@ -23,7 +23,17 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...validation import Check
-from ..distributed import FullShard, MatrixShard, ParamRegistry, Update, Workspace, complete_gradients, full_shape
+from ..distributed import (
+    FullShard,
+    MatrixShard,
+    ParamRegistry,
+    UnsupportedLayout,
+    Update,
+    Workspace,
+    complete_gradients,
+    full_shape,
+    wrapped_group,
+)
 from ..state.spec import PLAIN, to_portable
 from .clock import steps_of
 from .declared_state import DeclaredState
@@ -51,6 +61,7 @@ class ShardedOptimizer(DeclaredState):
         checks: a check for each key of the class's own.
         accepted: keywords and keys of other optimizers, with the values that change nothing.
         renamed: keys by the names that the authors' code has for them.
+        together: what of a model must be stepped together, for a message; None where each parameter may be by itself.
         phase_listener: None, or what is called with the name of each phase and returns a context manager for it; set
             it to see where the time of a step goes. ``find`` comes only where a subspace or a mask is due, also inside
             the other two.
@@ -59,9 +70,11 @@ class ShardedOptimizer(DeclaredState):
     checks: ClassVar[Mapping[str, Check]] = {}
     accepted: ClassVar[Mapping[str, Accepted]] = ACCEPTED
     renamed: ClassVar[Mapping[str, str]] = {}
+    together: ClassVar[str | None] = None
     later_keys: ClassVar[Mapping[str, Any]] = {"maximize": False}
     phase_listener: PhaseListener | None = None
     _is_unused = False  # whether the state is one that a blank step made, and nothing was loaded or trained since
+    _wrapped_states: dict[Tensor, dict[str, Tensor]] | None = None  # in use since the last step, under a wrapper
 
     def __init__(self, params: ParamsT, arguments: Group) -> None:
         names = keyword_names(arguments.get("__class__", type(self)))
@@ -117,6 +130,11 @@ class ShardedOptimizer(DeclaredState):
         elif not isinstance(group["params"], set):  # sets are torch's to refuse
             group["params"] = list(group["params"])
         self._check_whole_group({**self.defaults, **group})
+        if self.together is not None and wrapped_group(self.registry.groups, parameters_in(group)) is not None:
+            raise UnsupportedLayout(
+                f"{type(self).__name__} must step {self.together} together, and ZeroRedundancyOptimizer gives each "
+                "process some parameters; leave it away, or split the model by FSDP2 or DeepSpeed"
+            )
         super().add_param_group(group)
         self.param_groups[-1] = ParamGroup(self.param_groups[-1], self.later_keys)
         self.register(self.param_groups[-1])
@@ -129,7 +147,10 @@ class ShardedOptimizer(DeclaredState):
 
     def register(self, group: Group) -> None:
         """Remember the parameters of a group: engines replace them by flat tensors, and drop or reorder groups."""
-        self.registry.register(group)
+        of_all = wrapped_group(self.registry.groups, group["params"])
+        self.registry.register(group, of_all)
+        if of_all is not None:
+            self._wrapped_states = {}
 
     def _check_whole_group(self, group: Group) -> None:
         self.check_keys(group)
@@ -216,6 +237,7 @@ class ShardedOptimizer(DeclaredState):
 
     def _collect(self) -> list[ParamStep]:
         """State for every trainable parameter, work for those with a gradient."""
+        self._take_over_states()
         work, workspace = [], Workspace()
         for group in self.param_groups:
             numbers = {**self.later_keys, **with_numbers(group)}
@@ -230,8 +252,21 @@ class ShardedOptimizer(DeclaredState):
                         state.update(self._new_state(shard, group))
                     if p.grad is not None and 0 not in shard.shape:
                         work.append(ParamStep(shard, numbers, state))
+        if self._wrapped_states is not None:
+            self._wrapped_states = dict(self.state)
         complete_gradients([item.shard for item in work if isinstance(item.shard, MatrixShard)])
         return work
+
+    def _take_over_states(self) -> None:
+        """ZeroRedundancyOptimizer puts saved states in the place of ours, where others call ``load_state_dict``."""
+        if self._wrapped_states is None:
+            return
+        owners = [(p, group) for group in self.param_groups for p in group["params"] if p in self.state]
+        loaded = [(p, group) for p, group in owners if self.state[p] is not self._wrapped_states.get(p)]
+        for p, group in loaded:
+            self.state[p] = self.taken_over(p, group, self.state[p])
+        if loaded:
+            self.forget()
 
     @contextmanager
     def _dequantized(self, shard: FullShard, group: Group, state: State) -> Iterator[State]:
@@ -246,12 +281,8 @@ class ShardedOptimizer(DeclaredState):
         for spec in specs:
             spec.codec.encode(wide.pop(spec.name), spec, shard, state)
 
-    def from_portable(self, shard: FullShard, group: Group, portable: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self._is_unused = False
-        return super().from_portable(shard, group, portable)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def forget(self) -> None:
+        super().forget()
         self._is_unused = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -116,12 +116,8 @@ class LowRankOptimizer(ShardedOptimizer):
 
     # ---- state that is loaded ---------------------------------------------------------------------------------------
 
-    def from_portable(self, shard: FullShard, group: Group, portable: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self._first_gradients.forget()
-        return super().from_portable(shard, group, portable)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def forget(self) -> None:
+        super().forget()
         self._first_gradients.forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

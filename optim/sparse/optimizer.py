@@ -179,12 +179,8 @@ class SparseOptimizer(ShardedOptimizer):
             first -= first % shard.shape[0]
         return structure.weights(first, keys), structure.weights(most, keys)
 
-    def from_portable(self, shard: FullShard, group: Group, portable: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self._in_masks = frozenset()
-        return super().from_portable(shard, group, portable)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def forget(self) -> None:
+        super().forget()
         self._in_masks = frozenset()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

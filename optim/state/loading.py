@@ -43,6 +43,9 @@ class FaithfulLoading(torch.optim.Optimizer):
         """``held`` as ``state_dict`` saves it."""
         return held
 
+    def forget(self) -> None:
+        """States are others now: what is known of those before is not true of them."""
+
     def host_keys(self, parameter: Tensor, group: dict[str, Any]) -> set[str]:
         """The keys of a parameter's state that are kept on the CPU."""
         raise NotImplementedError
@@ -90,11 +93,8 @@ class FaithfulLoading(torch.optim.Optimizer):
             owners = [(p, group) for group in self.param_groups for p in group["params"]]
             for number, state in saved_state.items():
                 p, group = owners[number]
-                on_host = self.host_keys(p, group)
-                self.state[p] = {
-                    key: value.to("cpu" if key in on_host else p.device, copy=True)
-                    for key, value in self.loaded_state(p, group, state).items()
-                }
+                self.state[p] = self.taken_over(p, group, state)
+            self.forget()
 
         before = self.register_load_state_dict_pre_hook(withhold)  # runs after the user's own
         after = self.register_load_state_dict_post_hook(restore, prepend=True)  # runs before the user's own
@@ -103,6 +103,14 @@ class FaithfulLoading(torch.optim.Optimizer):
         finally:
             before.remove()
             after.remove()
+
+    def taken_over(self, p: Tensor, group: dict[str, Any], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this process holds of a parameter's saved state, where it belongs and sharing nothing with it."""
+        on_host = self.host_keys(p, group)
+        return {
+            key: value.to("cpu" if key in on_host else p.device, copy=True)
+            for key, value in self.loaded_state(p, group, saved).items()
+        }
 
     def _check_state(self, saved_state: dict[int, dict[str, Tensor]], saved_groups: list[dict[str, Any]]) -> None:
         """Compare saved tensors with those this optimizer would create: nothing is allocated."""
