@@ -49,6 +49,11 @@ from .group_checks import MATRIX_KEYS
 from .rules import ADAM, Rule
 from .types import Group, State
 
+ABOUT_PARTS = (  # in the checkpoint of an engine, for who opens it
+    "This process's parts of each parameter's state, by its position, in flat tensors. For another number of processes "
+    "or another stage save gracile.optim.full_state; DeepSpeed's ds_to_universal cannot convert them."
+)
+
 
 class DeclaredState(FaithfulLoading):
     """An optimizer whose state follows from what its method declares.
@@ -299,6 +304,12 @@ class DeclaredState(FaithfulLoading):
                 )
             for shard in shards:
                 yield shard.position, held_tensors(self.specs(shard, group), shard)
+
+    def state_dict(self) -> dict[str, Any]:
+        saved = super().state_dict()
+        if any(self._ref(p, group) is None for group in self.param_groups for p in group["params"]):
+            saved["about"] = ABOUT_PARTS
+        return saved
 
     def forget(self) -> None:
         super().forget()

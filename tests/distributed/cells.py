@@ -227,8 +227,8 @@ def replicated(cell):
     return full, optimizer, watch
 
 
-def started(cell):
-    """DeepSpeed's engine, as its users make it, and the optimizer that they give it."""
+def config_of(cell):
+    """DeepSpeed's."""
     stage = int(cell["layout"][-1])
     options = {"stage": stage, **cell.get("zero", {})}
     if stage == 3:
@@ -245,6 +245,12 @@ def started(cell):
         config["bf16"] = {"enabled": True}
     if cell.get("precision") == "bf16, fp32 gradients":
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def started(cell):
+    """DeepSpeed's engine, as its users make it, and the optimizer that they give it."""
+    config = config_of(cell)
     inside = deepspeed.zero.Init(config_dict_or_path=config) if cell.get("zero_init") else contextlib.nullcontext()
     with inside:
         net = build(cell)
