@@ -146,6 +146,12 @@ def open_corpus(data: DataArguments, trust_remote_code: bool = False) -> Corpus:
             a hub data set that cannot be reached, or weights that do not fit.
     """
     weights = _weights(data)
+    try:
+        "".encode(data.encoding or "utf-8")
+    except LookupError:
+        raise BadInput(
+            f"encoding {data.encoding!r} is not known; choose one such as latin-1, cp1252 or gb18030"
+        ) from None
     sources = tuple(_open(name, data, trust_remote_code) for name in data.dataset)
     if len({source.streamed for source in sources}) > 1:
         raise BadInput(

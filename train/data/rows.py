@@ -44,7 +44,7 @@ def _named(file: File, encoding: str | None) -> Iterator[None]:
     except UnicodeDecodeError:
         where = first_bad_byte(file, encoding)
         raise BadInput(f"{file.path}: {where}; convert the file, or say what it is with encoding") from None
-    except (OSError, EOFError, ValueError, csv.Error, pyarrow.ArrowException, MemoryError) as error:
+    except (OSError, EOFError, ValueError, csv.Error, pyarrow.ArrowException, MemoryError, RecursionError) as error:
         if isinstance(error, OSError) and error.strerror:
             raise BadInput(f"{file.path} cannot be read: {error.strerror}") from None
         raise BadInput(f"{file.path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from None
