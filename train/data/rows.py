@@ -68,7 +68,7 @@ def _whole(file: File, encoding: str | None) -> str:
 def _json_rows(file: File, encoding: str | None) -> Iterator[Mapping[str, Any]]:
     """Objects, one a line; or a list of objects."""
     with open_text(file, encoding) as stream:
-        if _begins_with(stream, "["):
+        if _first_character(file, encoding) == "[":
             rows = json.load(stream)
             numbered = ((f"entry {n}", row) for n, row in enumerate(rows, 1))
         else:
@@ -79,13 +79,13 @@ def _json_rows(file: File, encoding: str | None) -> Iterator[Mapping[str, Any]]:
             yield row
 
 
-def _begins_with(stream: Any, character: str) -> bool:
-    """Whether the first character that is no space is this one; the stream is at its start again."""
-    first = " "
-    while first and first.isspace():
-        first = stream.read(1)
-    stream.seek(0)
-    return bool(first == character)
+def _first_character(file: File, encoding: str | None) -> str:
+    """The first one that is no space."""
+    with open_text(file, encoding) as stream:
+        first = " "
+        while first and first.isspace():
+            first = stream.read(1)
+        return first
 
 
 def _parsed(line: str, number: int) -> Any:
