@@ -29,7 +29,10 @@ from .config.arguments import Config, ModelArguments
 from .config.checks import check_values
 from .config.help_text import usage
 from .config.parser import load_config
-from .data.blocks import Blocks, Corpus, collate, make_blocks, open_corpus, tokenizer_identity
+from .data.blocks import Blocks, collate, make_blocks
+from .data.corpus import Corpus, open_corpus
+from .data.identity import DATA_FILE
+from .data.stream import BlockStream
 from .data.tokenizer import get_tokenizer
 from .engines import deepspeed
 from .engines import layout as layouts
@@ -60,9 +63,9 @@ def pretrain(config: Config) -> dict[str, Any]:
     chosen = architecture(config.model)
     check_buildable(config, chosen)
     corpus, tokenizer, blocks = read(config, chosen)
-    data_identity = f"{corpus.fingerprint}-{tokenizer_identity(tokenizer)}"
+    data = corpus.identity(tokenizer)
     if resuming(run):
-        check_same_run(config, output_dir if checkpoint is None else checkpoint.parent, data_identity)
+        check_same_run(config, output_dir if checkpoint is None else checkpoint.parent, data)
 
     set_seed(run.seed)
     model = build_model(config, checkpoint if resharded else None)
@@ -70,12 +73,15 @@ def pretrain(config: Config) -> dict[str, Any]:
         _make(output_dir)
     trainer = trainer_of(config, model, tokenizer, blocks, layout, weights_are_loaded=resharded)
     if run.should_save:
-        text = yaml.safe_dump({"gracile": __version__, "data": data_identity, "config": config.resolved()})
+        text = yaml.safe_dump({"gracile": __version__, "data": data.now, "config": config.resolved()})
         write_atomically(output_dir / RUN_FILE, text)
+        write_atomically(output_dir / DATA_FILE, data.record())
         _announce(config, model, corpus, blocks)
         if checkpoint is not None:
             _announce_checkpoint(checkpoint, layout, resharded)
 
+    if isinstance(blocks.train, BlockStream):
+        blocks.train.begin(data.now, trainer.get_total_train_batch_size(run), checkpoint)
     steps_per_second = _train(trainer, checkpoint)
     return _finish(config, trainer, output_dir, steps_per_second)
 
@@ -85,6 +91,8 @@ def read(config: Config, chosen: PreTrainedConfig) -> tuple[Corpus, PreTrainedTo
     trusted = config.model.trust_remote_code
     with config.run.main_process_first(desc="reading the data"):
         corpus = open_corpus(config.data, trusted)
+        if corpus.streamed and config.run.max_steps <= 0:
+            raise BadInput(f"max_steps must be given, for dataset {corpus.name!r} is a stream and has no length")
         name = config.data.tokenizer or _saved_tokenizer(config.model)
         tokenizer = get_tokenizer(name, corpus, chosen.vocab_size, trusted)
         return corpus, tokenizer, make_blocks(corpus, tokenizer, config.data)
@@ -127,7 +135,7 @@ def _finish(config: Config, trainer: PretrainTrainer, output_dir: Path, speed: f
         "history": report.history_of(trainer.state),
     }
     if config.run.should_save:
-        title = f"{config.model.model} LLaMA, {config.data.dataset}, {config.optimizer.optimizer}"
+        title = f"{config.model.model} LLaMA, {', '.join(config.data.dataset)}, {config.optimizer.optimizer}"
         report.plot_losses(output_dir, metrics["history"], tokens_per_step, title)
         report.write_metrics(output_dir, metrics)
         whole, parts = "the model, its tokenizer, checkpoints,", "a tokenizer, checkpoints, the last of them the model,"
@@ -175,7 +183,7 @@ def trainer_of(
 
 def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks) -> None:
     parameters = report.elements(model)
-    train = "streamed" if corpus.streamed else f"{len(blocks.train):,}"
+    train = "streamed" if isinstance(blocks.train, BlockStream) else f"{len(blocks.train):,}"
     print(
         f"{config.name}: {config.model.model} LLaMA of {parameters:,} parameters"
         f"{f' in {config.model.layer} layers' if config.model.layer else ''}, {config.optimizer.optimizer}, "
@@ -183,6 +191,8 @@ def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks) 
         f"{train} training and {len(blocks.validation):,} validation blocks of {config.data.block_size} tokens",
         flush=True,
     )
+    for note in corpus.notes:
+        print(note)
     if config.left_out:
         print(f"{config.optimizer.optimizer} has its own {', '.join(config.left_out)}, not those of the recipe")
     idle = without_effect(config)

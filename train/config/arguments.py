@@ -72,17 +72,40 @@ class ModelArguments:
 class DataArguments:
     """What it reads."""
 
-    dataset: str = field(
-        default="stdlib",
+    dataset: list[str] = field(
+        default_factory=lambda: ["stdlib"],
         metadata={
-            "help": "stdlib (the source text of this Python's standard library), a txt / jsonl / parquet file, "
-            "folder or glob, or a hub name such as allenai/c4 (streamed)."
+            "help": "stdlib (the source text of this Python's standard library); a file, folder or glob of txt, md, "
+            "jsonl, csv, parquet or arrow, plain or .gz, .xz, .zst, .bz2; a folder of save_to_disk; or a hub name such "
+            "as allenai/c4 (streamed). Several are mixed."
         },
     )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Shares of several data sets in what is trained on; without it, all of each."},
+    )
+    validation_dataset: str | None = field(
+        default=None, metadata={"help": "Data to validate on, of any of these kinds, in place of a part of dataset."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set: en for c4."})
-    text_column: str = field(default="text", metadata={"help": "Column of jsonl, parquet and hub data."})
+    text_column: str = field(
+        default="text",
+        metadata={
+            "help": "Column of what is no text file: of texts, lists of texts, or messages with role and content."
+        },
+    )
+    encoding: str | None = field(
+        default=None,
+        metadata={"help": "Of text, JSON and CSV files; by default what a byte order mark says, or UTF-8."},
+    )
     streaming: bool = field(
         default=False, metadata={"help": "Read local files as a stream instead of packing them first."}
+    )
+    packing: bool = field(
+        default=True, metadata={"help": "Lay documents end to end; false for one document an example, padded."}
+    )
+    ignore_data_changes: bool = field(
+        default=False, metadata={"help": "Resume although the data is not what the run began with."}
     )
     tokenizer: str | None = field(
         default=None,
@@ -92,6 +115,10 @@ class DataArguments:
     validation_blocks: int = field(
         default=200, metadata={"help": "Examples held out for validation, at most a tenth of a corpus."}
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset, str):
+            self.dataset = [self.dataset]
 
 
 @dataclass

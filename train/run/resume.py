@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ..config.arguments import Config, RunArguments
+from ..data.identity import PLACES, Identity
 from ..errors import BadInput
 from . import checkpoints
 
@@ -71,23 +72,25 @@ def _named_checkpoint(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def check_same_run(config: Config, output_dir: Path, data_identity: str) -> None:
+def check_same_run(config: Config, output_dir: Path, data: Identity) -> None:
     """Refuse to continue a run with another model, other data or another optimizer than it began with."""
     try:
         saved = yaml.safe_load((output_dir / RUN_FILE).read_text(encoding="utf-8"))
     except OSError:
         return  # a checkpoint that was copied away from its run
     for key, value in config.identity().items():
-        if key in saved["config"] and not _same(saved["config"][key], value):
+        if key not in PLACES and key in saved["config"] and not _same(saved["config"][key], value):
             raise BadInput(
                 f"{key} is {value!r} but the run in {str(output_dir)!r} has {saved['config'][key]!r}; "
                 f"resume with that, or start a new run in another --output_dir"
             )
-    if saved["data"] != data_identity:
-        raise BadInput(
-            f"dataset {config.data.dataset!r} or its tokenizer has changed since the run in {str(output_dir)!r} began; "
-            "restore it, or start a new run in another --output_dir"
-        )
+    if data.is_that_of(saved["data"]):
+        return
+    differs = f"the data is not that of the run in {str(output_dir)!r}: {data.difference(output_dir, saved['data'])}"
+    if not config.data.ignore_data_changes:
+        raise BadInput(f"{differs}; restore it, or go on with it by --ignore_data_changes true")
+    if config.run.should_save:
+        print(f"{differs}; going on, as ignore_data_changes says")
 
 
 def _same(one: Any, other: Any) -> bool:

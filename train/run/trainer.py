@@ -18,6 +18,7 @@ from ..build.layers import merges, schedule_of
 from ..build.model import untrained
 from ..build.optimizer import build_optimizer, jagged_schedule
 from ..config.arguments import Config, RunArguments
+from ..data.stream import BlockStream
 from ..engines import layout as layouts
 from ..errors import RunStopped
 from . import art, checkpoints, distillation
@@ -130,6 +131,9 @@ class PretrainTrainer(Trainer):
         layouts.save(checkpoint, self.layout, self.given_optimizer, self.args.should_save)
         self.accelerator.wait_for_everyone()  # every process writes files of its own
         if self.args.should_save:
+            if isinstance(self.train_dataset, BlockStream):
+                done = self.state.global_step * self.get_total_train_batch_size(self.args)
+                self.train_dataset.save(checkpoint, done)
             checkpoints.seal(checkpoint)
             rotate_checkpoints(
                 output_dir=str(self.args.folder),
