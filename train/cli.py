@@ -40,4 +40,8 @@ def main() -> int:
 
 
 def command() -> NoReturn:
-    leave(main())
+    try:
+        leave(main())
+    except KeyboardInterrupt:  # while modules are imported, or in a command that has nothing to save
+        print("gracile: stopped by SIGINT", file=sys.stderr)
+        leave(130)

@@ -35,20 +35,25 @@ from .engines import deepspeed
 from .engines import layout as layouts
 from .engines.process_exit import leave
 from .errors import BadInput, RunStopped
-from .run import report
+from .run import faults, report
 from .run.preflight import check_buildable
 from .run.resume import RUN_FILE, check_same_run, resuming, starting_point
+from .run.stopping import Interrupted, StopRequests, StopTogether
 
 if TYPE_CHECKING:
     from .run.trainer import PretrainTrainer
 
 
-def pretrain(config: Config) -> dict[str, Any]:
+def pretrain(config: Config, requests: StopRequests | None = None) -> dict[str, Any]:
     """Run ``config`` to its end and return what ``metrics.json`` holds.
+
+    Args:
+        requests: signals that end the run after a step, with a checkpoint.
 
     Raises:
         BadInput: before anything is written, for input that cannot be used.
         RunStopped: when the loss or the weights turn non-finite.
+        Interrupted: when a signal has come.
     """
     run = config.run
     output_dir = run.folder
@@ -76,7 +81,12 @@ def pretrain(config: Config) -> dict[str, Any]:
         if checkpoint is not None:
             _announce_checkpoint(checkpoint, layout, resharded)
 
+    stop = None if requests is None else StopTogether(requests)
+    if stop is not None:
+        trainer.add_callback(stop)
     steps_per_second = _train(trainer, checkpoint)
+    if stop is not None and stop.stopped_by:
+        raise Interrupted(stop.stopped_by, trainer.state.global_step)
     return _finish(config, trainer, output_dir, steps_per_second)
 
 
@@ -205,21 +215,48 @@ def _announce_checkpoint(checkpoint: Path, layout: layouts.Layout, resharded: bo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0; 2 for bad input; 1 for a run that had to stop. Both say why in one line."""
+    """Exit code 0; 2 for bad input; 1 for a run that had to stop; 130 after Ctrl-C and 143 after SIGTERM. All but the
+    first say why in one line."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     if any(a in ("-h", "--help", "--help-all") for a in arguments):
         print(usage(everything="--help-all" in arguments))
         return 0
+    config: Config | None = None
     try:
-        pretrain(load_config(arguments))
+        with StopRequests() as requests:
+            config = load_config(arguments)
+            pretrain(config, requests)
     except BadInput as error:
-        if os.environ.get("RANK", "0") == "0":  # every process meets the same input
+        if is_first_process():  # every process meets the same input
             print(f"gracile pretrain: {error}", file=sys.stderr)
         return 2
     except (RunStopped, UnsupportedLayout) as error:
         print(f"gracile pretrain: {error}", file=sys.stderr)
         return 1
+    except Interrupted as stop:
+        if is_first_process():
+            print(f"gracile pretrain: {_stopped(stop, config)}", file=sys.stderr)
+        return stop.code
+    except Exception as error:
+        reason = faults.explained(error)
+        if reason is None:
+            raise
+        print(f"gracile pretrain: {reason}; {_what_stays(config)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _stopped(stop: Interrupted, config: Config | None) -> str:
+    when = "" if stop.step is None else f" after step {stop.step}"
+    return f"stopped by {stop.name}{when}; {_what_stays(config)}"
+
+
+def _what_stays(config: Config | None) -> str:
+    return faults.what_stays(None if config is None else config.run.folder)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ COMMON = {
     "bf16": "Mixed precision (weights stay as dtype says).",
     "eval_steps": "Steps between evaluations, with eval_strategy: steps.",
     "save_steps": "Steps between checkpoints; save_total_limit keeps the newest few.",
-    "resume_from_checkpoint": "true, or a checkpoint's folder.",
+    "resume_from_checkpoint": "true, auto (begin where there is nothing yet), or a checkpoint's folder.",
     "seed": "Of the weights and the order of the data.",
     "deepspeed": "A DeepSpeed configuration file.",
 }

@@ -30,11 +30,12 @@ def starting_point(run: RunArguments) -> Path | None:
     output_dir = run.folder
     if output_dir.exists() and not output_dir.is_dir():
         raise BadInput(f"output_dir {run.output_dir!r} is a file; choose another")
-    if not resuming(run):
+    wanted = str(run.resume_from_checkpoint)
+    automatic = wanted.lower() == "auto"
+    if not resuming(run) or (automatic and not _traces(output_dir)):
         _refuse_traces(output_dir)
         return None
-    wanted = str(run.resume_from_checkpoint)
-    if wanted.lower() not in ("true", "yes", "1"):
+    if not automatic and wanted.lower() not in ("true", "yes", "1"):
         return _named_checkpoint(Path(wanted))
     newest, skipped = checkpoints.newest_whole(output_dir)
     if run.should_save:
@@ -52,9 +53,13 @@ def starting_point(run: RunArguments) -> Path | None:
     return newest
 
 
-def _refuse_traces(output_dir: Path) -> None:
+def _traces(output_dir: Path) -> list[str]:
     found = [name for name in TRACES if (output_dir / name).exists()]
-    found += [checkpoint.name for checkpoint in checkpoints.checkpoints(output_dir)]
+    return found + [checkpoint.name for checkpoint in checkpoints.checkpoints(output_dir)]
+
+
+def _refuse_traces(output_dir: Path) -> None:
+    found = _traces(output_dir)
     if found:
         raise BadInput(
             f"output_dir {str(output_dir)!r} holds another run ({found[0]}); continue it with "

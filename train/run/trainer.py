@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from ...models.convert import merge
 from ...models.layers import FactoredLinear
+from ..atomic_write import write_atomically
 from ..build.callbacks import ScheduleCallback
 from ..build.layers import merges, schedule_of
 from ..build.model import untrained
@@ -21,6 +23,8 @@ from ..config.arguments import Config, RunArguments
 from ..engines import layout as layouts
 from ..errors import RunStopped
 from . import art, checkpoints, distillation
+
+UNLOGGED = "unlogged.json"
 
 
 class PretrainTrainer(Trainer):
@@ -43,6 +47,8 @@ class PretrainTrainer(Trainer):
         if self.art is not None:
             self.add_callback(self.art)
         self._first_bad_step = torch.full((), -1, dtype=torch.long, device=self.args.device)
+        self._resumed_from: Path | None = None
+        self.add_callback(_TakeUpUnlogged(self))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -126,6 +132,7 @@ class PretrainTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        self._save_unlogged(checkpoint)
         assert self.given_optimizer is not None
         layouts.save(checkpoint, self.layout, self.given_optimizer, self.args.should_save)
         self.accelerator.wait_for_everyone()  # every process writes files of its own
@@ -138,12 +145,33 @@ class PretrainTrainer(Trainer):
                 use_mtime=True,
             )
 
+    def _save_unlogged(self, checkpoint: Path) -> None:
+        """Losses since the last log, where a signal came between two logs: their mean is then that of the whole run."""
+        if self._globalstep_last_logged == self.state.global_step:
+            return
+        losses = self.accelerator.gather(self._tr_loss[None]).tolist()
+        if self.args.should_save:
+            write_atomically(
+                checkpoint / UNLOGGED, json.dumps({"last_logged": self._globalstep_last_logged, "losses": losses})
+            )
+
+    def take_up_unlogged(self) -> None:
+        file = None if self._resumed_from is None else self._resumed_from / UNLOGGED
+        if file is None or not file.is_file():
+            return
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        losses, here = saved["losses"], self.args.process_index
+        same = len(losses) == self.accelerator.num_processes
+        self._globalstep_last_logged = saved["last_logged"]
+        self._tr_loss += losses[here] if same else sum(losses) / len(losses)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.weights_are_loaded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """An engine cannot load a checkpoint of another layout: its optimizer state is resharded here."""
+        self._resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         if resume_from_checkpoint is None or not self.weights_are_loaded:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
@@ -208,3 +236,13 @@ class PretrainTrainer(Trainer):
         saved = checkpoint / "optimizer.pt"
         if saved.is_file():
             optimizer.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
+
+
+class _TakeUpUnlogged(TrainerCallback):
+    def __init__(self, trainer: PretrainTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.take_up_unlogged()
