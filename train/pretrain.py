@@ -35,7 +35,8 @@ from .engines import deepspeed
 from .engines import layout as layouts
 from .engines.process_exit import leave
 from .errors import BadInput, RunStopped
-from .run import faults, report
+from .run import faults, history, report
+from .run.changes import Change, step_of
 from .run.preflight import check_buildable
 from .run.resume import RUN_FILE, check_same_run, resuming, starting_point
 from .run.stopping import Interrupted, StopRequests, StopTogether
@@ -66,28 +67,51 @@ def pretrain(config: Config, requests: StopRequests | None = None) -> dict[str, 
     check_buildable(config, chosen)
     corpus, tokenizer, blocks = read(config, chosen)
     data_identity = f"{corpus.fingerprint}-{tokenizer_identity(tokenizer)}"
+    changes: list[Change] = []
     if resuming(run):
-        check_same_run(config, output_dir if checkpoint is None else checkpoint.parent, data_identity)
+        folder = output_dir if checkpoint is None else checkpoint.parent
+        changes = check_same_run(config, folder, data_identity, checkpoint)
 
     set_seed(run.seed)
     model = build_model(config, checkpoint if resharded else None)
     if run.should_save:
         _make(output_dir)
     trainer = trainer_of(config, model, tokenizer, blocks, layout, weights_are_loaded=resharded)
+    trainer.changed_keys = {change.key for change in changes}
     if run.should_save:
         text = yaml.safe_dump({"gracile": __version__, "data": data_identity, "config": config.resolved()})
         write_atomically(output_dir / RUN_FILE, text)
         _announce(config, model, corpus, blocks)
         if checkpoint is not None:
             _announce_checkpoint(checkpoint, layout, resharded)
-
+        _record_start(output_dir, checkpoint, layout, data_identity, changes)
     stop = None if requests is None else StopTogether(requests)
     if stop is not None:
         trainer.add_callback(stop)
-    steps_per_second = _train(trainer, checkpoint)
-    if stop is not None and stop.stopped_by:
-        raise Interrupted(stop.stopped_by, trainer.state.global_step)
-    return _finish(config, trainer, output_dir, steps_per_second)
+    try:
+        steps_per_second = _train(trainer, checkpoint)
+        if stop is not None and stop.stopped_by:
+            raise Interrupted(stop.stopped_by, trainer.state.global_step)
+        metrics = _finish(config, trainer, output_dir, steps_per_second)
+    except (Interrupted, RunStopped) as end:
+        if run.should_save:
+            history.append(output_dir, "stopped", trainer.state.global_step, why=str(end))
+        raise
+    if run.should_save:
+        history.append(output_dir, "finished", trainer.state.global_step)
+    return metrics
+
+
+def _record_start(
+    output_dir: Path, checkpoint: Path | None, layout: layouts.Layout, data: str, changes: list[Change]
+) -> None:
+    """Tell what has changed, and write history.jsonl."""
+    for change in changes:
+        print(change, flush=True)
+    step = 0 if checkpoint is None else step_of(checkpoint)
+    told = {change.key: [change.before, change.now] for change in changes}
+    where = {"from": None if checkpoint is None else str(checkpoint), "layout": str(layout), "data": data}
+    history.append(output_dir, "started", step, **where, **history.surroundings(), changes=told)
 
 
 def read(config: Config, chosen: PreTrainedConfig) -> tuple[Corpus, PreTrainedTokenizerBase, Blocks]:
@@ -235,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Interrupted as stop:
         if is_first_process():
-            print(f"gracile pretrain: {_stopped(stop, config)}", file=sys.stderr)
+            print(f"gracile pretrain: {stop}; {_what_stays(config)}", file=sys.stderr)
         return stop.code
     except Exception as error:
         reason = faults.explained(error)
@@ -248,11 +272,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _stopped(stop: Interrupted, config: Config | None) -> str:
-    when = "" if stop.step is None else f" after step {stop.step}"
-    return f"stopped by {stop.name}{when}; {_what_stays(config)}"
 
 
 def _what_stays(config: Config | None) -> str:

@@ -1,5 +1,5 @@
-"""Ctrl-C, SIGTERM and full disks, on real processes: each says what has happened in one line, and the run goes on to the
-losses and weights of one that was never disturbed."""
+"""Ctrl-C, SIGTERM and full disks, on real processes: each says what has happened in one line, and the run goes on to
+the losses and weights of one that was never disturbed."""
 
 import json
 import os
@@ -169,9 +169,9 @@ def test_launched_processes_stop_together(launcher, whom, run, tmp_path):
         elif whom == "launcher":
             process.send_signal(signal.SIGTERM)
         else:
-            os.kill(max(ranks_of(process.pid)), signal.SIGTERM)
+            os.kill(max(ranks_of(broken)), signal.SIGTERM)
         assert process.wait(100) != 0
-        assert not ranks_of(process.pid), "no process is left"
+        assert not ranks_of(broken), "no process is left"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -185,14 +185,14 @@ def test_launched_processes_stop_together(launcher, whom, run, tmp_path):
     assert same(weights(broken), weights(whole))
 
 
-def ranks_of(session):
-    """Processes of a session that train, and not those that launched them."""
+def ranks_of(folder):
+    """The processes that train into a folder, and not those that launched them."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "cmdline").read_text().split("\0")
-            if os.getsid(int(folder.name)) == session and "RANK=" in (folder / "environ").read_text():
-                found += [int(folder.name)] if "gracile.train.pretrain" in words else []
-        except (OSError, ValueError):
+            words = (process / "cmdline").read_text().split("\0")
+            if str(folder) in words and "\0RANK=" in (process / "environ").read_text():
+                found.append(int(process.name))
+        except OSError:
             continue
     return found

@@ -27,8 +27,16 @@ METHOD_KEYS = (
     "scale", "update_proj_gap", "proj_type", "subspace_method", "update_every", "drop_fraction", "t_end", "art_every",
     "optimizer_args", "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
+# Keys of the Trainer that would be without effect here, and ours in their place.
+NOT_READ = {
+    "optim": "optimizer, as in --optimizer galore_adamw",
+    "optim_args": 'optimizer_args, as in --optimizer_args \'{"error_feedback": "8bit"}\'',
+    "optim_target_modules": "target_modules, as in --target_modules attn mlp",
+}
 # Recipes have names that every supported transformers knows; what a newer one calls otherwise, it warns of.
 NEWER_NAMES = {"gradient_checkpointing": "activation_checkpointing"}
+# What a run writes into its folder as run.yaml: a configuration, and what it was read with.
+RUN_FILE_KEYS = {"gracile", "data", "config"}
 # What an error message calls a type; and, by key, its example of a mapping.
 KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 EXAMPLES = {
@@ -73,6 +81,10 @@ def field_names() -> set[str]:
     return {f.name for group in GROUPS for f in dataclasses.fields(group) if f.init}
 
 
+def _empty_by_default() -> set[str]:
+    return {f.name for group in GROUPS for f in dataclasses.fields(group) if f.default_factory is list}
+
+
 def load_config(argv: Sequence[str], needs_output_dir: bool = True) -> Config:
     """``[CONFIG.yaml] [--key value ...]`` to a configuration; without a file, the embedded quickstart.
 
@@ -101,7 +113,7 @@ def load_config(argv: Sequence[str], needs_output_dir: bool = True) -> Config:
         model, data, optimizer, run = (_filled(group, namespace) for group in GROUPS)
     except (ValueError, ImportError, OSError) as error:  # TrainingArguments checks its own values
         raise BadInput(" ".join(str(error).split())) from None
-    return Config(Path(source).stem, model, data, optimizer, run, given, tuple(left_out))
+    return Config(Path(source).stem, model, data, optimizer, run, given, dict(vars(namespace)), tuple(left_out))
 
 
 def _by_newer_names(settings: dict[str, Any]) -> dict[str, Any]:
@@ -152,12 +164,16 @@ def _read_yaml(source: str) -> tuple[dict[str, Any], bool]:
         raise BadInput(f"{source} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise BadInput(f"{source} must hold `key: value` lines, got a {type(settings).__name__}")
+    if settings.keys() == RUN_FILE_KEYS and isinstance(settings["config"], dict):
+        settings = settings["config"]
     return settings, not path.is_file()
 
 
 def _check_keys(keys: Iterable[Any], where: str) -> None:
     known = field_names()
     for key in keys:
+        if key in NOT_READ:
+            raise BadInput(f"{key} {where} is not read: the key is {NOT_READ[key]}")
         plain = str(key).removeprefix("no_") if str(key).startswith("no_") else str(key)
         if key not in known and plain not in known:
             raise BadInput(f"unknown key {str(key)!r} {where}; {nearest(key, known)}")
@@ -171,6 +187,8 @@ def _as_flags(settings: dict[str, Any]) -> list[str]:
     flags: list[str] = []
     for key, value in settings.items():
         if value is None:
+            continue
+        if value == [] and key in _empty_by_default():
             continue
         if value == []:
             raise BadInput(f"{key} is an empty list; leave it out for its default")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ..config.arguments import Config, RunArguments
 from ..errors import BadInput
-from . import checkpoints
+from . import changes, checkpoints
 
 RUN_FILE = "run.yaml"
 # Files that a run writes into its output directory, and must not overwrite in another run's.
@@ -76,28 +74,22 @@ def _named_checkpoint(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def check_same_run(config: Config, output_dir: Path, data_identity: str) -> None:
-    """Refuse to continue a run with another model, other data or another optimizer than it began with."""
+def check_same_run(
+    config: Config, output_dir: Path, data_identity: str, checkpoint: Path | None = None
+) -> list[changes.Change]:
+    """The keys that have changed since the run began, and may.
+
+    Raises:
+        BadInput: for one that may not, such as another model, other data or another optimizer.
+    """
     try:
         saved = yaml.safe_load((output_dir / RUN_FILE).read_text(encoding="utf-8"))
     except OSError:
-        return  # a checkpoint that was copied away from its run
-    for key, value in config.identity().items():
-        if key in saved["config"] and not _same(saved["config"][key], value):
-            raise BadInput(
-                f"{key} is {value!r} but the run in {str(output_dir)!r} has {saved['config'][key]!r}; "
-                f"resume with that, or start a new run in another --output_dir"
-            )
+        return []  # a checkpoint that was copied away from its run
+    found = changes.between(saved["config"], config, output_dir, checkpoint)
     if saved["data"] != data_identity:
         raise BadInput(
             f"dataset {config.data.dataset!r} or its tokenizer has changed since the run in {str(output_dir)!r} began; "
             "restore it, or start a new run in another --output_dir"
         )
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equal values; mappings, which are JSON text here, may differ in spaces."""
-    try:
-        return one == other or bool(json.loads(one) == json.loads(other))
-    except (TypeError, ValueError):
-        return False
+    return found

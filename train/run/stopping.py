@@ -29,6 +29,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(number, step)
         self.code, self.name, self.step = 128 + number, signal.Signals(number).name, step
 
+    def __str__(self) -> str:
+        return f"stopped by {self.name}" + ("" if self.step is None else f" after step {self.step}")
+
 
 class StopRequests:
     """In the block, a first SIGINT or SIGTERM raises ``Interrupted``, or is kept in ``number`` while ``waiting``."""
