@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import transformers
 import yaml
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from .. import __version__
 from ..models.llama import SIZES
 from ..optim.distributed import UnsupportedLayout
 from .atomic_write import write_atomically
-from .build.callbacks import EvaluateAt
+from .build.callbacks import EvaluateAt, LogLines
 from .build.layers import merges
 from .build.model import architecture, build_model
 from .build.optimizer import without_effect
@@ -193,7 +194,7 @@ def trainer_of(
     for settings in (model.config, model.generation_config):
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(settings, token, getattr(tokenizer, token))
-    return (kind or PretrainTrainer)(
+    trainer = (kind or PretrainTrainer)(
         config=config,
         layout=layout,
         weights_are_loaded=weights_are_loaded,
@@ -205,6 +206,10 @@ def trainer_of(
         processing_class=tokenizer,
         callbacks=[EvaluateAt(config.run.evaluate_at)],
     )
+    if config.run.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLines())
+    return trainer
 
 
 def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks) -> None:
@@ -249,6 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with StopRequests() as requests:
             config = load_config(arguments)
+            if config.run.disable_tqdm:
+                _no_bars()
             pretrain(config, requests)
     except BadInput as error:
         if is_first_process():  # every process meets the same input
@@ -268,6 +275,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gracile pretrain: {reason}; {_what_stays(config)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _no_bars() -> None:
+    """Those of the libraries, which the Trainer's key does not reach."""
+    import datasets
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def is_first_process() -> bool:

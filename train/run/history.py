@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import socket
@@ -14,6 +13,7 @@ import torch
 import transformers
 
 from ... import __version__
+from ..atomic_write import valid_json
 
 HISTORY_FILE = "history.jsonl"
 
@@ -22,7 +22,7 @@ def append(output_dir: Path, event: str, step: int, **what: Any) -> None:
     """Add an event that came after ``step`` steps."""
     entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, "step": step, **what}
     with (output_dir / HISTORY_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.write(valid_json(entry) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
