@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import transformers
 import yaml
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from .. import __version__
 from ..models.llama import SIZES
 from ..optim.distributed import UnsupportedLayout
 from .atomic_write import write_atomically
-from .build.callbacks import EvaluateAt
+from .build.callbacks import EvaluateAt, LogLines
 from .build.layers import merges
 from .build.model import architecture, build_model
 from .build.optimizer import without_effect
@@ -38,20 +39,26 @@ from .engines import deepspeed
 from .engines import layout as layouts
 from .engines.process_exit import leave
 from .errors import BadInput, RunStopped
-from .run import report
+from .run import faults, history, report
+from .run.changes import Change, step_of
 from .run.preflight import check_buildable
 from .run.resume import RUN_FILE, check_same_run, resuming, starting_point
+from .run.stopping import Interrupted, StopRequests, StopTogether
 
 if TYPE_CHECKING:
     from .run.trainer import PretrainTrainer
 
 
-def pretrain(config: Config) -> dict[str, Any]:
+def pretrain(config: Config, requests: StopRequests | None = None) -> dict[str, Any]:
     """Run ``config`` to its end and return what ``metrics.json`` holds.
+
+    Args:
+        requests: signals that end the run after a step, with a checkpoint.
 
     Raises:
         BadInput: before anything is written, for input that cannot be used.
         RunStopped: when the loss or the weights turn non-finite.
+        Interrupted: when a signal has come.
     """
     run = config.run
     output_dir = run.folder
@@ -64,14 +71,17 @@ def pretrain(config: Config) -> dict[str, Any]:
     check_buildable(config, chosen)
     corpus, tokenizer, blocks = read(config, chosen)
     data = corpus.identity(tokenizer)
+    changes: list[Change] = []
     if resuming(run):
-        check_same_run(config, output_dir if checkpoint is None else checkpoint.parent, data)
+        folder = output_dir if checkpoint is None else checkpoint.parent
+        changes = check_same_run(config, folder, data, checkpoint)
 
     set_seed(run.seed)
     model = build_model(config, checkpoint if resharded else None)
     if run.should_save:
         _make(output_dir)
     trainer = trainer_of(config, model, tokenizer, blocks, layout, weights_are_loaded=resharded)
+    trainer.changed_keys = {change.key for change in changes}
     if run.should_save:
         text = yaml.safe_dump({"gracile": __version__, "data": data.now, "config": config.resolved()})
         write_atomically(output_dir / RUN_FILE, text)
@@ -79,11 +89,36 @@ def pretrain(config: Config) -> dict[str, Any]:
         _announce(config, model, corpus, blocks)
         if checkpoint is not None:
             _announce_checkpoint(checkpoint, layout, resharded)
-
+        _record_start(output_dir, checkpoint, layout, data.now, changes)
     if isinstance(blocks.train, BlockStream):
         blocks.train.begin(data.now, trainer.get_total_train_batch_size(run), checkpoint)
-    steps_per_second = _train(trainer, checkpoint)
-    return _finish(config, trainer, output_dir, steps_per_second)
+    stop = None if requests is None else StopTogether(requests)
+    if stop is not None:
+        trainer.add_callback(stop)
+    try:
+        steps_per_second = _train(trainer, checkpoint)
+        if stop is not None and stop.stopped_by:
+            raise Interrupted(stop.stopped_by, trainer.state.global_step)
+        metrics = _finish(config, trainer, output_dir, steps_per_second)
+    except (Interrupted, RunStopped) as end:
+        if run.should_save:
+            history.append(output_dir, "stopped", trainer.state.global_step, why=str(end))
+        raise
+    if run.should_save:
+        history.append(output_dir, "finished", trainer.state.global_step)
+    return metrics
+
+
+def _record_start(
+    output_dir: Path, checkpoint: Path | None, layout: layouts.Layout, data: str, changes: list[Change]
+) -> None:
+    """Tell what has changed, and write history.jsonl."""
+    for change in changes:
+        print(change, flush=True)
+    step = 0 if checkpoint is None else step_of(checkpoint)
+    told = {change.key: [change.before, change.now] for change in changes}
+    where = {"from": None if checkpoint is None else str(checkpoint), "layout": str(layout), "data": data}
+    history.append(output_dir, "started", step, **where, **history.surroundings(), changes=told)
 
 
 def read(config: Config, chosen: PreTrainedConfig) -> tuple[Corpus, PreTrainedTokenizerBase, Blocks]:
@@ -167,7 +202,7 @@ def trainer_of(
     for settings in (model.config, model.generation_config):
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(settings, token, getattr(tokenizer, token))
-    return (kind or PretrainTrainer)(
+    trainer = (kind or PretrainTrainer)(
         config=config,
         layout=layout,
         weights_are_loaded=weights_are_loaded,
@@ -179,6 +214,10 @@ def trainer_of(
         processing_class=tokenizer,
         callbacks=[EvaluateAt(config.run.evaluate_at)],
     )
+    if config.run.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLines())
+    return trainer
 
 
 def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks) -> None:
@@ -215,21 +254,53 @@ def _announce_checkpoint(checkpoint: Path, layout: layouts.Layout, resharded: bo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0; 2 for bad input; 1 for a run that had to stop. Both say why in one line."""
+    """Exit code 0; 2 for bad input; 1 for a run that had to stop; 130 after Ctrl-C and 143 after SIGTERM. All but the
+    first say why in one line."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     if any(a in ("-h", "--help", "--help-all") for a in arguments):
         print(usage(everything="--help-all" in arguments))
         return 0
+    config: Config | None = None
     try:
-        pretrain(load_config(arguments))
+        with StopRequests() as requests:
+            config = load_config(arguments)
+            if config.run.disable_tqdm:
+                _no_bars()
+            pretrain(config, requests)
     except BadInput as error:
-        if os.environ.get("RANK", "0") == "0":  # every process meets the same input
+        if is_first_process():  # every process meets the same input
             print(f"gracile pretrain: {error}", file=sys.stderr)
         return 2
     except (RunStopped, UnsupportedLayout) as error:
         print(f"gracile pretrain: {error}", file=sys.stderr)
         return 1
+    except Interrupted as stop:
+        if is_first_process():
+            print(f"gracile pretrain: {stop}; {_what_stays(config)}", file=sys.stderr)
+        return stop.code
+    except Exception as error:
+        reason = faults.explained(error)
+        if reason is None:
+            raise
+        print(f"gracile pretrain: {reason}; {_what_stays(config)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _no_bars() -> None:
+    """Those of the libraries, which the Trainer's key does not reach."""
+    import datasets
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _what_stays(config: Config | None) -> str:
+    return faults.what_stays(None if config is None else config.run.folder)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -14,10 +13,15 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ...models.llama import SIZES
 from ...registry import LAYERS, OPTIMIZERS
 from ...target_modules import DEFAULT_TARGETS
 from ..engines.deepspeed_ops import skip_inference_reduce
 
+# Keys that may name a file or a folder.
+PATH_KEYS = ("dataset", "validation_dataset", "tokenizer", "model", "teacher", "deepspeed")
+# Keys that run.yaml leaves out: how this start began, a secret, and what the Trainer would choose its optimizer by.
+NOT_KEPT = {"resume_from_checkpoint", "hub_token", "local_rank", "optim", "optim_args", "optim_target_modules"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -227,6 +231,7 @@ class Config:
 
     Attributes:
         given: keys that the file or the command line has.
+        values: every key, as it was read.
         left_out: keys of a recipe for another optimizer than the command line names.
     """
 
@@ -236,19 +241,28 @@ class Config:
     optimizer: OptimizerArguments
     run: RunArguments
     given: dict[str, Any]
+    values: dict[str, Any]
     left_out: tuple[str, ...] = ()
 
-    def identity(self) -> dict[str, Any]:
-        """The keys that make two runs the same run: what cannot change between a run and its resumption."""
-        parts = (self.model, self.data, self.optimizer)
-        return _plain({k: v for part in parts for k, v in dataclasses.asdict(part).items()})
-
     def resolved(self) -> dict[str, Any]:
-        """Flat keys that reproduce the run, in a form that YAML can hold."""
-        return {**_plain(self.given), **self.identity()}
+        """Every key with its value, flat, as YAML can hold it: a configuration that runs again. Paths are absolute."""
+        kept = {key: _plain(value) for key, value in self.values.items() if key not in NOT_KEPT}
+        for key in PATH_KEYS:
+            value = kept[key]
+            kept[key] = [_from_anywhere(one) for one in value] if isinstance(value, list) else _from_anywhere(value)
+        return kept
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values in a form that YAML can hold; mappings as JSON text."""
-    plain = (int, float, bool, list, type(None))
-    return {key: value if isinstance(value, plain) else str(value) for key, value in values.items()}
+def _from_anywhere(path: Any) -> Any:
+    """A path that names the same from another folder; anything else as it is."""
+    if isinstance(path, str) and path not in (*SIZES, "stdlib") and Path(path).exists():
+        return str(Path(path).absolute())
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """A value in a form that YAML can hold; mappings as JSON text."""
+    value = getattr(value, "value", value)  # of a choice
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return value if isinstance(value, (int, float, bool, list, type(None))) else str(value)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ..config.arguments import Config, RunArguments
-from ..data.identity import PLACES, Identity
+from ..data.identity import Identity
 from ..errors import BadInput
-from . import checkpoints
+from . import changes, checkpoints
 
 RUN_FILE = "run.yaml"
 # Files that a run writes into its output directory, and must not overwrite in another run's.
@@ -31,11 +29,12 @@ def starting_point(run: RunArguments) -> Path | None:
     output_dir = run.folder
     if output_dir.exists() and not output_dir.is_dir():
         raise BadInput(f"output_dir {run.output_dir!r} is a file; choose another")
-    if not resuming(run):
+    wanted = str(run.resume_from_checkpoint)
+    automatic = wanted.lower() == "auto"
+    if not resuming(run) or (automatic and not _traces(output_dir)):
         _refuse_traces(output_dir)
         return None
-    wanted = str(run.resume_from_checkpoint)
-    if wanted.lower() not in ("true", "yes", "1"):
+    if not automatic and wanted.lower() not in ("true", "yes", "1"):
         return _named_checkpoint(Path(wanted))
     newest, skipped = checkpoints.newest_whole(output_dir)
     if run.should_save:
@@ -53,9 +52,13 @@ def starting_point(run: RunArguments) -> Path | None:
     return newest
 
 
-def _refuse_traces(output_dir: Path) -> None:
+def _traces(output_dir: Path) -> list[str]:
     found = [name for name in TRACES if (output_dir / name).exists()]
-    found += [checkpoint.name for checkpoint in checkpoints.checkpoints(output_dir)]
+    return found + [checkpoint.name for checkpoint in checkpoints.checkpoints(output_dir)]
+
+
+def _refuse_traces(output_dir: Path) -> None:
+    found = _traces(output_dir)
     if found:
         raise BadInput(
             f"output_dir {str(output_dir)!r} holds another run ({found[0]}); continue it with "
@@ -72,30 +75,24 @@ def _named_checkpoint(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def check_same_run(config: Config, output_dir: Path, data: Identity) -> None:
-    """Refuse to continue a run with another model, other data or another optimizer than it began with."""
+def check_same_run(
+    config: Config, output_dir: Path, data: Identity, checkpoint: Path | None = None
+) -> list[changes.Change]:
+    """The keys that have changed since the run began, and may.
+
+    Raises:
+        BadInput: for one that may not, such as another model, other data or another optimizer.
+    """
     try:
         saved = yaml.safe_load((output_dir / RUN_FILE).read_text(encoding="utf-8"))
     except OSError:
-        return  # a checkpoint that was copied away from its run
-    for key, value in config.identity().items():
-        if key not in PLACES and key in saved["config"] and not _same(saved["config"][key], value):
-            raise BadInput(
-                f"{key} is {value!r} but the run in {str(output_dir)!r} has {saved['config'][key]!r}; "
-                f"resume with that, or start a new run in another --output_dir"
-            )
+        return []  # a checkpoint that was copied away from its run
+    found = changes.between(saved["config"], config, output_dir, checkpoint)
     if data.is_that_of(saved["data"]):
-        return
+        return found
     differs = f"the data is not that of the run in {str(output_dir)!r}: {data.difference(output_dir, saved['data'])}"
     if not config.data.ignore_data_changes:
         raise BadInput(f"{differs}; restore it, or go on with it by --ignore_data_changes true")
     if config.run.should_save:
         print(f"{differs}; going on, as ignore_data_changes says")
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equal values; mappings, which are JSON text here, may differ in spaces."""
-    try:
-        return one == other or bool(json.loads(one) == json.loads(other))
-    except (TypeError, ValueError):
-        return False
+    return found
