@@ -102,6 +102,8 @@ class GaLoreAdamW(GaLore):
         (6291460, 134217732)
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {"alpha": "scale"}  # of the groups that Fira's authors give GaLore
+
     def __init__(
         self,
         params: ParamsT,
