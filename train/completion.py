@@ -41,7 +41,7 @@ def script(shell: str) -> str:
     from .config.parser import NOT_READ, field_names
 
     keys = sorted(f"--{name}" for name in field_names() - NOT_READ.keys())
-    names = {"commands": COMMANDS, "optimizers": OPTIMIZERS, "layers": LAYERS, "keys": keys, "recipes": recipes()}
+    names: dict[str, Iterable[str]] = {"commands": COMMANDS, "optimizers": OPTIMIZERS, "layers": LAYERS, "keys": keys, "recipes": recipes()}
     return SHELLS[shell].format(**{what: " ".join(each) for what, each in names.items()})
 
 

@@ -250,9 +250,7 @@ def _read_yaml(source: str) -> tuple[dict[str, Any], bool]:
     if settings.keys() == RUN_FILE_KEYS and isinstance(settings["config"], dict):
         settings = settings["config"]
     if path.is_file():
-        for key in settings.keys() & set(PATH_KEYS):
-            value = settings[key]
-            settings[key] = [_beside(path, v) for v in value] if isinstance(value, list) else _beside(path, value)
+        settings = {key: _beside(path, value) if key in PATH_KEYS else value for key, value in settings.items()}
     return settings, not path.is_file()
 
 
@@ -279,7 +277,7 @@ class _Loader(yaml.SafeLoader):
     """YAML in which a key that is given twice is an error, and not the last of the two."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", node.start_mark)
