@@ -31,7 +31,7 @@ def check_values(config: Config) -> None:
         BadInput: for the first of them.
     """
     run, data, gap = config.run, config.data, config.optimizer.update_proj_gap
-    smallest = {
+    smallest: dict[str, tuple[int | None, int]] = {
         "block_size": (data.block_size, 2),  # one token to see and one to predict
         "validation_blocks": (data.validation_blocks, 1),
         "per_device_train_batch_size": (run.per_device_train_batch_size, 1),
@@ -41,7 +41,7 @@ def check_values(config: Config) -> None:
         "update_proj_gap": (1 if gap is None else gap, 1),
     }
     for name, (value, least) in smallest.items():
-        if value < least:
+        if value is not None and value < least:
             raise BadInput(f"{name} must be at least {least}, got {value}")
     if run.max_steps == 0 or (run.max_steps < 0 and run.num_train_epochs <= 0):
         raise BadInput(f"nothing to train: max_steps is {run.max_steps}, num_train_epochs {run.num_train_epochs}")
