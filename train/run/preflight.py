@@ -46,6 +46,7 @@ def _check_rank(optimizer: torch.optim.Optimizer) -> None:
 def _check_schedule(run: RunArguments, optimizer: torch.optim.Optimizer) -> None:
     """Make the learning rate's schedule once."""
     steps, given = max(run.max_steps, 1), run.lr_scheduler_kwargs or {}
+    assert not isinstance(given, str), "TrainingArguments has read it"
     try:
         get_scheduler(run.lr_scheduler_type, optimizer, run.get_warmup_steps(steps), steps, dict(given))
     except (TypeError, ValueError, KeyError) as error:
