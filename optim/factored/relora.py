@@ -28,6 +28,7 @@ from torch.optim.optimizer import ParamsT
 from ...rng import generator_of
 from ...validation import Check, flag, number, one_of, whole
 from ..core.clock import since, steps_of, with_age
+from ..core.optimizer import FIND
 from ..core.rules import MOMENTS
 from ..core.types import Group, State
 from ..distributed import FullShard, Update
@@ -117,11 +118,16 @@ class ReLoRAAdamW(FactoredOptimizer):
 
     def after_layers(self, layers: list[LayerStep]) -> None:
         for layer in layers:
-            if layer.steps % layer.group["merge_every"] == 0:
-                with layer.whole() as parts:
-                    layer.layer.fold(parts)
-            if layer.steps % _reset_every(layer.group) == 0:
-                self._reset(layer)
+            merges = layer.steps % layer.group["merge_every"] == 0
+            resets = layer.steps % _reset_every(layer.group) == 0
+            if not (merges or resets):
+                continue
+            with self.phase(FIND):
+                if merges:
+                    with layer.whole() as parts:
+                        layer.layer.fold(parts)
+                if resets:
+                    self._reset(layer)
 
     def _reset(self, layer: LayerStep) -> None:
         for name, item in layer.stepped.items():

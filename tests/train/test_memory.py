@@ -359,7 +359,7 @@ def zero(**settings):
         (["--seq_len", "-5"], "seq_len must be at least 2, and a size that a computer can count, got -5"),
         (["--seq_len", "1"], "seq_len must be at least 2"),
         (["--label_smoothing_factor", "0.1"], "label_smoothing_factor is 0.1, which is not planned"),
-        (["--model_overrides", '{"hidden_size": 0}'], "model '2m' cannot be built as it is configured"),
+        (["--model_overrides", '{"hidden_size": 0}'], "hidden_size must be a whole number >= 1, got 0"),
         (["--model_overrides", '{"num_key_value_heads": 3}'], "model '2m' cannot pass 16 x 128 tokens"),
         (["--deepspeed", zero(stage=2, reduce_bucket_size="x")], "reduce_bucket_size must be a number or auto"),
         (["--deepspeed", zero(stage=3, offload_param={"device": "cpu"})], "offload_param is not planned"),

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from gracile import optim
+from gracile.models.convert import convert
+from gracile.models.layers import ReLoRALinear, SpectralLinear
 from gracile.optim.core.clock import every, since
 from gracile.optim.core.group_checks import MATRIX_KEYS
 from gracile.optim.core.optimizer import AFTER, COMMON_KEYS, FIND, UPDATE, ShardedOptimizer
@@ -119,6 +121,25 @@ def test_a_listener_hears_of_a_new_subspace_or_mask_when_there_is_one(case):
         optimizer.step()
         assert phases.depth == 0
         assert [name for name, depth in phases.heard if depth == 0 and name != FIND] == [UPDATE, AFTER]
+        found |= {step} if FIND in {name for name, _ in phases.heard} else set()
+    assert found == steps
+
+
+LAYERED = {
+    "SSTAdamW": (optim.SSTAdamW, SpectralLinear, {"swap_every": 3, "warmup_steps": 1}, {2, 5}),
+    "ReLoRAAdamW": (optim.ReLoRAAdamW, ReLoRALinear, {"merge_every": 3, "reset_every": 2}, {1, 2, 3, 5}),
+}
+
+
+@pytest.mark.parametrize("case", LAYERED.values(), ids=LAYERED)
+def test_a_listener_hears_of_decompositions_and_merges(case):
+    kind, layer, keys, steps = case
+    model = convert(nn.Sequential(nn.Linear(12, 8)), layer, ["0"], rank=2)
+    optimizer, found = kind(optim.param_groups(model), lr=0.01, **keys), set()
+    for step in range(6):
+        model(torch.randn(4, 12, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        optimizer.phase_listener = phases = Phases()
+        optimizer.step()
         found |= {step} if FIND in {name for name, _ in phases.heard} else set()
     assert found == steps
 
