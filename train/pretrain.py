@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +26,19 @@ from .build.callbacks import EvaluateAt
 from .build.layers import merges
 from .build.model import architecture, build_model
 from .build.optimizer import without_effect
-from .config.arguments import Config, ModelArguments
+from .config.arguments import Config, ModelArguments, RunArguments
 from .config.checks import check_values
 from .config.help_text import usage
 from .config.parser import load_config
 from .data.blocks import Blocks, Corpus, collate, make_blocks, open_corpus, tokenizer_identity
 from .data.tokenizer import get_tokenizer
+from .data_only import data_only
 from .engines import deepspeed
 from .engines import layout as layouts
+from .engines.main_process import on_main
 from .engines.process_exit import leave
 from .errors import BadInput, RunStopped
-from .run import report
+from .run import lock, report
 from .run.preflight import check_buildable
 from .run.resume import RUN_FILE, check_same_run, resuming, starting_point
 
@@ -50,11 +53,16 @@ def pretrain(config: Config) -> dict[str, Any]:
         BadInput: before anything is written, for input that cannot be used.
         RunStopped: when the loss or the weights turn non-finite.
     """
+    check_values(config)
+    deepspeed.prepare(config.run)
+    with data_only(), one_at_a_time(config.run):
+        return _pretrain(config)
+
+
+def _pretrain(config: Config) -> dict[str, Any]:
     run = config.run
     output_dir = run.folder
-    checkpoint = starting_point(run)
-    check_values(config)
-    deepspeed.prepare(run)
+    checkpoint = on_main(run, lambda: starting_point(run))
     layout = layouts.Layout.of(run)
     resharded = checkpoint is not None and layouts.needs_resharding(checkpoint, layout)
     chosen = architecture(config.model)
@@ -66,8 +74,6 @@ def pretrain(config: Config) -> dict[str, Any]:
 
     set_seed(run.seed)
     model = build_model(config, checkpoint if resharded else None)
-    if run.should_save:
-        _make(output_dir)
     trainer = trainer_of(config, model, tokenizer, blocks, layout, weights_are_loaded=resharded)
     if run.should_save:
         text = yaml.safe_dump({"gracile": __version__, "data": data_identity, "config": config.resolved()})
@@ -90,11 +96,16 @@ def read(config: Config, chosen: PreTrainedConfig) -> tuple[Corpus, PreTrainedTo
         return corpus, tokenizer, make_blocks(corpus, tokenizer, config.data)
 
 
-def _make(output_dir: Path) -> None:
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"output_dir {str(output_dir)!r} cannot be made: {error.strerror}; choose another") from None
+@contextmanager
+def one_at_a_time(run: RunArguments) -> Iterator[None]:
+    """The run's folder, held by the first process for all of its launch.
+
+    Raises:
+        BadInput: on every process, where another launch has it.
+    """
+    with ExitStack() as stack:
+        on_main(run, lambda: stack.enter_context(lock.held(run.folder)))
+        yield
 
 
 def _train(trainer: PretrainTrainer, checkpoint: Path | None) -> float | None:

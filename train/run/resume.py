@@ -28,8 +28,6 @@ def starting_point(run: RunArguments) -> Path | None:
         BadInput: for an output directory that holds another run, or a checkpoint that is not there or not whole.
     """
     output_dir = run.folder
-    if output_dir.exists() and not output_dir.is_dir():
-        raise BadInput(f"output_dir {run.output_dir!r} is a file; choose another")
     if not resuming(run):
         _refuse_traces(output_dir)
         return None
@@ -49,7 +47,16 @@ def starting_point(run: RunArguments) -> Path | None:
             )
         if run.should_save:
             print(f"{output_dir} holds a run that was stopped before its first checkpoint: starting it again")
-    return newest
+        return None
+    return _proven(newest)
+
+
+def _proven(checkpoint: Path) -> Path:
+    if not checkpoints.has_checksums(checkpoint):
+        print(
+            f"{checkpoint} has no checksums, for an older gracile wrote it: only sizes and forms of its files were looked at"
+        )
+    return checkpoint
 
 
 def _refuse_traces(output_dir: Path) -> None:
@@ -68,14 +75,13 @@ def _named_checkpoint(checkpoint: Path) -> Path:
     reason = checkpoints.fault(checkpoint)
     if reason is not None:
         raise BadInput(f"resume_from_checkpoint {str(checkpoint)!r} is not whole: {reason}; give another, or true")
-    return checkpoint
+    return _proven(checkpoint)
 
 
 def check_same_run(config: Config, output_dir: Path, data_identity: str) -> None:
     """Refuse to continue a run with another model, other data or another optimizer than it began with."""
-    try:
-        saved = yaml.safe_load((output_dir / RUN_FILE).read_text(encoding="utf-8"))
-    except OSError:
+    saved = read_run_file(output_dir)
+    if saved is None:
         return  # a checkpoint that was copied away from its run
     for key, value in config.identity().items():
         if key in saved["config"] and not _same(saved["config"][key], value):
@@ -88,6 +94,28 @@ def check_same_run(config: Config, output_dir: Path, data_identity: str) -> None
             f"dataset {config.data.dataset!r} or its tokenizer has changed since the run in {str(output_dir)!r} began; "
             "restore it, or start a new run in another --output_dir"
         )
+
+
+def read_run_file(output_dir: Path) -> dict[str, Any] | None:
+    """What run.yaml says of the run in a folder; None without one.
+
+    Raises:
+        BadInput: for one that cannot be read.
+    """
+    file = output_dir / RUN_FILE
+    try:
+        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not (isinstance(saved, dict) and isinstance(saved["config"], dict) and isinstance(saved["data"], str)):
+            raise KeyError("config or data")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(
+            f"{str(file)!r} does not say what the run began with ({reason}); restore it, or remove it to go on with "
+            "what is given now"
+        ) from None
+    return saved
 
 
 def _same(one: Any, other: Any) -> bool:
