@@ -41,6 +41,7 @@ from .errors import BadInput, RunStopped
 from .run import lock, report
 from .run.preflight import check_buildable
 from .run.resume import RUN_FILE, check_same_run, resuming, starting_point
+from .sources import source_of
 
 if TYPE_CHECKING:
     from .run.trainer import PretrainTrainer
@@ -89,9 +90,11 @@ def _pretrain(config: Config) -> dict[str, Any]:
 def read(config: Config, chosen: PreTrainedConfig) -> tuple[Corpus, PreTrainedTokenizerBase, Blocks]:
     """The data of a run, its tokenizer and its blocks."""
     trusted = config.model.trust_remote_code
+    name = config.data.tokenizer or _saved_tokenizer(config.model)
+    if name is not None:
+        source_of("tokenizer", name)  # before the data, which may take long
     with config.run.main_process_first(desc="reading the data"):
         corpus = open_corpus(config.data, trusted)
-        name = config.data.tokenizer or _saved_tokenizer(config.model)
         tokenizer = get_tokenizer(name, corpus, chosen.vocab_size, trusted)
         return corpus, tokenizer, make_blocks(corpus, tokenizer, config.data)
 

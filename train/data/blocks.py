@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.arguments import DataArguments
 from ..errors import BadInput
+from ..sources import source_of
 
 if TYPE_CHECKING:
     import datasets  # takes a second, and is imported where data is read
@@ -126,15 +127,18 @@ def _local(data: DataArguments, files: list[Path]) -> Corpus:
 def _hub(data: DataArguments, trust_remote_code: bool) -> Corpus:
     import datasets
 
+    source = source_of("dataset", data.dataset)
+    if not source.on_hub:
+        raise BadInput(f"dataset {data.dataset!r} is neither a file nor a folder")
     options = {"streaming": True, **({"trust_remote_code": True} if trust_remote_code else {})}
     try:
-        splits = datasets.load_dataset(data.dataset, data.dataset_config, **options)
+        splits = datasets.load_dataset(source.name, data.dataset_config, **options)
         train, validation = splits["train"], splits.get("validation")
         documents = _text_only(train, data)
         own = None if validation is None else _text_only(validation, data)
     except Exception as error:  # every kind of network, hub and builder error means the same to the user
         raise BadInput(
-            f"dataset {data.dataset!r} (dataset_config {data.dataset_config!r}) is no local path and could not be "
+            f"dataset {data.dataset!r} (dataset_config {data.dataset_config!r}) could not be "
             f"opened on the hub: {_one_line(error)}"
         ) from None
     return Corpus(data.dataset, documents, _hash(data.dataset, data.dataset_config, data.text_column), own)

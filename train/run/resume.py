@@ -53,9 +53,7 @@ def starting_point(run: RunArguments) -> Path | None:
 
 def _proven(checkpoint: Path) -> Path:
     if not checkpoints.has_checksums(checkpoint):
-        print(
-            f"{checkpoint} has no checksums, for an older gracile wrote it: only sizes and forms of its files were looked at"
-        )
+        print(f"{checkpoint} is of an older gracile and has no checksums: its files were looked at, not compared")
     return checkpoint
 
 
