@@ -65,6 +65,11 @@ def fault(checkpoint: Path, sizes_only: bool = False) -> str | None:
     return next((reason for reason in map(unreadable, files) if reason is not None), None)
 
 
+def is_sealed(checkpoint: Path) -> bool:
+    """Whether its writing came to its end, whatever has happened since."""
+    return (checkpoint / MANIFEST).exists()
+
+
 def has_checksums(checkpoint: Path) -> bool:
     """Whether a whole checkpoint has them; older ones do not."""
     entries = _entries(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))

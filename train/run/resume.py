@@ -39,6 +39,12 @@ def starting_point(run: RunArguments) -> Path | None:
         for checkpoint, reason in skipped.items():
             print(f"skipping {checkpoint}: {reason}")
     if newest is None:
+        damaged = next(((c, why) for c, why in skipped.items() if checkpoints.is_sealed(c)), None)
+        if damaged is not None:
+            raise BadInput(
+                f"output_dir {run.output_dir!r} holds no whole checkpoint: {damaged[1]} in {damaged[0].name}; restore "
+                "it, or start a new run in another --output_dir"
+            )
         begun = (output_dir / RUN_FILE).is_file() and not (output_dir / "metrics.json").is_file()
         if not begun:
             raise BadInput(
