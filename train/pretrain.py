@@ -81,7 +81,7 @@ def _pretrain(config: Config) -> dict[str, Any]:
         write_atomically(output_dir / RUN_FILE, text)
         _announce(config, model, corpus, blocks)
         if checkpoint is not None:
-            _announce_checkpoint(checkpoint, layout, resharded)
+            _announce_checkpoint(checkpoint, layout, resharded, config.optimizer.optimizer)
 
     steps_per_second = _train(trainer, checkpoint)
     return _finish(config, trainer, output_dir, steps_per_second)
@@ -204,10 +204,12 @@ def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks) 
         print(f"no effect with {config.optimizer.optimizer}: {', '.join(idle)}")
 
 
-def _announce_checkpoint(checkpoint: Path, layout: layouts.Layout, resharded: bool) -> None:
+def _announce_checkpoint(checkpoint: Path, layout: layouts.Layout, resharded: bool, optimizer: str) -> None:
     before = layouts.saved(checkpoint)
     change = f", made by {before}; its state is split anew for {layout}" if resharded else ""
     print(f"continuing from {checkpoint}{change}")
+    if resharded and optimizer.endswith("8bit"):
+        print("moments in 8 bits are rounded once more, in other blocks: weights come to differ by some 2e-3")
     if before is not None and before.examples_per_step != layout.examples_per_step:
         print(
             f"a step takes {layout.examples_per_step} examples now, {before.examples_per_step} before; "

@@ -48,7 +48,9 @@ def _listed(names: Iterable[str]) -> str:
 class ModelArguments:
     """What is trained."""
 
-    model: str = field(default="2m", metadata={"help": "A size name (2m, 9m, ... 7b) or the path of a saved model."})
+    model: str = field(
+        default="2m", metadata={"help": "A size (2m, 9m, ... 7b), the path of a saved model, or hub:org/name."}
+    )
     model_overrides: Keywords | None = field(
         default=None, metadata={"help": 'Fields of a size changed, as a mapping: {"num_hidden_layers": 2}.'}
     )
@@ -86,7 +88,9 @@ class DataArguments:
     )
     tokenizer: str | None = field(
         default=None,
-        metadata={"help": "Name or path; by default the saved model's, else a BPE trained on the data and cached."},
+        metadata={
+            "help": "Path or hub:org/name; by default the saved model's, else a BPE trained on the data and cached."
+        },
     )
     block_size: int = field(default=256, metadata={"help": "Tokens per training example."})
     validation_blocks: int = field(
