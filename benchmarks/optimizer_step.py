@@ -35,7 +35,8 @@ from gracile.models import SIZES, build_llama
 from gracile.optim.distributed.projection import ProjectionSide
 from gracile.optim.low_rank.singular import leading_singular_vectors, orthogonal_iteration
 from gracile.train.config.arguments import DataArguments
-from gracile.train.data.blocks import collate, make_blocks, open_corpus
+from gracile.train.data.blocks import collate, make_blocks
+from gracile.train.data.corpus import open_corpus
 from gracile.train.data.tokenizer import get_tokenizer
 
 RANKS = {"60m": 128, "350m": 256}  # of the GaLore paper's recipes

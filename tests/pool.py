@@ -139,9 +139,9 @@ class Pool:
             if number in self.jobs:
                 self.jobs[number].codes[rank] = code
 
-    def _signal(self, number: int, which: int) -> None:
+    def _signal(self, number: int, which: int, rank: int | None = None) -> None:
         for _, connection in self.servers:
-            connection.send((number, which))
+            connection.send((number, which, rank))
 
 
 class Job:
@@ -178,6 +178,10 @@ class Job:
             self.pool._signal(self.number, signal.SIGKILL)
             while self.pool.servers and len(self.codes) < self.ranks:
                 self.pool._listen(1)
+
+    def signal(self, which: int, rank: int) -> None:
+        """A signal to one of the processes alone."""
+        self.pool._signal(self.number, which, rank)
 
     def output(self) -> str:
         """What the ranks printed, one after the other."""
@@ -217,9 +221,12 @@ def serve(connection: Connection, imported: list[str]) -> None:
                         become(request)
                     running[pid] = request["job"], request["rank"]
                 else:
-                    number, which = request
-                    for pid in [pid for pid, (job, _) in running.items() if job == number]:
-                        _signal_group(pid, which)
+                    number, which, only = request
+                    for pid, (job, rank) in list(running.items()):
+                        if job == number and only is None:
+                            _signal_group(pid, which)
+                        elif (job, rank) == (number, only):
+                            os.kill(pid, which)
             while running:
                 pid, status = os.waitpid(-1, os.WNOHANG)
                 if pid == 0:

@@ -16,6 +16,7 @@ COMMANDS = {
     "profile": "measure the memory and the time of a run's first steps",
     "export": "write a sparse model without its zeros, for inference",
     "list": "list every optimizer, layer and embedded configuration",
+    "completion": "print a script by which a shell completes commands and keys",
 }
 MODULES = {"list": "listing"}  # where a module is not called as its command
 
@@ -24,7 +25,7 @@ def main() -> int:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: gracile COMMAND ...\n")
-        print("\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items()))
+        print("\n".join(f"  {name:<11} {what}" for name, what in COMMANDS.items()))
         print("\n`gracile COMMAND --help` explains one; `gracile --version` prints the version")
         return 0
     if arguments[0] == "--version":
@@ -40,4 +41,8 @@ def main() -> int:
 
 
 def command() -> NoReturn:
-    leave(main())
+    try:
+        leave(main())
+    except KeyboardInterrupt:  # while modules are imported, or in a command that has nothing to save
+        print("gracile: stopped by SIGINT", file=sys.stderr)
+        leave(130)

@@ -27,7 +27,8 @@ from ..models.sparse_export import AUTO, CHOICES, DENSE, FORMS, Exported
 from .atomic_write import write_atomically
 from .config.arguments import DataArguments
 from .config.parser import OneLineParser
-from .data.blocks import Blocks, collate, make_blocks, open_corpus
+from .data.blocks import Blocks, collate, make_blocks
+from .data.corpus import open_corpus
 from .data_only import data_only
 from .engines.process_exit import leave
 from .errors import BadInput
@@ -98,7 +99,11 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "zeros": _zeros(layers),
         "bytes": {"dense": dense_bytes, "sparse": sparse_bytes},
-        "data": {"dataset": data.dataset, "validation_blocks": len(blocks.validation), "block_size": data.block_size},
+        "data": {
+            "dataset": ", ".join(data.dataset),
+            "validation_blocks": len(blocks.validation),
+            "block_size": data.block_size,
+        },
         "loss": {"dense": before, "sparse": after},
         "perplexity": {"dense": perplexity(before), "sparse": perplexity(after)},
         "model_ms": {str(number): passes(model, dense, number) for number in sorted(numbers)},
@@ -142,13 +147,14 @@ def _bytes(model: PreTrainedModel) -> int:
 
 @torch.inference_mode()
 def loss(model: PreTrainedModel, blocks: Blocks) -> float:
-    """Nats per token, over all validation blocks: they are of one length."""
-    count, total = len(blocks.validation), 0.0
+    """Nats per token, over all validation blocks."""
+    count, total, tokens = len(blocks.validation), 0.0, 0
     for start in range(0, count, BATCH):
         examples = [blocks.validation[i] for i in range(start, min(start + BATCH, count))]
         batch = {key: value.to(model.device) for key, value in collate(examples).items()}
-        total += len(examples) * float(model(**batch).loss)
-    return total / count
+        counted = int((batch["labels"][:, 1:] != -100).sum())
+        total, tokens = total + counted * float(model(**batch).loss), tokens + counted
+    return total / tokens
 
 
 @torch.inference_mode()
@@ -259,6 +265,9 @@ def _data(checkpoint: Path, options: argparse.Namespace) -> DataArguments:
             raise BadInput(f"{run} is not what gracile pretrain writes: {' '.join(str(error).split())}") from None
     elif options.dataset is None:
         raise BadInput(f"{str(checkpoint)!r} holds no {RUN_FILE}: say what to measure the perplexity on with --dataset")
+    if options.dataset is not None:
+        for key in ("validation_dataset", "dataset_weights"):
+            settings.pop(key, None)
     for key in ("dataset", "validation_blocks"):
         if getattr(options, key) is not None:
             settings[key] = getattr(options, key)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .atomic_write import valid_json
 from .build.model import checkpoints_activations
 from .config.arguments import Config, RunArguments
 from .config.checks import optimizer_entry
@@ -166,8 +166,10 @@ class Table:
                 continue
             rows.append(each(kind, lambda plain, _, kind=kind: size(plain.held[kind])))
             rows.append(each(f"{kind}, checkpointed", lambda _, less, kind=kind: size(less.held[kind])))
-        rows.append(each("peak", lambda plain, _: size(plain.peak)))
-        rows.append(each("peak, checkpointed", lambda _, less: size(less.peak)))
+        own = checkpoints_activations(self.config.run)
+        rows.append(each("peak" if own else "peak, as this run is", lambda plain, _: size(plain.peak)))
+        name = "peak, checkpointed" + (", as this run is" if own else "")
+        rows.append(each(name, lambda _, less: size(less.peak)))
         rows.append(each("weights + state", lambda plain, _: size(plain.weights_and_state)))
         if any(plain.offloaded_bytes for plain, _ in self.plans.values()):
             rows.append(each("in the CPU's memory", lambda plain, _: size(plain.offloaded_bytes)))
@@ -218,6 +220,7 @@ class Table:
             "zero": self.planner.division.stage,
             "world_size": self.planner.division.processes,
             "budget": self.budget,
+            "checkpointed": checkpoints_activations(self.config.run),
             "optimizers": optimizers,
         }
 
@@ -311,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"gracile memory: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(table.as_json(), indent=2) if options.json else table)
+    print(valid_json(table.as_json(), indent=2) if options.json else table)
     if options.plot is not None:
         table.plot(Path(options.plot))
     return 0

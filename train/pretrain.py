@@ -14,15 +14,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import transformers
 import yaml
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from .. import __version__
 from ..models.llama import SIZES
 from ..optim.distributed import UnsupportedLayout
 from .atomic_write import write_atomically
-from .build.callbacks import EvaluateAt
+from .build.callbacks import EvaluateAt, LogLines
 from .build.layers import merges
 from .build.model import architecture, build_model
 from .build.optimizer import without_effect
@@ -30,7 +31,10 @@ from .config.arguments import Config, ModelArguments, RunArguments
 from .config.checks import check_values
 from .config.help_text import usage
 from .config.parser import load_config
-from .data.blocks import Blocks, Corpus, collate, make_blocks, open_corpus, tokenizer_identity
+from .data.blocks import Blocks, collate, make_blocks
+from .data.corpus import Corpus, open_corpus
+from .data.identity import DATA_FILE
+from .data.stream import BlockStream
 from .data.tokenizer import get_tokenizer
 from .data_only import data_only
 from .engines import deepspeed
@@ -38,29 +42,35 @@ from .engines import layout as layouts
 from .engines.main_process import on_main
 from .engines.process_exit import leave
 from .errors import BadInput, RunStopped
-from .run import lock, report
+from .run import faults, history, lock, report
+from .run.changes import Change, step_of
 from .run.preflight import check_buildable
 from .run.resume import RUN_FILE, check_same_run, resuming, starting_point
+from .run.stopping import Interrupted, StopRequests, StopTogether
 from .sources import source_of
 
 if TYPE_CHECKING:
     from .run.trainer import PretrainTrainer
 
 
-def pretrain(config: Config) -> dict[str, Any]:
+def pretrain(config: Config, requests: StopRequests | None = None) -> dict[str, Any]:
     """Run ``config`` to its end and return what ``metrics.json`` holds.
+
+    Args:
+        requests: signals that end the run after a step, with a checkpoint.
 
     Raises:
         BadInput: before anything is written, for input that cannot be used.
         RunStopped: when the loss or the weights turn non-finite.
+        Interrupted: when a signal has come.
     """
     check_values(config)
     deepspeed.prepare(config.run)
     with data_only(), one_at_a_time(config.run):
-        return _pretrain(config)
+        return _pretrain(config, requests)
 
 
-def _pretrain(config: Config) -> dict[str, Any]:
+def _pretrain(config: Config, requests: StopRequests | None) -> dict[str, Any]:
     run = config.run
     output_dir = run.folder
     checkpoint = on_main(run, lambda: starting_point(run))
@@ -69,22 +79,53 @@ def _pretrain(config: Config) -> dict[str, Any]:
     chosen = architecture(config.model)
     check_buildable(config, chosen)
     corpus, tokenizer, blocks = read(config, chosen)
-    data_identity = f"{corpus.fingerprint}-{tokenizer_identity(tokenizer)}"
+    data = corpus.identity(tokenizer)
+    changes: list[Change] = []
     if resuming(run):
-        check_same_run(config, output_dir if checkpoint is None else checkpoint.parent, data_identity)
+        folder = output_dir if checkpoint is None else checkpoint.parent
+        changes = check_same_run(config, folder, data, checkpoint)
 
     set_seed(run.seed)
     model = build_model(config, checkpoint if resharded else None)
     trainer = trainer_of(config, model, tokenizer, blocks, layout, weights_are_loaded=resharded)
+    trainer.changed_keys = {change.key for change in changes}
     if run.should_save:
-        text = yaml.safe_dump({"gracile": __version__, "data": data_identity, "config": config.resolved()})
+        text = yaml.safe_dump({"gracile": __version__, "data": data.now, "config": config.resolved()})
         write_atomically(output_dir / RUN_FILE, text)
+        write_atomically(output_dir / DATA_FILE, data.record())
         _announce(config, model, corpus, blocks)
         if checkpoint is not None:
             _announce_checkpoint(checkpoint, layout, resharded, config.optimizer.optimizer)
+        _record_start(output_dir, checkpoint, layout, data.now, changes)
+    if isinstance(blocks.train, BlockStream):
+        blocks.train.begin(data.now, trainer.get_total_train_batch_size(run), checkpoint)
+    stop = None if requests is None else StopTogether(requests)
+    if stop is not None:
+        trainer.add_callback(stop)
+    try:
+        steps_per_second = _train(trainer, checkpoint)
+        if stop is not None and stop.stopped_by:
+            raise Interrupted(stop.stopped_by, trainer.state.global_step)
+        metrics = _finish(config, trainer, output_dir, steps_per_second)
+    except (Interrupted, RunStopped) as end:
+        if run.should_save:
+            history.append(output_dir, "stopped", trainer.state.global_step, why=str(end))
+        raise
+    if run.should_save:
+        history.append(output_dir, "finished", trainer.state.global_step)
+    return metrics
 
-    steps_per_second = _train(trainer, checkpoint)
-    return _finish(config, trainer, output_dir, steps_per_second)
+
+def _record_start(
+    output_dir: Path, checkpoint: Path | None, layout: layouts.Layout, data: str, changes: list[Change]
+) -> None:
+    """Tell what has changed, and write history.jsonl."""
+    for change in changes:
+        print(change, flush=True)
+    step = 0 if checkpoint is None else step_of(checkpoint)
+    told = {change.key: [change.before, change.now] for change in changes}
+    where = {"from": None if checkpoint is None else str(checkpoint), "layout": str(layout), "data": data}
+    history.append(output_dir, "started", step, **where, **history.surroundings(), changes=told)
 
 
 def read(config: Config, chosen: PreTrainedConfig) -> tuple[Corpus, PreTrainedTokenizerBase, Blocks]:
@@ -95,6 +136,8 @@ def read(config: Config, chosen: PreTrainedConfig) -> tuple[Corpus, PreTrainedTo
         source_of("tokenizer", name)  # before the data, which may take long
     with config.run.main_process_first(desc="reading the data"):
         corpus = open_corpus(config.data, trusted)
+        if corpus.streamed and config.run.max_steps <= 0:
+            raise BadInput(f"max_steps must be given, for dataset {corpus.name!r} is a stream and has no length")
         tokenizer = get_tokenizer(name, corpus, chosen.vocab_size, trusted)
         return corpus, tokenizer, make_blocks(corpus, tokenizer, config.data)
 
@@ -141,7 +184,7 @@ def _finish(config: Config, trainer: PretrainTrainer, output_dir: Path, speed: f
         "history": report.history_of(trainer.state),
     }
     if config.run.should_save:
-        title = f"{config.model.model} LLaMA, {config.data.dataset}, {config.optimizer.optimizer}"
+        title = f"{config.model.model} LLaMA, {', '.join(config.data.dataset)}, {config.optimizer.optimizer}"
         report.plot_losses(output_dir, metrics["history"], tokens_per_step, title)
         report.write_metrics(output_dir, metrics)
         whole, parts = "the model, its tokenizer, checkpoints,", "a tokenizer, checkpoints, the last of them the model,"
@@ -173,7 +216,7 @@ def trainer_of(
     for settings in (model.config, model.generation_config):
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(settings, token, getattr(tokenizer, token))
-    return (kind or PretrainTrainer)(
+    trainer = (kind or PretrainTrainer)(
         config=config,
         layout=layout,
         weights_are_loaded=weights_are_loaded,
@@ -185,11 +228,15 @@ def trainer_of(
         processing_class=tokenizer,
         callbacks=[EvaluateAt(config.run.evaluate_at)],
     )
+    if config.run.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLines())
+    return trainer
 
 
 def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks) -> None:
     parameters = report.elements(model)
-    train = "streamed" if corpus.streamed else f"{len(blocks.train):,}"
+    train = "streamed" if isinstance(blocks.train, BlockStream) else f"{len(blocks.train):,}"
     print(
         f"{config.name}: {config.model.model} LLaMA of {parameters:,} parameters"
         f"{f' in {config.model.layer} layers' if config.model.layer else ''}, {config.optimizer.optimizer}, "
@@ -197,6 +244,8 @@ def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks) 
         f"{train} training and {len(blocks.validation):,} validation blocks of {config.data.block_size} tokens",
         flush=True,
     )
+    for note in corpus.notes:
+        print(note)
     if config.left_out:
         print(f"{config.optimizer.optimizer} has its own {', '.join(config.left_out)}, not those of the recipe")
     idle = without_effect(config)
@@ -221,21 +270,53 @@ def _announce_checkpoint(checkpoint: Path, layout: layouts.Layout, resharded: bo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0; 2 for bad input; 1 for a run that had to stop. Both say why in one line."""
+    """Exit code 0; 2 for bad input; 1 for a run that had to stop; 130 after Ctrl-C and 143 after SIGTERM. All but the
+    first say why in one line."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     if any(a in ("-h", "--help", "--help-all") for a in arguments):
         print(usage(everything="--help-all" in arguments))
         return 0
+    config: Config | None = None
     try:
-        pretrain(load_config(arguments))
+        with StopRequests() as requests:
+            config = load_config(arguments)
+            if config.run.disable_tqdm:
+                _no_bars()
+            pretrain(config, requests)
     except BadInput as error:
-        if os.environ.get("RANK", "0") == "0":  # every process meets the same input
+        if is_first_process():  # every process meets the same input
             print(f"gracile pretrain: {error}", file=sys.stderr)
         return 2
     except (RunStopped, UnsupportedLayout) as error:
         print(f"gracile pretrain: {error}", file=sys.stderr)
         return 1
+    except Interrupted as stop:
+        if is_first_process():
+            print(f"gracile pretrain: {stop}; {_what_stays(config)}", file=sys.stderr)
+        return stop.code
+    except Exception as error:
+        reason = faults.explained(error)
+        if reason is None:
+            raise
+        print(f"gracile pretrain: {reason}; {_what_stays(config)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _no_bars() -> None:
+    """Those of the libraries, which the Trainer's key does not reach."""
+    import datasets
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _what_stays(config: Config | None) -> str:
+    return faults.what_stays(None if config is None else config.run.folder)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -14,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ..optim.distributed import UnsupportedLayout
+from .atomic_write import valid_json
 from .build.model import architecture, build_model, checkpoints_activations
 from .config.arguments import Config
 from .config.output_files import check_output
@@ -63,7 +63,6 @@ class ProfiledTrainer(PretrainTrainer):
         self.timer = PhaseTimer()
         self.watched: Watched | None = None
         self.accelerator.backward = self.timer.timed(BACKWARD, self.accelerator.backward)
-        self.remove_callback(PrinterCallback)
         self.add_callback(_Steps(self))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -251,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if is_main:
         assert trainer.watched is not None
-        print(json.dumps(result, indent=2) if options.json else table(result, options.steps))
+        print(valid_json(result, indent=2) if options.json else table(result, options.steps))
         if options.trace is not None:
             trainer.watched.profiler.export_chrome_trace(options.trace)
         if options.snapshot is not None:

@@ -38,15 +38,22 @@ from ..state.spec import (
     HeldTensor,
     StateSpec,
     from_portable,
+    from_saved,
     held_tensors,
     moment_dtype,
     new_state,
     step_spec,
+    to_saved,
 )
 from .group_checks import MATRIX_KEYS
 from .rounding import is_rounded
 from .rules import ADAM, Rule
 from .types import Group, State
+
+ABOUT_PARTS = (  # in the checkpoint of an engine, for who opens it
+    "This process's parts of each parameter's state, by its position, in flat tensors. For another number of processes "
+    "or another stage save gracile.optim.full_state; DeepSpeed's ds_to_universal cannot convert them."
+)
 
 
 class DeclaredState(FaithfulLoading):
@@ -211,7 +218,8 @@ class DeclaredState(FaithfulLoading):
                         yield ref, shard, group, state
 
     def from_portable(self, shard: FullShard, group: Group, portable: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state that this process holds, from its portable form. Collective."""
+        """The state that this process holds, from its portable form, for ``state`` to have. Collective."""
+        self.forget()
         return from_portable(self.specs(shard, group), shard, portable)
 
     def expected_state(
@@ -227,14 +235,25 @@ class DeclaredState(FaithfulLoading):
         return {held.name: held.shape for held in accepted}
 
     def loaded_state(self, parameter: Tensor, group: Group, saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if not is_dtensor(parameter):
+        own = self._ref(parameter, group)
+        if own is None:
             return saved
-        return self._dtensor_state(parameter, group).load(saved)
+        if is_dtensor(parameter):
+            return self._dtensor_state(parameter, group).load(saved)
+        shard = self.on_meta(own, group)
+        return from_saved(self.specs(shard, group), shard, saved)
 
     def saved_state(self, parameter: Tensor, group: Group, held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if not is_dtensor(parameter):
+        own = self._ref(parameter, group)
+        if own is None:
             return held
-        return self._dtensor_state(parameter, group).save(held)
+        if is_dtensor(parameter):
+            saved: Mapping[str, Tensor] = self._dtensor_state(parameter, group).save(held)
+        else:
+            shard = self.on_meta(own, group)
+            saved = to_saved(self.specs(shard, group), shard, held)
+        # torch.distributed.checkpoint wants full states on one device, but for single numbers
+        return {key: value.to(parameter.device) if value.dim() else value for key, value in saved.items()}
 
     def host_keys(self, parameter: Tensor, group: Group) -> set[str]:
         own = self._ref(parameter, group)
@@ -294,8 +313,14 @@ class DeclaredState(FaithfulLoading):
             for shard in shards:
                 yield shard.position, held_tensors(self.specs(shard, group), shard)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def state_dict(self) -> dict[str, Any]:
+        saved = super().state_dict()
+        if any(self._ref(p, group) is None for group in self.param_groups for p in group["params"]):
+            saved["about"] = ABOUT_PARTS
+        return saved
+
+    def forget(self) -> None:
+        super().forget()
         self._key_names.clear()  # a loaded rank may have other keys and shapes
         self._moments.clear()
         self._by_chance.clear()

@@ -23,14 +23,25 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...validation import Check
-from ..distributed import FullShard, MatrixShard, ParamRegistry, Update, Workspace, complete_gradients, full_shape
+from ..distributed import (
+    FullShard,
+    MatrixShard,
+    ParamRegistry,
+    UnsupportedLayout,
+    Update,
+    Workspace,
+    complete_gradients,
+    full_shape,
+    wrapped_group,
+)
 from ..state.spec import PLAIN, to_portable
+from .clock import steps_of
 from .declared_state import DeclaredState
 from .group_checks import COMMON_CHECKS, check_declared, check_rounding, check_tensors, parameters_in
 from .keywords import ACCEPTED, Accepted, check_keys, check_keywords, keyword_names
 from .rounding import widened, widened_weights
 from .rules import plain, with_numbers
-from .types import Group, ParamStep, State
+from .types import Group, ParamGroup, ParamStep, State
 
 # Phases of a step, by the names that a listener gets.
 FIND, UPDATE, AFTER = "find", "update", "after"
@@ -53,6 +64,7 @@ class ShardedOptimizer(DeclaredState):
         checks: a check for each key of the class's own.
         accepted: keywords and keys of other optimizers, with the values that change nothing.
         renamed: keys by the names that the authors' code has for them.
+        together: what of a model must be stepped together, for a message; None where each parameter may be by itself.
         phase_listener: None, or what is called with the name of each phase and returns a context manager for it; set
             it to see where the time of a step goes. ``find`` comes only where a subspace or a mask is due, also inside
             the other two.
@@ -62,7 +74,10 @@ class ShardedOptimizer(DeclaredState):
     accepted: ClassVar[Mapping[str, Accepted]] = ACCEPTED
     renamed: ClassVar[Mapping[str, str]] = {}
     later_keys: ClassVar[Mapping[str, Any]] = COMMON_KEYS
+    together: ClassVar[str | None] = None
     phase_listener: PhaseListener | None = None
+    _is_unused = False  # whether the state is one that a blank step made, and nothing was loaded or trained since
+    _wrapped_states: dict[Tensor, dict[str, Tensor]] | None = None  # in use since the last step, under a wrapper
 
     def __init__(self, params: ParamsT, arguments: Group) -> None:
         names = keyword_names(arguments.get("__class__", type(self)))
@@ -118,7 +133,13 @@ class ShardedOptimizer(DeclaredState):
         elif not isinstance(group["params"], set):  # sets are torch's to refuse
             group["params"] = list(group["params"])
         self._check_whole_group({**self.defaults, **group})
+        if self.together is not None and wrapped_group(self.registry.groups, parameters_in(group)) is not None:
+            raise UnsupportedLayout(
+                f"{type(self).__name__} must step {self.together} together, and ZeroRedundancyOptimizer gives each "
+                "process some parameters; leave it away, or split the model by FSDP2 or DeepSpeed"
+            )
         super().add_param_group(group)
+        self.param_groups[-1] = ParamGroup(self.param_groups[-1], self.later_keys)
         self.register(self.param_groups[-1])
 
     def with_own_names(self, group: Group) -> Group:
@@ -129,7 +150,10 @@ class ShardedOptimizer(DeclaredState):
 
     def register(self, group: Group) -> None:
         """Remember the parameters of a group: engines replace them by flat tensors, and drop or reorder groups."""
-        self.registry.register(group)
+        of_all = wrapped_group(self.registry.groups, group["params"])
+        self.registry.register(group, of_all)
+        if of_all is not None:
+            self._wrapped_states = {}
 
     def _check_whole_group(self, group: Group) -> None:
         self.check_keys(group)
@@ -173,7 +197,8 @@ class ShardedOptimizer(DeclaredState):
             if first:
                 self._warn_without_matrices()
             work = self._collect()
-            if not (first and self._is_blank(work)):
+            self._is_unused = first and self._is_blank(work)
+            if not self._is_unused:
                 self._advance(work)
         return loss
 
@@ -208,7 +233,8 @@ class ShardedOptimizer(DeclaredState):
 
     def _is_blank(self, work: list[ParamStep]) -> bool:
         """Whether a step moves nothing: torch.distributed.checkpoint lets state be made by one without a learning rate
-        and with zeros for gradients. Counting it would keep a subspace of nothing until the second refresh."""
+        and with zeros for gradients. Counting it would keep a subspace of nothing until the second refresh. State that
+        it made is made anew when training begins: of other weights, or after a load that was broken off."""
         still = all(plain(group["lr"]) == 0 for group in self.param_groups)
         return still and not any(item.shard.norm(item.shard.gather_grad()) for item in work)
 
@@ -230,9 +256,10 @@ class ShardedOptimizer(DeclaredState):
 
     def _collect(self) -> list[ParamStep]:
         """State for every trainable parameter, work for those with a gradient."""
+        self._take_over_states()
         work, workspace = [], Workspace()
         for group in self.param_groups:
-            numbers = with_numbers(group)
+            numbers = {**self.later_keys, **with_numbers(group)}
             for p in group["params"]:
                 if not p.requires_grad and p.grad is None:
                     continue
@@ -240,12 +267,25 @@ class ShardedOptimizer(DeclaredState):
                     raise RuntimeError(f"{type(self).__name__} needs dense gradients; build nn.Embedding(sparse=False)")
                 for _, shard, state in self.shards_of(p, group, workspace):
                     shard.maximize = group["maximize"]
-                    if "step" not in state:
+                    if "step" not in state or (self._is_unused and steps_of(state) == 0):
                         state.update(self._new_state(shard, group))
                     if p.grad is not None and 0 not in shard.shape:
                         work.append(ParamStep(shard, numbers, state))
+        if self._wrapped_states is not None:
+            self._wrapped_states = dict(self.state)
         complete_gradients([item.shard for item in work if isinstance(item.shard, MatrixShard)])
         return work
+
+    def _take_over_states(self) -> None:
+        """ZeroRedundancyOptimizer puts saved states in the place of ours, where others call ``load_state_dict``."""
+        if self._wrapped_states is None:
+            return
+        owners = [(p, group) for group in self.param_groups for p in group["params"] if p in self.state]
+        loaded = [(p, group) for p, group in owners if self.state[p] is not self._wrapped_states.get(p)]
+        for p, group in loaded:
+            self.state[p] = self.taken_over(p, group, self.state[p])
+        if loaded:
+            self.forget()
 
     @contextmanager
     def _dequantized(self, shard: FullShard, group: Group, state: State) -> Iterator[State]:
@@ -260,20 +300,25 @@ class ShardedOptimizer(DeclaredState):
         for spec in specs:
             spec.codec.encode(wide.pop(spec.name), spec, shard, state)
 
+    def forget(self) -> None:
+        super().forget()
+        self._is_unused = False
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also reached by unpickling: groups pickled before a key existed get its default."""
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # which torch puts there, and no constructor of ours takes
         for key, value in COMMON_KEYS.items():  # pickled before there was one
             self.defaults.setdefault(key, value)
+        self.param_groups[:] = [ParamGroup(group, self.later_keys) for group in self.param_groups]
         if not hasattr(self, "registry"):  # unpickled: torch keeps nothing but groups, state and defaults
             self.registry = ParamRegistry()
             self._key_names, self._moments, self._by_chance = {}, {}, {}
             for group in self.param_groups:
                 self.register(group)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            for key in self.defaults.keys() - self.later_keys:
+                group.setdefault(key, self.defaults[key])
 
 
 def _subclasses(kind: type) -> list[type]:

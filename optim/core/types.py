@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,29 @@ from ..distributed import FullMatrix, FullShard
 
 Group = dict[str, Any]
 State = MutableMapping[str, Tensor]
+
+
+class ParamGroup(dict[str, Any]):
+    """A group of an optimizer, without those of its ``later_keys`` that have the values from before there were such
+    keys. They read as these, and come into a checkpoint where they say something.
+
+    torch.distributed.checkpoint asks a checkpoint for every key that a group holds, and refuses one that has it not.
+    """
+
+    later: Mapping[str, Any] = {}  # of what is being unpickled, too
+
+    def __init__(self, group: Group, later: Mapping[str, Any]) -> None:
+        super().__init__({key: value for key, value in group.items() if key not in later or value != later[key]})
+        self.later = later
+
+    def __missing__(self, key: str) -> Any:
+        return self.later[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in self.later and value == self.later[key]:
+            self.pop(key, None)
+        else:
+            super().__setitem__(key, value)
 
 
 @dataclass(eq=False, slots=True)

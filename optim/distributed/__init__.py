@@ -15,6 +15,7 @@ from .projection import PROJ_TYPES, LowRankUpdate, ProjectionSide
 from .row_view import RowView, complete_rows
 from .shard_range import Runs, ShardRange
 from .workspace import Workspace
+from .zero_redundancy import wrapped_group
 
 __all__ = [
     "PROJ_TYPES",
@@ -49,4 +50,5 @@ __all__ = [
     "held_shard",
     "is_dtensor",
     "local_flat",
+    "wrapped_group",
 ]

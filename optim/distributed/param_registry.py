@@ -26,11 +26,17 @@ class ParamRegistry:
         self._refs: dict[int, dict[int, ParamRef]] = {}
         self._ranges: dict[int, Held] = {}  # by id of what is stepped
 
-    def register(self, group: Group) -> None:
-        """Remember the parameters of a new group, which gets a ``group_number``: engines drop or reorder groups."""
+    @property
+    def groups(self) -> int:
+        """How many groups there are."""
+        return len(self._refs)
+
+    def register(self, group: Group, of_all: Group | None = None) -> None:
+        """Remember the parameters of a new group, which gets a ``group_number``: engines drop or reorder groups.
+        ``of_all`` has those of all processes, where this one steps some of them."""
         begin = sum(map(len, self._refs.values()))
         number = group["group_number"] = len(self._refs)
-        held = group["params"]
+        held = (of_all or group)["params"]
         self._refs[number] = {id(p): ParamRef(held, i, begin + i, full_shape(p)) for i, p in enumerate(held)}
 
     def of_group(self, group: Group) -> list[ParamRef]:

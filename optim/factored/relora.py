@@ -81,6 +81,7 @@ class ReLoRAAdamW(FactoredOptimizer):
     method = "relora"
     layer_class = "ReLoRALinear"
     stepped = ("A", "B")
+    together = "A and B of a layer"
     checks: ClassVar[Mapping[str, Check]] = {
         "merge_every": whole(1),
         "reset_every": whole(1, optional=True),

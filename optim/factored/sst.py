@@ -91,6 +91,7 @@ class SSTAdamW(FactoredOptimizer):
     method = "sst"
     layer_class = "SpectralLinear"
     stepped = ("U", "V", "sigma")
+    together = "U, V and sigma of a layer"
     later_keys: ClassVar[Mapping[str, Any]] = {**FactoredOptimizer.later_keys, "reset_sigma": False}
     checks: ClassVar[Mapping[str, Check]] = {
         "swap_every": whole(1),

@@ -131,10 +131,6 @@ class LowRankOptimizer(ShardedOptimizer):
 
     # ---- state that is loaded ---------------------------------------------------------------------------------------
 
-    def from_portable(self, shard: FullShard, group: Group, portable: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self._first_gradients.forget()
-        return super().from_portable(shard, group, portable)
-
     def own_form(self, parameter: Tensor, group: Group, saved: Mapping[str, Any]) -> dict[str, Any] | None:
         ref = self._ref(parameter, group)
         if self.published is None or ref is None or not is_foreign(saved):
@@ -165,8 +161,8 @@ class LowRankOptimizer(ShardedOptimizer):
                 f"the saved state of parameter {ref.position}, of shape {ref.shape}, cannot go on in {name}: {reason}"
             ) from None
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def forget(self) -> None:
+        super().forget()
         self._first_gradients.forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

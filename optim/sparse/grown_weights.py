@@ -30,8 +30,8 @@ GROWN_STEPS = ("shared", "own")
 BORN = "born"  # the matrix's counter when a weight was grown
 
 
-def born_spec(by_element: Coordinates, planned: int) -> StateSpec:
-    return replace(by_element.spec(BORN, torch.int32), kind=INDICES, codec=Packed(planned))
+def born_spec(by_element: Coordinates, codec: Packed) -> StateSpec:
+    return replace(by_element.spec(BORN, torch.int32), kind=INDICES, codec=codec)
 
 
 def aged_adam(gradient: Tensor, state: State, group: Group) -> Tensor:

@@ -85,6 +85,7 @@ class HyperSparseAdamW(ShardedOptimizer):
 
     rule = TORCH_ADAM
     matrix_key = "sparsity"
+    together = "the matrices of a group"
     checks: ClassVar[Mapping[str, Check]] = {
         "sparsity": number("in [0, 1)", optional=True),
         "hs_lambda": number(">= 0"),

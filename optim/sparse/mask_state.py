@@ -19,16 +19,23 @@ from torch.nn import functional
 from ..distributed import FullShard
 from ..state.spec import Codec, HeldTensor, State, StateSpec
 
+NOWHERE = 2**31 - 1  # in place of a place, in a saved mask that has more room than it needs
+
 
 @dataclass(frozen=True)
 class Packed(Codec):
     """Values of the weights in a mask, one after the other. Empty at first: masks of all matrices are drawn together.
 
+    A whole matrix's are saved with room for the most that a mask of it may have: how many it has now, a fresh optimizer
+    does not know.
+
     Args:
         planned: how many weights of the whole matrix a first mask has.
+        room: how many weights of it a mask may have.
     """
 
     planned: int
+    room: int
 
     def held(self, spec: StateSpec, shard: FullShard) -> list[HeldTensor]:
         share = shard.parameter.numel() / max(1, math.prod(shard.shape))
@@ -52,6 +59,16 @@ class Packed(Codec):
     def encode(self, value: Tensor, spec: StateSpec, shard: FullShard, held: State) -> None:
         held[spec.name] = value.reshape(-1)[held["indices"].to(value.device).long()]
 
+    def to_saved(self, spec: StateSpec, shard: FullShard, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {spec.name: self._filled(held[spec.name], 0)}
+
+    def from_saved(self, spec: StateSpec, shard: FullShard, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {spec.name: saved[spec.name][: _count(saved)]}
+
+    def _filled(self, values: Tensor, filling: int) -> Tensor:
+        missing = self.room - len(values)
+        return functional.pad(values, (0, missing), value=filling) if missing > 0 else values
+
 
 class Indices(Packed):
     """The mask itself."""
@@ -61,7 +78,8 @@ class Indices(Packed):
 
     def accept(self, spec: StateSpec, shard: FullShard, saved: Mapping[str, Any]) -> list[HeldTensor]:
         at = saved.get("indices")
-        if isinstance(at, Tensor) and at.dim() == 1 and len(at):
+        at = at[at != NOWHERE] if isinstance(at, Tensor) and at.dim() == 1 else None
+        if at is not None and len(at):
             inside = 0 <= int(at.min()) <= int(at.max()) < shard.parameter.numel()
             if not inside:
                 raise ValueError(f"the saved mask has places outside of a parameter of shape {shard.shape}")
@@ -73,6 +91,12 @@ class Indices(Packed):
 
     def encode(self, value: Tensor, spec: StateSpec, shard: FullShard, held: State) -> None:
         held["indices"] = value.reshape(-1).nonzero().view(-1).int()
+
+    def to_saved(self, spec: StateSpec, shard: FullShard, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"indices": self._filled(held["indices"], NOWHERE)}
+
+    def from_saved(self, spec: StateSpec, shard: FullShard, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"indices": saved["indices"][: _count(saved)]}
 
 
 @dataclass(frozen=True)
@@ -108,6 +132,11 @@ class Bits(Codec):
 
     def encode(self, value: Tensor, spec: StateSpec, shard: FullShard, held: State) -> None:
         held["mask_bits"] = packed_bits(value)
+
+
+def _count(saved: Mapping[str, Tensor]) -> int:
+    """How many weights a saved mask has."""
+    return int((saved["indices"] != NOWHERE).sum())
 
 
 def packed_bits(mask: Tensor) -> Tensor:

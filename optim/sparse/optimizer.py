@@ -150,36 +150,37 @@ class SparseOptimizer(ShardedOptimizer):
         """Empty masks: all matrices of a step are given theirs together. In a plan, as many weights as will be."""
         if not self.is_for_matrices(group):
             return super().state_specs(shard, group)
-        planned, dtype = self._planned_weights(shard, group), moment_dtype(shard, group)
+        count, dtype = self._planned_weights(shard, group), moment_dtype(shard, group)
         by_element = Coordinates(shard.shape, Placement.ELEMENTS)
-        mask = replace(by_element.spec("mask", torch.uint8), kind=INDICES, codec=Indices(planned))
-        moments = [spec.stored_by(Packed(planned)) for spec in self.rule.specs(by_element, dtype, group)]
+        packed = Packed(*count)
+        mask = replace(by_element.spec("mask", torch.uint8), kind=INDICES, codec=Indices(*count))
+        moments = [spec.stored_by(packed) for spec in self.rule.specs(by_element, dtype, group)]
         specs = [mask, *moments]
         if group["grown_step"] == "own":
-            specs.append(born_spec(by_element, planned))
+            specs.append(born_spec(by_element, packed))
         if self.settings(group)["grow"] == "momentum":
             specs.append(by_element.spec("momentum", dtype).stored_by(Flattened()))
         return specs
 
-    def _planned_weights(self, shard: FullShard, group: Group) -> int:
-        """How many weights the first mask of a matrix has."""
+    def _planned_weights(self, shard: FullShard, group: Group) -> tuple[int, int]:
+        """How many weights the first mask of a matrix has, and the most that one may have."""
         if 0 in shard.shape:
-            return 0
+            return 0, 0
         keys = self.settings(group)
         structure = self.structure(group)
-        units = round(density_at(0, keys) * structure.units(as_matrix(shard.shape), keys))
-        if keys["distribution"] in BY_SHAPE:
-            units = self.counts_at(group, 0).get(shard.position, units)
+        whole = structure.units(as_matrix(shard.shape), keys)
+        if keys["distribution"] in BY_WEIGHT:
+            together = sum(math.prod(ref.shape) for ref in self.registry.of_group(group))
+            return round(density_at(0, keys) * whole), min(whole, round(density_at(0, keys) * together))
+        first, last = (self.counts_at(group, step)[shard.position] for step in (0, None))
+        # between them, shares that are rounded together may come out one higher
+        most = first if first == last else min(max(first, last) + 1, whole)
         if keys["structure"] == "constant_fan_in":
-            units -= units % shard.shape[0]
-        return structure.weights(units, keys)
+            first -= first % shard.shape[0]
+        return structure.weights(first, keys), structure.weights(most, keys)
 
-    def from_portable(self, shard: FullShard, group: Group, portable: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self._in_masks = frozenset()
-        return super().from_portable(shard, group, portable)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def forget(self) -> None:
+        super().forget()
         self._in_masks = frozenset()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

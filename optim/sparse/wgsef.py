@@ -239,7 +239,5 @@ class Tiles(NamedTuple):
 
 
 def _sides(whole: int, part: int, device: torch.device) -> Tensor:
-    count = -(-whole // part)
-    sides = torch.full((count,), float(part), dtype=torch.float64, device=device)
-    sides[-1] = whole - (count - 1) * part
-    return sides
+    begins = torch.arange(0, whole, part, dtype=torch.float64, device=device)
+    return (whole - begins).clamp_(max=part)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import FullShard, UnsupportedLayout
-from .spec import StateSpec, held_tensors, new_tensor
+from .spec import StateSpec, held_tensors, new_tensor, saved_names
 
 
 class DTensorState:
@@ -47,7 +47,7 @@ class DTensorState:
                 state |= {own.name: saved[own.name] for own in held_tensors([spec], self.shard)}
             else:
                 spec.codec.encode(self._own_part(spec, saved[spec.name]), spec, self.shard, state)
-        return state
+        return state | saved_names(self.specs, self.shard, state)
 
     def _saved(self, spec: StateSpec, value: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, Shard  # here: only FSDP2 needs it, and importing it takes long

@@ -14,8 +14,7 @@ class FaithfulLoading(torch.optim.Optimizer):
 
     Attributes:
         later_keys: keys of groups that came when there were checkpoints already, with the values that they had before.
-            At these they are not saved, and where they are missing they are these: torch.distributed.checkpoint
-            refuses a checkpoint without a key.
+            At these groups do not hold them (``ParamGroup``), and where they are missing they are these.
     """
 
     later_keys: ClassVar[Mapping[str, Any]] = {}
@@ -38,7 +37,7 @@ class FaithfulLoading(torch.optim.Optimizer):
         Raises:
             ValueError: where this optimizer would not go on as that one.
         """
-        return counted(saved)
+        return tensors_of(saved)
 
     def expected_state(
         self, parameter: Tensor, group: dict[str, Any], saved: Mapping[str, Any]
@@ -56,6 +55,9 @@ class FaithfulLoading(torch.optim.Optimizer):
         """``held`` as ``state_dict`` saves it."""
         return held
 
+    def forget(self) -> None:
+        """States are others now: what is known of those before is not true of them."""
+
     def host_keys(self, parameter: Tensor, group: dict[str, Any]) -> set[str]:
         """The keys of a parameter's state that are kept on the CPU."""
         raise NotImplementedError
@@ -69,9 +71,7 @@ class FaithfulLoading(torch.optim.Optimizer):
             for number, (p, group) in enumerate(owners):
                 if saved["state"].get(number):
                     saved["state"][number] = self.saved_state(p, group, saved["state"][number])
-            for group in saved["param_groups"]:
-                for key in [key for key, before in self.later_keys.items() if group.get(key) == before]:
-                    del group[key]
+            saved["param_groups"] = [_without_dtypes(group) for group in saved["param_groups"]]
 
         hook = self.register_state_dict_post_hook(convert, prepend=True)  # runs before the user's own
         try:
@@ -97,7 +97,7 @@ class FaithfulLoading(torch.optim.Optimizer):
             # A key that was not saved keeps its present value: another optimizer's groups must not lose the rank.
             groups = [
                 {key: own[key] for key in self.defaults}
-                | {**self.later_keys, **self.with_own_names(other), "group_number": own["group_number"]}
+                | {**self.later_keys, **self.with_own_names(_with_dtypes(other)), "group_number": own["group_number"]}
                 for own, other in zip(self.param_groups, saved["param_groups"], strict=True)
             ]
             saved_state.update(self._checked_state(by_position(saved), groups))
@@ -107,11 +107,8 @@ class FaithfulLoading(torch.optim.Optimizer):
             owners = [(p, group) for group in self.param_groups for p in group["params"]]
             for number, state in saved_state.items():
                 p, group = owners[number]
-                on_host = self.host_keys(p, group)
-                self.state[p] = {
-                    key: value.to("cpu" if key in on_host else p.device, copy=True)
-                    for key, value in self.loaded_state(p, group, state).items()
-                }
+                self.state[p] = self.taken_over(p, group, state)
+            self.forget()
 
         before = self.register_load_state_dict_pre_hook(withhold)  # runs after the user's own
         after = self.register_load_state_dict_post_hook(restore, prepend=True)  # runs before the user's own
@@ -120,6 +117,14 @@ class FaithfulLoading(torch.optim.Optimizer):
         finally:
             before.remove()
             after.remove()
+
+    def taken_over(self, p: Tensor, group: dict[str, Any], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this process holds of a parameter's saved state, where it belongs and sharing nothing with it."""
+        on_host = self.host_keys(p, group)
+        return {
+            key: value.to("cpu" if key in on_host else p.device, copy=True)
+            for key, value in self.loaded_state(p, group, saved).items()
+        }
 
     def _checked_state(
         self, saved_state: Mapping[int, Mapping[str, Any]], saved_groups: list[dict[str, Any]]
@@ -164,9 +169,24 @@ def by_position(state_dict: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
     return {places[i]: state for i, state in state_dict["state"].items() if i in places}
 
 
-def counted(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved state whose counter is a tensor, which before torch 1.12 was a number."""
-    step = state.get("step")
-    if isinstance(step, Tensor) or not isinstance(step, (int, float)):
-        return dict(state)
-    return {**state, "step": torch.tensor(float(step), dtype=torch.float32, device="cpu")}
+def tensors_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved state whose counter is a tensor, which before torch 1.12 was a number, and without the empty mappings that
+    torch.distributed.checkpoint has for what is held and was not saved."""
+    given = {key: value for key, value in state.items() if value != {}}
+    step = given.get("step")
+    if isinstance(step, (int, float)):
+        given["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
+    return given
+
+
+def _without_dtypes(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group with the names of dtypes: torch.distributed.checkpoint knows numbers and texts."""
+    return {key: str(value) if isinstance(value, torch.dtype) else value for key, value in group.items()}
+
+
+def _with_dtypes(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of ``_without_dtypes``."""
+    name = group.get("state_dtype")
+    if not isinstance(name, str):
+        return dict(group)
+    return {**group, "state_dtype": getattr(torch, name.removeprefix("torch."), name)}

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import FullMatrix, FullShard, MatrixShard
+from ..distributed import FlatShard, FullMatrix, FullShard, MatrixShard
 
 State = MutableMapping[str, Tensor]
 
@@ -83,6 +83,19 @@ class Codec:
         """What would fit in the place of ``saved``, which has all keys of ``held``: ``held``, but where a codec's
         tensors have no shape of their own."""
         return self.held(spec, shard)
+
+    def to_saved(self, spec: StateSpec, shard: FullShard, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is saved in place of tensors of a whole parameter's ``held``, as torch.distributed.checkpoint needs it:
+        in shapes that a fresh optimizer knows, for it reads into the tensors of one, and contiguous, for it sends
+        tensors as they lie in memory."""
+        return {spec.name: held[spec.name].contiguous()} if spec.column_major else {}
+
+    def from_saved(self, spec: StateSpec, shard: FullShard, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of ``to_saved``, also of what was saved as it is held."""
+        if not spec.column_major:
+            return {}
+        value = saved[spec.name]
+        return {spec.name: new_tensor(spec.shape, value.dtype, value.device, spec, empty=True).copy_(value)}
 
 
 PLAIN = Codec()
@@ -224,7 +237,21 @@ def new_tensor(
 
 def new_state(specs: Iterable[StateSpec], shard: FullShard) -> dict[str, Tensor]:
     """The tensors that this process holds, made."""
-    return {key: value for spec in specs for key, value in spec.codec.new(spec, shard).items()}
+    specs = list(specs)
+    state = {key: value for spec in specs for key, value in spec.codec.new(spec, shard).items()}
+    return state | saved_names(specs, shard, state)
+
+
+def to_saved(specs: Iterable[StateSpec], shard: FullShard, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a whole parameter as it is saved."""
+    other = {key: value for spec in specs for key, value in spec.codec.to_saved(spec, shard, held).items()}
+    return {**held, **other}
+
+
+def from_saved(specs: Iterable[StateSpec], shard: FullShard, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of ``to_saved``."""
+    other = {key: value for spec in specs for key, value in spec.codec.from_saved(spec, shard, saved).items()}
+    return {**saved, **other}
 
 
 def held_tensors(specs: Iterable[StateSpec], shard: FullShard) -> list[HeldTensor]:
@@ -239,11 +266,11 @@ def to_portable(specs: Iterable[StateSpec], shard: FullShard, held: Mapping[str,
 
 def portable_from(specs: Iterable[StateSpec], shard: FullShard, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The portable form of what was saved in that form or as a process held it. Collective where a codec is."""
-    return {
-        spec.name: spec.codec.decode(spec, shard, saved) if spec.codec.is_held(spec, saved) else saved[spec.name]
-        for spec in specs
-        if spec.codec.is_held(spec, saved) or spec.name in saved
-    }
+    specs = list(specs)
+    encoded = [spec for spec in specs if spec.codec.is_held(spec, saved)]
+    held = from_saved(encoded, shard, saved)
+    portable = {spec.name: held[spec.name] for spec in specs if spec not in encoded and spec.name in held}
+    return portable | to_portable(encoded, shard, held)
 
 
 def from_portable(specs: Sequence[StateSpec], shard: FullShard, portable: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -251,4 +278,12 @@ def from_portable(specs: Sequence[StateSpec], shard: FullShard, portable: Mappin
     held: dict[str, Tensor] = {}
     for spec in specs:
         spec.codec.encode(portable[spec.name], spec, shard, held)
-    return held
+    return held | saved_names(specs, shard, held)
+
+
+def saved_names(specs: Iterable[StateSpec], shard: FullShard, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Where FSDP2 splits a parameter, whose state is saved in its portable form: an empty tensor for each name that
+    nothing of what is held has. torch.distributed.checkpoint looks for what was saved by the names of what is held."""
+    if not (isinstance(shard, (FlatShard, MatrixShard)) and shard.held.chunked):
+        return {}
+    return {spec.name: torch.empty(0, dtype=spec.dtype, device=shard.device) for spec in specs if spec.name not in held}

@@ -81,8 +81,8 @@ class Net(nn.Module):
         return nn.functional.cross_entropy(self.head(self.norm(self.out(h))).flatten(0, 1).float(), y.flatten())
 
 
-def build(cell):
-    torch.manual_seed(0)
+def build(cell, seed=0):
+    torch.manual_seed(seed)
     net = Net(*cell.get("sizes", SIZES_OF.get(cell["optimizer"], SIZES)))
     if layer := VARIANTS[cell["optimizer"]].layer:
         kind, keys, _ = layer
@@ -97,27 +97,28 @@ def batch(step, micro):
     return x, (3 * x + 1) % 37
 
 
-def make_optimizer(net, cell, together=True):
+def make_optimizer(net, cell, together=True, construct=None):
     """Two ranked groups, with different rank, gap and side, and the rest; or groups of whole layers, and the rest.
 
-    ``together``: on all processes, not in this one by itself.
+    ``together``: on all processes, not in this one by itself. ``construct``: what is called in the class's place.
     """
     variant = VARIANTS[cell["optimizer"]]
     kind, (keys, matrix_keys) = variant.cls, variant.cells
+    construct = construct or kind
     if matrix_keys and "m" in matrix_keys:
-        return kind(optim.param_groups(net, None, TARGETS, weight_decay=0.1, **matrix_keys), **keys)
+        return construct(optim.param_groups(net, None, TARGETS, weight_decay=0.1, **matrix_keys), **keys)
     if variant.layer:
         more = {"synchronize": together} if kind is optim.SSTAdamW else {}
         groups = [[*net.tall.parameters(), *net.wide.parameters()]]
         groups += [[p for p in net.parameters() if p.requires_grad and not any(p is q for q in groups[0])]]
-        return kind([{"params": group} for group in groups], **{**keys, **more})
+        return construct([{"params": group} for group in groups], **{**keys, **more})
     if matrix_keys and "role" in matrix_keys:
-        return kind(optim.param_groups(net, weight_decay=0.1, **matrix_keys), **keys)
+        return construct(optim.param_groups(net, weight_decay=0.1, **matrix_keys), **keys)
     trained = [p for p in net.parameters() if p.requires_grad]
     if matrix_keys is None:
-        return kind([{"params": trained[:5]}, {"params": trained[5:]}], **{"lr": 0.01, **keys})
+        return construct([{"params": trained[:5]}, {"params": trained[5:]}], **{"lr": 0.01, **keys})
     if "sparsity" in matrix_keys or "keep" in matrix_keys:
-        return kind(masked_groups(net, trained, matrix_keys), **{"lr": 0.01, **keys})
+        return construct(masked_groups(net, trained, matrix_keys), **{"lr": 0.01, **keys})
     ranked = {"rank": cell.get("rank", RANK), "weight_decay": 0.1, **matrix_keys, **cell.get("keys", {})}
     if "update_proj_gap" not in ranked and kind is not optim.LDAdamW:
         ranked["update_proj_gap"] = GAP
@@ -128,7 +129,7 @@ def make_optimizer(net, cell, together=True):
     chosen = {id(p) for p in first + second}
     rest = [p for p in trained if id(p) not in chosen]
     groups = [{"params": first, **ranked}, {"params": second, **other}, {"params": rest}]
-    return kind(groups, **{"lr": 0.01, **keys})
+    return construct(groups, **{"lr": 0.01, **keys})
 
 
 def masked_groups(net, trained, keys):
@@ -226,8 +227,8 @@ def replicated(cell):
     return full, optimizer, watch
 
 
-def started(cell):
-    """DeepSpeed's engine, as its users make it, and the optimizer that they give it."""
+def config_of(cell):
+    """DeepSpeed's."""
     stage = int(cell["layout"][-1])
     options = {"stage": stage, **cell.get("zero", {})}
     if stage == 3:
@@ -244,6 +245,12 @@ def started(cell):
         config["bf16"] = {"enabled": True}
     if cell.get("precision") == "bf16, fp32 gradients":
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def started(cell):
+    """DeepSpeed's engine, as its users make it, and the optimizer that they give it."""
+    config = config_of(cell)
     inside = deepspeed.zero.Init(config_dict_or_path=config) if cell.get("zero_init") else contextlib.nullcontext()
     with inside:
         net = build(cell)

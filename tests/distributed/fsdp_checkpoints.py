@@ -48,10 +48,10 @@ def large_optimizer(net):
 
 
 def made(cell, seed):
-    torch.manual_seed(seed)
     if cell.get("large"):
+        torch.manual_seed(seed)
         return Large(), large_optimizer
-    return cells.Net(*cells.SIZES), lambda net: cells.make_optimizer(net, cell)
+    return cells.build(cell, seed), lambda net: cells.make_optimizer(net, cell)
 
 
 def split(cell, seed=0):

@@ -14,7 +14,8 @@ from gracile.models import sparse_export
 from gracile.train.cli import COMMANDS
 from gracile.train.config.arguments import DataArguments
 from gracile.train.config.parser import load_config
-from gracile.train.data.blocks import make_blocks, open_corpus
+from gracile.train.data.blocks import make_blocks
+from gracile.train.data.corpus import open_corpus
 from gracile.train.export import loss, main
 from gracile.train.pretrain import pretrain
 

@@ -1,4 +1,4 @@
-"""What the Trainer calls from step to step: a layer schedule, and evaluations at single steps."""
+"""What the Trainer calls from step to step: a layer schedule, evaluations at single steps, and lines of a log."""
 
 from __future__ import annotations
 
@@ -43,3 +43,23 @@ class EvaluateAt(TrainerCallback):
             # A logged loss is the mean since the last log. Logged at each save too, it is the same in a resumed run.
             control.should_log = True
         return control
+
+
+class LogLines(TrainerCallback):
+    """A line for each thing that is logged, where there is no terminal for progress bars."""
+
+    NAMES = {"loss": "loss", "eval_loss": "validation loss", "grad_norm": "grad norm", "learning_rate": "lr"}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        told = {**(logs or {})}
+        shown = [f"{name} {float(told[key]):.4g}" for key, name in self.NAMES.items() if key in told]
+        shown += [f"{key} {value:.4g}" for key, value in told.items() if key.startswith("art_") or key == "density"]
+        if shown and state.is_world_process_zero:
+            print(f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}", flush=True)

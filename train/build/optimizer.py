@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from ... import optim
 from ...registry import LAYERS, OptimizerEntry
 from ...validation import nearest
-from ..config.arguments import Config, Keywords, OptimizerArguments, RunArguments
+from ..config.arguments import Config, DataArguments, Keywords, OptimizerArguments, RunArguments
 from ..config.checks import optimizer_entry
 from ..errors import BadInput
 
@@ -93,7 +94,14 @@ def build_optimizer(model: nn.Module, chosen: OptimizerArguments, run: RunArgume
         build: Callable[..., torch.optim.Optimizer] = entry.cls
         return build(groups, **{**run_keys(entry, run), **_clocks(entry, run, keywords), **keywords})
     except (ValueError, ImportError) as error:
-        raise BadInput(str(error)) from None
+        raise BadInput(_spelt(str(error), entry)) from None
+
+
+def _spelt(message: str, entry: OptimizerEntry) -> str:
+    """An optimizer's complaint, with the way to give a key of its own that a run has, too."""
+    shared = entry.accepts() & {f.name for f in fields(DataArguments)}
+    named = next((key for key in shared if re.search(rf"\b{key}\b", message)), None)
+    return message if named is None else f"{message} (the optimizer's own is --optimizer_args.{named})"
 
 
 def _keywords(entry: OptimizerEntry, chosen: OptimizerArguments) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -14,10 +13,15 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ...models.llama import SIZES
 from ...registry import LAYERS, OPTIMIZERS
 from ...target_modules import DEFAULT_TARGETS
 from ..engines.deepspeed_ops import skip_inference_reduce
 
+# Keys that may name a file or a folder.
+PATH_KEYS = ("dataset", "validation_dataset", "tokenizer", "model", "teacher", "deepspeed")
+# Keys that run.yaml leaves out: how this start began, a secret, and what the Trainer would choose its optimizer by.
+NOT_KEPT = {"resume_from_checkpoint", "hub_token", "local_rank", "optim", "optim_args", "optim_target_modules"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -74,17 +78,40 @@ class ModelArguments:
 class DataArguments:
     """What it reads."""
 
-    dataset: str = field(
-        default="stdlib",
+    dataset: list[str] = field(
+        default_factory=lambda: ["stdlib"],
         metadata={
-            "help": "stdlib (the source text of this Python's standard library), a txt / jsonl / parquet file, "
-            "folder or glob, or a hub name such as allenai/c4 (streamed)."
+            "help": "stdlib (the source text of this Python's standard library); a file, folder or glob of txt, md, "
+            "jsonl, csv, parquet or arrow, plain or .gz, .xz, .zst, .bz2; a folder of save_to_disk; or hub:org/name "
+            "(streamed). Several are mixed."
         },
     )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Shares of several data sets in what is trained on; without it, all of each."},
+    )
+    validation_dataset: str | None = field(
+        default=None, metadata={"help": "Data to validate on, of any of these kinds, in place of a part of dataset."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set: en for c4."})
-    text_column: str = field(default="text", metadata={"help": "Column of jsonl, parquet and hub data."})
+    text_column: str = field(
+        default="text",
+        metadata={
+            "help": "Column of what is no text file: of texts, lists of texts, or messages with role and content."
+        },
+    )
+    encoding: str | None = field(
+        default=None,
+        metadata={"help": "Of text, JSON and CSV files; by default what a byte order mark says, or UTF-8."},
+    )
     streaming: bool = field(
         default=False, metadata={"help": "Read local files as a stream instead of packing them first."}
+    )
+    packing: bool = field(
+        default=True, metadata={"help": "Lay documents end to end; false for one document an example, padded."}
+    )
+    ignore_data_changes: bool = field(
+        default=False, metadata={"help": "Resume although the data is not what the run began with."}
     )
     tokenizer: str | None = field(
         default=None,
@@ -96,6 +123,10 @@ class DataArguments:
     validation_blocks: int = field(
         default=200, metadata={"help": "Examples held out for validation, at most a tenth of a corpus."}
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset, str):
+            self.dataset = [self.dataset]
 
 
 @dataclass
@@ -204,6 +235,7 @@ class Config:
 
     Attributes:
         given: keys that the file or the command line has.
+        values: every key, as it was read.
         left_out: keys of a recipe for another optimizer than the command line names.
     """
 
@@ -213,19 +245,28 @@ class Config:
     optimizer: OptimizerArguments
     run: RunArguments
     given: dict[str, Any]
+    values: dict[str, Any]
     left_out: tuple[str, ...] = ()
 
-    def identity(self) -> dict[str, Any]:
-        """The keys that make two runs the same run: what cannot change between a run and its resumption."""
-        parts = (self.model, self.data, self.optimizer)
-        return _plain({k: v for part in parts for k, v in dataclasses.asdict(part).items()})
-
     def resolved(self) -> dict[str, Any]:
-        """Flat keys that reproduce the run, in a form that YAML can hold."""
-        return {**_plain(self.given), **self.identity()}
+        """Every key with its value, flat, as YAML can hold it: a configuration that runs again. Paths are absolute."""
+        kept = {key: _plain(value) for key, value in self.values.items() if key not in NOT_KEPT}
+        for key in PATH_KEYS:
+            value = kept[key]
+            kept[key] = [_from_anywhere(one) for one in value] if isinstance(value, list) else _from_anywhere(value)
+        return kept
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values in a form that YAML can hold; mappings as JSON text."""
-    plain = (int, float, bool, list, type(None))
-    return {key: value if isinstance(value, plain) else str(value) for key, value in values.items()}
+def _from_anywhere(path: Any) -> Any:
+    """A path that names the same from another folder; anything else as it is."""
+    if isinstance(path, str) and path not in (*SIZES, "stdlib") and Path(path).exists():
+        return str(Path(path).absolute())
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """A value in a form that YAML can hold; mappings as JSON text."""
+    value = getattr(value, "value", value)  # of a choice
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return value if isinstance(value, (int, float, bool, list, type(None))) else str(value)

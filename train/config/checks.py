@@ -5,6 +5,9 @@ from __future__ import annotations
 from inspect import signature
 
 from accelerate.state import DistributedType
+from huggingface_hub import whoami
+from transformers import PreTrainedConfig
+from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import ParallelMode
 
 from ...optim import HyperSparseAdamW
@@ -39,12 +42,43 @@ def check_values(config: Config) -> None:
             raise BadInput(f"{name} must be at least {least}, got {value}")
     if run.max_steps == 0 or (run.max_steps < 0 and run.num_train_epochs <= 0):
         raise BadInput(f"nothing to train: max_steps is {run.max_steps}, num_train_epochs {run.num_train_epochs}")
+    for name, value in (("seed", run.seed), ("data_seed", run.data_seed)):
+        if value is not None and not 0 <= value < 2**32:
+            raise BadInput(f"{name} must be a whole number from 0 to {2**32 - 1}, got {value}")
+    _check_reports(run)
     if config.model.dtype not in DTYPES:
         raise BadInput(f"unknown dtype {config.model.dtype!r}; {nearest(config.model.dtype, DTYPES)}")
     if run.fsdp:
         _check_fsdp(run)
     check_layer(config)
     _check_art(config)
+
+
+def _check_reports(run: RunArguments) -> None:
+    """Refuse a place to report to that is not installed, and a hub that cannot be reached."""
+    present = {*get_available_reporting_integrations(), "all", "none"}
+    for name in [run.report_to] if isinstance(run.report_to, str) else run.report_to or []:
+        if name not in present:
+            raise BadInput(f"report_to {name!r} is not installed or not known; choose of {', '.join(sorted(present))}")
+    if run.push_to_hub:
+        try:
+            whoami(run.hub_token)
+        except Exception as error:  # every kind of network and hub error means the same to the user
+            raise BadInput(f"push_to_hub: the hub does not answer: {' '.join(str(error).split())}") from None
+
+
+def check_sizes(config: Config, architecture: PreTrainedConfig) -> None:
+    """Refuse examples that are longer than the model has positions.
+
+    Raises:
+        BadInput: for such a block_size.
+    """
+    most = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    if most is not None and config.data.block_size > most:
+        raise BadInput(
+            f"block_size is {config.data.block_size} but the model has {most} positions; give a smaller block_size, or "
+            f'model_overrides: {{"max_position_embeddings": {config.data.block_size}}}'
+        )
 
 
 def optimizer_entry(name: str) -> OptimizerEntry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from transformers import TrainingArguments
@@ -10,6 +11,7 @@ from transformers import TrainingArguments
 from ...registry import LAYERS, OPTIMIZERS
 from ..listing import methods, row
 from .arguments import DataArguments, ModelArguments, OptimizerArguments, RunArguments
+from .parser import NOT_READ
 
 HEAD = """\
 usage: gracile pretrain [CONFIG.yaml | NAME] [--key value ...]
@@ -17,7 +19,9 @@ usage: gracile pretrain [CONFIG.yaml | NAME] [--key value ...]
 Pretrain a LLaMA from scratch. CONFIG is a YAML file of the keys below, or the name of an embedded one
 (quickstart, llama_60m_galore, llama_60m_adamw, ... 130m, 350m, 1b, 7b); without it, quickstart runs.
 `gracile list` has all of them.
-Command-line values override the file's.
+Command-line values override the file's, which may stand anywhere among them. Paths in a file are looked for
+beside the file, then in the working directory. Single keys of a mapping can be given, too:
+--optimizer_args.block_size 16 is the optimizer's block size, and --block_size 256 a run's.
 
   gracile pretrain                                             2M parameters on this Python's standard library
   gracile pretrain quickstart --optimizer adamw --learning_rate 0.003 --output_dir runs/adamw
@@ -39,7 +43,7 @@ COMMON = {
     "bf16": "Mixed precision (weights stay as dtype says).",
     "eval_steps": "Steps between evaluations, with eval_strategy: steps.",
     "save_steps": "Steps between checkpoints; save_total_limit keeps the newest few.",
-    "resume_from_checkpoint": "true, or a checkpoint's folder.",
+    "resume_from_checkpoint": "true, auto (begin where there is nothing yet), or a checkpoint's folder.",
     "seed": "Of the weights and the order of the data.",
     "deepspeed": "A DeepSpeed configuration file.",
 }
@@ -58,11 +62,16 @@ def usage(everything: bool = False) -> str:
     rest = sorted(f.name for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in COMMON)
     if everything:
         parts += ["every other key of transformers.TrainingArguments, with its default:"]
-        parts += [f"  --{name} {_default(fields[name])}".rstrip() for name in rest]
+        parts += [_line(fields[name], _first_sentence(fields[name])) for name in rest if name not in NOT_READ]
     else:
         parts += [f"and the other {len(rest)} keys of transformers.TrainingArguments: gracile pretrain --help-all"]
     parts += ["", "optimizers:", *methods(OPTIMIZERS.values()), "", "layers:", *methods(LAYERS.values())]
     return "\n".join(parts)
+
+
+def _first_sentence(field: dataclasses.Field[Any]) -> str:
+    text = " ".join(str(field.metadata.get("help") or "Of the Trainer.").split())
+    return re.split(r"(?<=[a-z)`'\"])\. ", text)[0].rstrip(".") + "."
 
 
 def _line(field: dataclasses.Field[Any], text: str) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import glob
 import inspect
 import json
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,10 +18,11 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from ...registry import OPTIMIZERS
+from ...models.llama import SIZES
+from ...registry import LAYERS, OPTIMIZERS, recipes
 from ...validation import nearest
 from ..errors import BadInput
-from .arguments import Config, DataArguments, Keywords, ModelArguments, OptimizerArguments, RunArguments
+from .arguments import PATH_KEYS, Config, DataArguments, Keywords, ModelArguments, OptimizerArguments, RunArguments
 
 GROUPS: Any = (ModelArguments, DataArguments, OptimizerArguments, RunArguments)
 # Keys that an optimizer has defaults of its own for.
@@ -27,8 +30,16 @@ METHOD_KEYS = (
     "scale", "update_proj_gap", "proj_type", "subspace_method", "update_every", "drop_fraction", "t_end", "art_every",
     "optimizer_args", "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
+# Keys of the Trainer that would be without effect here, and ours in their place.
+NOT_READ = {
+    "optim": "optimizer, as in --optimizer galore_adamw",
+    "optim_args": 'optimizer_args, as in --optimizer_args \'{"error_feedback": "8bit"}\'',
+    "optim_target_modules": "target_modules, as in --target_modules attn mlp",
+}
 # Recipes have names that every supported transformers knows; what a newer one calls otherwise, it warns of.
 NEWER_NAMES = {"gradient_checkpointing": "activation_checkpointing"}
+# What a run writes into its folder as run.yaml: a configuration, and what it was read with.
+RUN_FILE_KEYS = {"gracile", "data", "config"}
 # What an error message calls a type; and, by key, its example of a mapping.
 KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 EXAMPLES = {
@@ -73,6 +84,10 @@ def field_names() -> set[str]:
     return {f.name for group in GROUPS for f in dataclasses.fields(group) if f.init}
 
 
+def _empty_by_default() -> set[str]:
+    return {f.name for group in GROUPS for f in dataclasses.fields(group) if f.default_factory is list}
+
+
 def load_config(argv: Sequence[str], needs_output_dir: bool = True) -> Config:
     """``[CONFIG.yaml] [--key value ...]`` to a configuration; without a file, the embedded quickstart.
 
@@ -80,17 +95,19 @@ def load_config(argv: Sequence[str], needs_output_dir: bool = True) -> Config:
         BadInput: for a file that cannot be read, an unknown key or a value of the wrong type.
     """
     argv = [a for a in argv if not a.startswith("--local_rank=")]  # DeepSpeed's launcher puts it before the file
-    source = argv.pop(0) if argv and not argv[0].startswith("-") else "quickstart"
+    parser = _Parser(GROUPS, allow_abbrev=False, add_help=False)
+    source, argv = _taken_apart(argv, parser)
     settings, is_recipe = _read_yaml(source)
     settings = _by_newer_names(settings) if is_recipe else settings
     _check_keys(settings, f"in {source}")
     _check_keys([re.split("=", a[2:])[0].replace("-", "_") for a in argv if a.startswith("--")], "on the command line")
     left_out = _of_another_optimizer(settings, argv) if is_recipe else []
-    arguments = _as_flags({key: value for key, value in settings.items() if key not in left_out}) + argv
-    namespace, stray = _Parser(GROUPS, allow_abbrev=False, add_help=False).parse_known_args(arguments)
+    arguments = _as_flags({k: v for k, v in settings.items() if k not in left_out}, parser) + argv
+    arguments = _with_parts(arguments)
+    namespace, stray = parser.parse_known_args(arguments)
     if stray:
         raise BadInput(f"unexpected argument {stray[0]!r}; give values as --key value")
-    if needs_output_dir and not _was_given("output_dir", arguments):
+    if needs_output_dir and not (_was_given("output_dir", arguments) and namespace.output_dir.strip()):
         raise BadInput("output_dir is not set; choose one with --output_dir")
     given = {k: v for k, v in vars(namespace).items() if _was_given(k, arguments)}
     vars(namespace).update({k: v for k, v in _adam_defaults(namespace.optimizer).items() if k not in given})
@@ -101,7 +118,85 @@ def load_config(argv: Sequence[str], needs_output_dir: bool = True) -> Config:
         model, data, optimizer, run = (_filled(group, namespace) for group in GROUPS)
     except (ValueError, ImportError, OSError) as error:  # TrainingArguments checks its own values
         raise BadInput(" ".join(str(error).split())) from None
-    return Config(Path(source).stem, model, data, optimizer, run, given, tuple(left_out))
+    if "disable_tqdm" not in given and not sys.stderr.isatty():
+        run.disable_tqdm = True
+    return Config(Path(source).stem, model, data, optimizer, run, given, dict(vars(namespace)), tuple(left_out))
+
+
+def _taken_apart(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[str, list[str]]:
+    """The configuration, wherever it stands, and the other arguments."""
+    flags = {text: action for action in parser._actions for text in action.option_strings}
+    rest: list[str] = []
+    source, action, taken = None, None, 0  # the flag before, and how many values of it have been seen
+    for word in argv:
+        if word.startswith("--"):
+            action, taken = (None if "=" in word else flags.get(word, _ANY)), 0
+        elif source is None and not _is_value(word, action, taken):
+            source = word
+            continue
+        taken += not word.startswith("--")
+        rest.append(word)
+    return "quickstart" if source is None else source, rest
+
+
+_ANY = argparse.Action([], "any")  # of an unknown flag, which is refused later
+
+
+def _is_value(word: str, action: argparse.Action | None, taken: int) -> bool:
+    """Whether a word belongs to the flag before it."""
+    if action is None:
+        return False
+    if action.nargs in ("+", "*"):
+        return not (taken and word.endswith((".yaml", ".yml")))
+    if action.nargs == "?":  # of a flag that is true or false
+        return taken == 0 and not (word.endswith((".yaml", ".yml")) or word in recipes())
+    return taken == 0
+
+
+def _parted(key: str) -> tuple[str, str] | None:
+    """``optimizer_args.block_size`` as the two names that it has."""
+    whole, dot, part = key.partition(".")
+    return (whole, part) if dot and whole in EXAMPLES and part else None
+
+
+def _with_parts(arguments: list[str]) -> list[str]:
+    """The arguments, with ``--optimizer_args.KEY VALUE`` taken into the mapping ``--optimizer_args``."""
+    found: dict[str, dict[str, Any]] = {}
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        parted = _parted(name[2:]) if word.startswith("--") else None
+        if parted is None:
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if not value:
+            raise BadInput(f"{name[2:]} needs a value, as in {name}=VALUE")
+        found.setdefault(parted[0], {})[parted[1]] = _scalar(value)
+    for whole, parts in found.items():
+        given: dict[str, Any] = {}
+        for i, word in enumerate(rest):
+            if word.split("=")[0] == f"--{whole}":
+                text = word.partition("=")[2] or (rest[i + 1] if i + 1 < len(rest) else "")
+                given = _mapping(whole, text)
+        rest.append(f"--{whole}={json.dumps({**given, **parts})}")
+    return rest
+
+
+def _mapping(key: str, text: str) -> dict[str, Any]:
+    try:
+        return Keywords(text)
+    except ValueError:
+        raise BadInput(f"{key} must be a mapping such as {EXAMPLES[key]}, got {text}") from None
+
+
+def _scalar(text: str) -> Any:
+    """What YAML reads, numbers such as 1e-3 among them."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text) if text in ("null", "true", "false", "True", "False") else text
 
 
 def _by_newer_names(settings: dict[str, Any]) -> dict[str, Any]:
@@ -140,40 +235,94 @@ def _read_yaml(source: str) -> tuple[dict[str, Any], bool]:
     embedded = resources.files(f"{__package__.split('.')[0]}.configs")
     path = Path(source)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        text = _text_of(path)
     elif embedded.joinpath(f"{source}.yaml").is_file():
         text = embedded.joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     else:
         names = [entry.name.removesuffix(".yaml") for entry in embedded.iterdir() if entry.name.endswith(".yaml")]
         raise BadInput(f"no configuration {source!r}: neither a file nor an embedded one; {nearest(source, names)}")
     try:
-        settings = yaml.safe_load(text) or {}
+        settings = yaml.load(text, _Loader) or {}
     except yaml.YAMLError as error:
         raise BadInput(f"{source} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise BadInput(f"{source} must hold `key: value` lines, got a {type(settings).__name__}")
+    if settings.keys() == RUN_FILE_KEYS and isinstance(settings["config"], dict):
+        settings = settings["config"]
+    if path.is_file():
+        for key in settings.keys() & set(PATH_KEYS):
+            value = settings[key]
+            settings[key] = [_beside(path, v) for v in value] if isinstance(value, list) else _beside(path, value)
     return settings, not path.is_file()
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from None
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _beside(file: Path, value: Any) -> Any:
+    """A path of a configuration file: relative to the file where that exists, else to the working directory."""
+    if isinstance(value, list):
+        return [_beside(file, item) for item in value]
+    if not isinstance(value, str) or value in (*SIZES, "stdlib") or Path(value).is_absolute():
+        return value
+    beside = file.parent / value
+    return str(beside) if beside.exists() or next(glob.iglob(str(beside)), None) else value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error, and not the last of the two."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _check_keys(keys: Iterable[Any], where: str) -> None:
     known = field_names()
     for key in keys:
+        if _parted(str(key)):
+            continue
+        if key in NOT_READ:
+            raise BadInput(f"{key} {where} is not read: the key is {NOT_READ[key]}")
         plain = str(key).removeprefix("no_") if str(key).startswith("no_") else str(key)
         if key not in known and plain not in known:
-            raise BadInput(f"unknown key {str(key)!r} {where}; {nearest(key, known)}")
+            raise BadInput(f"unknown key {str(key)!r} {where}; {_of_a_method(str(key)) or nearest(str(key), known)}")
 
 
-def _as_flags(settings: dict[str, Any]) -> list[str]:
+def _of_a_method(key: str) -> str | None:
+    """How a key of optimizers or layers is given, if it is one."""
+    if any(key in entry.accepts() for entry in OPTIMIZERS.values()):
+        return f"as a key of an optimizer it is --optimizer_args.{key}"
+    if any(key in inspect.signature(entry.cls).parameters for entry in LAYERS.values()):
+        return f"as a key of a layer it is --layer_args.{key}"
+    return None
+
+
+def _as_flags(settings: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
     """YAML values as command-line flags, so that both are converted and checked by the same parser.
 
     YAML 1.1 reads ``1e-3`` as a string; as a flag it is a number again.
     """
     flags: list[str] = []
+    many = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
     for key, value in settings.items():
         if value is None:
             continue
+        if value == [] and key in _empty_by_default():
+            continue
         if value == []:
             raise BadInput(f"{key} is an empty list; leave it out for its default")
+        if isinstance(value, list) and key not in many:
+            raise BadInput(f"{key} must be one value, got a list: {value}")
         if isinstance(value, list):
             flags += [f"--{key}", *(str(item) for item in value)]
         else:

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import BadInput
 from ..sources import tokenizer_of
-from .blocks import Corpus
+from .corpus import Corpus
 
 # Ids 0, 1, 2, where LLaMA configurations expect the last two.
 PAD, BEGIN, END = "<pad>", "<s>", "</s>"
@@ -69,14 +68,5 @@ def _train_bpe(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
         special_tokens=[PAD, BEGIN, END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(_first_characters(corpus.texts()), trainer)
+    tokenizer.train_from_iterator(corpus.texts(TRAINING_CHARACTERS), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BEGIN, eos_token=END)
-
-
-def _first_characters(texts: Iterator[str]) -> Iterator[str]:
-    seen = 0
-    for text in texts:
-        yield text
-        seen += len(text)
-        if seen >= TRAINING_CHARACTERS:
-            return

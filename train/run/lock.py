@@ -91,17 +91,15 @@ def held(output_dir: Path) -> Iterator[None]:
     if output_dir.exists() and not output_dir.is_dir():
         raise BadInput(f"output_dir {str(output_dir)!r} is a file; choose another")
     missing = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
-    lock = output_dir / LOCK
+    lock, text = output_dir / LOCK, json.dumps(asdict(Owner.this()))
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(asdict(Owner.this()))
-        _acquire(lock, text)
-    except OSError as error:
-        _remove_empty(missing)
-        raise BadInput(
-            f"output_dir {str(output_dir)!r} cannot be written to: {error.strerror}; choose another"
-        ) from None
-    try:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            _acquire(lock, text)
+        except OSError as error:
+            raise BadInput(
+                f"output_dir {str(output_dir)!r} cannot be written to: {error.strerror}; choose another"
+            ) from None
         yield
     finally:
         with suppress(OSError):  # of a folder that is gone
@@ -120,9 +118,13 @@ def _acquire(lock: Path, text: str) -> None:
     while True:
         try:
             with open(lock, "x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+                try:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                except BaseException:  # a signal too: nobody may be left with a lock that says nothing
+                    lock.unlink()
+                    raise
             return
         except FileExistsError:
             pass

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedConfig
 
 from ..build.layers import check_saved, schedule_of
 from ..build.model import untrained
 from ..build.optimizer import build_optimizer, jagged_schedule
 from ..config.arguments import Config
+from ..config.checks import check_sizes
+from ..errors import BadInput
 from . import distillation
 
 
@@ -17,10 +20,21 @@ def check_buildable(config: Config, architecture: PreTrainedConfig) -> None:
     Raises:
         BadInput: for what any of them refuses.
     """
+    check_sizes(config, architecture)
     model = untrained(config, architecture)
     optimizer = build_optimizer(model, config.optimizer, config.run)
+    _check_rank(optimizer)
     schedule_of(model, config)
     check_saved(model, config)
     distillation.check(config, architecture.get_text_config().vocab_size)
     if config.optimizer.lr_restart_every is not None and config.run.max_steps > 0:
         jagged_schedule(config, config.run.max_steps, optimizer)
+
+
+def _check_rank(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a rank that no target matrix has: the state of such a subspace is larger than that of AdamW."""
+    for group in optimizer.param_groups:
+        sides = [min(p.shape) for p in group["params"] if p.dim() == 2]
+        rank = group.get("rank")
+        if rank is not None and sides and rank > max(sides):
+            raise BadInput(f"rank is {rank} but the target matrices have at most {max(sides)}; give a smaller rank")

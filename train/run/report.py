@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 from functools import partial
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import TrainerState
 
 from ...optim.memory import adamw_state_bytes, state_bytes
-from ..atomic_write import write_atomically
+from ..atomic_write import non_finite, valid_json, write_atomically
 from ..engines.layout import Layout
 from ..measurement.measure import peak_memory
 
@@ -62,7 +61,12 @@ def perplexity(loss: float) -> float:
 
 
 def write_metrics(output_dir: Path, metrics: dict[str, Any]) -> None:
-    write_atomically(output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    """metrics.json; a number that is not finite is null there, and is named."""
+    write_atomically(output_dir / "metrics.json", valid_json(metrics, indent=2) + "\n")
+    missing = list(non_finite(metrics))
+    if missing:
+        more = "" if len(missing) == 1 else f" and {len(missing) - 1} more"
+        print(f"not finite, and null in metrics.json: {missing[0]}{more}")
 
 
 def plot_losses(output_dir: Path, history: list[dict[str, float]], tokens_per_step: int, title: str) -> None:
@@ -74,10 +78,12 @@ def plot_losses(output_dir: Path, history: list[dict[str, float]], tokens_per_st
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
+            style = "o" if len(points) == 1 else style  # a line of one point cannot be seen
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     millions = tokens_per_step / 1e6
     top = axes.secondary_xaxis("top", functions=(partial(operator.mul, millions), partial(operator.mul, 1 / millions)))
     top.set_xlabel("million tokens")

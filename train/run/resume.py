@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..config.arguments import Config, RunArguments
+from ..data.identity import Identity
 from ..errors import BadInput
-from . import checkpoints
+from . import changes, checkpoints
 
 RUN_FILE = "run.yaml"
 # Files that a run writes into its output directory, and must not overwrite in another run's.
@@ -28,11 +28,12 @@ def starting_point(run: RunArguments) -> Path | None:
         BadInput: for an output directory that holds another run, or a checkpoint that is not there or not whole.
     """
     output_dir = run.folder
-    if not resuming(run):
+    wanted = str(run.resume_from_checkpoint)
+    automatic = wanted.lower() == "auto"
+    if not resuming(run) or (automatic and not _traces(output_dir)):
         _refuse_traces(output_dir)
         return None
-    wanted = str(run.resume_from_checkpoint)
-    if wanted.lower() not in ("true", "yes", "1"):
+    if not automatic and wanted.lower() not in ("true", "yes", "1"):
         return _named_checkpoint(Path(wanted))
     newest, skipped = checkpoints.newest_whole(output_dir)
     if run.should_save:
@@ -63,9 +64,13 @@ def _proven(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def _refuse_traces(output_dir: Path) -> None:
+def _traces(output_dir: Path) -> list[str]:
     found = [name for name in TRACES if (output_dir / name).exists()]
-    found += [checkpoint.name for checkpoint in checkpoints.checkpoints(output_dir)]
+    return found + [checkpoint.name for checkpoint in checkpoints.checkpoints(output_dir)]
+
+
+def _refuse_traces(output_dir: Path) -> None:
+    found = _traces(output_dir)
     if found:
         raise BadInput(
             f"output_dir {str(output_dir)!r} holds another run ({found[0]}); continue it with "
@@ -82,22 +87,26 @@ def _named_checkpoint(checkpoint: Path) -> Path:
     return _proven(checkpoint)
 
 
-def check_same_run(config: Config, output_dir: Path, data_identity: str) -> None:
-    """Refuse to continue a run with another model, other data or another optimizer than it began with."""
+def check_same_run(
+    config: Config, output_dir: Path, data: Identity, checkpoint: Path | None = None
+) -> list[changes.Change]:
+    """The keys that have changed since the run began, and may.
+
+    Raises:
+        BadInput: for one that may not, such as another model, other data or another optimizer.
+    """
     saved = read_run_file(output_dir)
     if saved is None:
-        return  # a checkpoint that was copied away from its run
-    for key, value in config.identity().items():
-        if key in saved["config"] and not _same(saved["config"][key], value):
-            raise BadInput(
-                f"{key} is {value!r} but the run in {str(output_dir)!r} has {saved['config'][key]!r}; "
-                f"resume with that, or start a new run in another --output_dir"
-            )
-    if saved["data"] != data_identity:
-        raise BadInput(
-            f"dataset {config.data.dataset!r} or its tokenizer has changed since the run in {str(output_dir)!r} began; "
-            "restore it, or start a new run in another --output_dir"
-        )
+        return []  # a checkpoint that was copied away from its run
+    found = changes.between(saved["config"], config, output_dir, checkpoint)
+    if data.is_that_of(saved["data"]):
+        return found
+    differs = f"the data is not that of the run in {str(output_dir)!r}: {data.difference(output_dir, saved['data'])}"
+    if not config.data.ignore_data_changes:
+        raise BadInput(f"{differs}; restore it, or go on with it by --ignore_data_changes true")
+    if config.run.should_save:
+        print(f"{differs}; going on, as ignore_data_changes says")
+    return found
 
 
 def read_run_file(output_dir: Path) -> dict[str, Any] | None:
@@ -120,11 +129,3 @@ def read_run_file(output_dir: Path) -> dict[str, Any] | None:
             "what is given now"
         ) from None
     return saved
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equal values; mappings, which are JSON text here, may differ in spaces."""
-    try:
-        return one == other or bool(json.loads(one) == json.loads(other))
-    except (TypeError, ValueError):
-        return False

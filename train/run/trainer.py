@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,21 +12,26 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from ...models.convert import merge
 from ...models.layers import FactoredLinear
 from ...optim.distributed import UnsupportedLayout
+from ..atomic_write import write_atomically
 from ..build.callbacks import ScheduleCallback
 from ..build.layers import merges, schedule_of
 from ..build.model import untrained
 from ..build.optimizer import build_optimizer, jagged_schedule
 from ..config.arguments import Config, RunArguments
+from ..data.stream import BlockStream
 from ..engines import layout as layouts
 from ..engines.deepspeed import safe_classes
 from ..errors import BadInput, RunStopped
-from . import art, checkpoints, distillation
+from . import art, changes, checkpoints, distillation
+
+UNLOGGED = "unlogged.json"
+COUNTERS = ("last_epoch", "_step_count", "_last_lr", "optimizer")  # of a scheduler: what a step changes
 
 
 class PretrainTrainer(Trainer):
@@ -47,11 +54,17 @@ class PretrainTrainer(Trainer):
         if self.art is not None:
             self.add_callback(self.art)
         self._first_bad_step = torch.full((), -1, dtype=torch.long, device=self.args.device)
+        self._resumed_from: Path | None = None
+        self.changed_keys: set[str] = set()  # since the run that is resumed began
+        self._new_decays: list[float] = []
+        self._new_schedule: dict[str, Any] = {}
+        self.add_callback(_TakeUpUnlogged(self))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.model if model is None else model, self.config.optimizer, self.args)
             self.given_optimizer = self.optimizer
+            self._new_decays = [group["weight_decay"] for group in self.optimizer.param_groups]
             if self.art is not None:
                 self.art.watch(self.optimizer)
         return self.optimizer
@@ -61,7 +74,9 @@ class PretrainTrainer(Trainer):
         if self.lr_scheduler is None and self.config.optimizer.lr_restart_every is not None:
             jagged: Any = jagged_schedule(self.config, num_training_steps, stepped)
             self.lr_scheduler = jagged
-        return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        self._new_schedule = {key: value for key, value in vars(scheduler).items() if key not in COUNTERS}
+        return scheduler
 
     # ---- losses beside the data's -------------------------------------------------------------------------------
 
@@ -130,10 +145,14 @@ class PretrainTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        self._save_unlogged(checkpoint)
         assert self.given_optimizer is not None
         layouts.save(checkpoint, self.layout, self.given_optimizer, self.args.should_save)
         self.accelerator.wait_for_everyone()  # every process writes files of its own
         if self.args.should_save:
+            if isinstance(self.train_dataset, BlockStream):
+                done = self.state.global_step * self.get_total_train_batch_size(self.args)
+                self.train_dataset.save(checkpoint, done)
             checkpoints.seal(checkpoint)
             rotate_checkpoints(
                 output_dir=str(self.args.folder),
@@ -156,6 +175,27 @@ class PretrainTrainer(Trainer):
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise BadInput(f"checkpoint {str(checkpoint)!r} cannot be loaded: {reason}; resume from another") from error
 
+    def _save_unlogged(self, checkpoint: Path) -> None:
+        """Losses since the last log, where a signal came between two logs: their mean is then that of the whole run."""
+        if self._globalstep_last_logged == self.state.global_step:
+            return
+        losses = self.accelerator.gather(self._tr_loss[None]).tolist()
+        if self.args.should_save:
+            write_atomically(
+                checkpoint / UNLOGGED, json.dumps({"last_logged": self._globalstep_last_logged, "losses": losses})
+            )
+
+    def take_up_unlogged(self) -> None:
+        file = None if self._resumed_from is None else self._resumed_from / UNLOGGED
+        if file is None or not file.is_file():
+            return
+        with self._loading(self._resumed_from):
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            losses, here = saved["losses"], self.args.process_index
+            same = len(losses) == self.accelerator.num_processes
+            self._globalstep_last_logged = saved["last_logged"]
+            self._tr_loss += losses[here] if same else sum(losses) / len(losses)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.weights_are_loaded:
             with self._loading(resume_from_checkpoint):
@@ -171,8 +211,11 @@ class PretrainTrainer(Trainer):
 
     def _prepared(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """An engine cannot load a checkpoint of another layout: its optimizer state is resharded here."""
+        self._resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         if resume_from_checkpoint is None or not self.weights_are_loaded:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            self._honour_changes()
+            return prepared
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         checkpoint = Path(resume_from_checkpoint)
         assert self.given_optimizer is not None
@@ -181,7 +224,32 @@ class PretrainTrainer(Trainer):
         self.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
         for group, lr in zip(self.given_optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr  # a scheduler sets it at its next step only
+        self._honour_changes()
         return prepared
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """How often is logged, evaluated and saved is the configuration's, and not that of the checkpoint."""
+        trained: tuple[int, int] = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return trained
+
+    def _honour_changes(self) -> None:
+        """Give the schedule and the optimizer, as a checkpoint holds them, the values that have changed since."""
+        if not self.changed_keys & {*changes.SCHEDULE, "weight_decay"}:
+            return
+        scheduler: Any = self.lr_scheduler
+        assert self.given_optimizer is not None
+        groups = self.given_optimizer.param_groups
+        if self.changed_keys & changes.SCHEDULE:
+            vars(scheduler).update(self._new_schedule)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # asked for outside of a step
+                rates = scheduler._last_lr = scheduler.get_lr()
+            for group, base, rate in zip(groups, scheduler.base_lrs, rates, strict=True):
+                group["initial_lr"], group["lr"] = base, rate
+        if "weight_decay" in self.changed_keys:
+            for group, decay in zip(groups, self._new_decays, strict=True):
+                group["weight_decay"] = decay
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the whole model, also where FSDP saves its checkpoints in parts: the Trainer would save none then."""
@@ -240,3 +308,13 @@ class PretrainTrainer(Trainer):
         saved = checkpoint / "optimizer.pt"
         if saved.is_file():
             optimizer.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
+
+
+class _TakeUpUnlogged(TrainerCallback):
+    def __init__(self, trainer: PretrainTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.take_up_unlogged()

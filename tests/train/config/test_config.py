@@ -14,7 +14,7 @@ from gracile.train.config.arguments import (
     RunArguments,
 )
 from gracile.train.config.help_text import COMMON, usage
-from gracile.train.config.parser import load_config
+from gracile.train.config.parser import NOT_READ, load_config
 from gracile.train.errors import BadInput
 
 EMBEDDED = sorted(
@@ -172,7 +172,10 @@ def test_help_names_every_key_of_ours_and_the_common_ones():
     assert all(f"  {entry.name} " in text for entry in (*OPTIMIZERS.values(), *LAYERS.values()))
     assert OPTIMIZERS["galore_adamw"].summary in " ".join(text.split())
     everything = usage(everything=True)
-    assert all(f"--{f.name}" in everything for f in dataclasses.fields(RunArguments) if f.init)
+    told = dict(re.findall(r"^  --(\w+)\s+(\S.+)", everything, re.MULTILINE))
+    assert {f.name for f in dataclasses.fields(RunArguments) if f.init} - NOT_READ.keys() == told.keys() - set(ours)
+    assert all(re.search(r"[A-Za-z]{3}", text) for text in told.values()), "a word for each"
+    assert max(len(line) for line in everything.splitlines()) <= 110
 
 
 def test_the_help_of_optimizer_names_every_one_of_them():

@@ -8,7 +8,9 @@ import datasets
 import pytest
 
 from gracile.train.config.arguments import DataArguments
-from gracile.train.data.blocks import collate, make_blocks, open_corpus, pack
+from gracile.train.data.blocks import collate, make_blocks
+from gracile.train.data.corpus import open_corpus
+from gracile.train.data.packing import pack
 from gracile.train.data.tokenizer import get_tokenizer
 from gracile.train.errors import BadInput
 
@@ -73,8 +75,8 @@ def test_streaming_reads_every_document_once(corpus, tokenizer):
     streamed = blocks_of(corpus, tokenizer, streaming=True)
     texts = [p.read_text(encoding="utf-8") for p in sorted(corpus.iterdir())]
     assert ids(streamed.validation) == ids(itertools.islice(pack(texts, tokenizer, 32), 20))
-    assert ids(streamed.train) == ids(pack(texts[1:], tokenizer, 32)), "the document that validation used is skipped"
-    assert ids(streamed.train) == ids(streamed.train), "a second pass reads the same"
+    rest = ids(pack(texts[1:] * 2, tokenizer, 32))
+    assert ids(itertools.islice(streamed.train, len(rest))) == rest, "the document that validation used is skipped"
 
 
 def test_stdlib_is_this_pythons_source_without_tests_and_packages():

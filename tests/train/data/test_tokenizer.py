@@ -2,7 +2,7 @@ import pytest
 
 from gracile.train.config.arguments import DataArguments
 from gracile.train.data import tokenizer as module
-from gracile.train.data.blocks import open_corpus
+from gracile.train.data.corpus import open_corpus
 from gracile.train.data.tokenizer import get_tokenizer
 from gracile.train.errors import BadInput
 

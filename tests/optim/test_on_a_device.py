@@ -1,0 +1,49 @@
+"""A step on a device: no mixing, no waiting between refreshes, the numbers of the CPU. The device is pretended, by
+``pretended_steps.py``."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from catalogue import VARIANTS
+
+# Waits and copies from the CPU in the busiest step, for all of three matrices; of what is not here, one.
+BUSY = {
+    "GaLoreAdamW8bit Q-GaLore": 5,
+    "GaLorePlusAdamW": 10,
+    "GaLorePlusAdamW heads": 10,
+    "APOLLOAdamW svd": 4,
+    "SETAdamW": 115,
+    "RigLAdamW": 115,
+    "SRigLAdamW": 200,
+    "SparseAdamW": 115,
+    "BlockSparseAdamW": 25,
+    "HyperSparseAdamW": 12,
+    "HyperSparseAdamW pruned": 12,
+}
+
+
+@pytest.fixture(scope="module")
+def told():
+    script = Path(__file__).with_name("pretended_steps.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.quadratic])
+def test_a_step_mixes_no_devices_and_waits_at_refreshes_only(told, name):
+    found = told["variants"][name]
+    waits = [sum(places.values()) for places in found["waits"]][1:]
+    assert sum(count > 0 for count in waits) <= 3, found["waits"]  # refreshes on steps 0, 4 and 8, masks after 4 and 8
+    assert max(waits) <= BUSY.get(name, 1), found["waits"]
+    assert min(found["launches"]) > 0
+    assert found["apart"] < 1e-5
+
+
+def test_the_device_tells_what_waits_and_refuses_a_mix(told):
+    device = told["device"]
+    assert (device["sum"], device["one"], device["three"]) == (6.0, [1, 1], 3)
+    assert "same device" in device["mixed"]

@@ -1,0 +1,37 @@
+"""One line for what the machine does to a run: a full disk, a folder that went away, a process that ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+# What torch says where it writes a file, and where another process has gone; neither has a class of its own.
+WRITER = ("PytorchStreamWriter", "inline_container.cc")
+LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
+
+
+def explained(error: Exception) -> str | None:
+    """What has happened, or None for an error that is no fault of the machine's."""
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f" ({error.filename})"
+        return f"the machine refused a file: {error.strerror}{where}"
+    text = " ".join(str(error).split())
+    if isinstance(error, SafetensorError):
+        return f"a file of weights could not be written or read: {text}"
+    if isinstance(error, (RuntimeError, OSError)):
+        if any(word in text for word in WRITER):
+            return f"a file of a checkpoint could not be written: {text.split('. ', 1)[-1]}; is the disk full?"
+        if any(word in text for word in LOST):
+            return "another process of the run has ended, or cannot be reached"
+    return None
+
+
+def what_stays(output_dir: Path | None) -> str:
+    """Where the run can go on from."""
+    from . import checkpoints
+
+    kept = None if output_dir is None else checkpoints.newest_whole(output_dir, sizes_only=True)[0]
+    if kept is None:
+        return "no checkpoint had been saved"
+    return f"{kept} is whole: go on with the same command and --resume_from_checkpoint true"
