@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..registry import LAYERS, OPTIMIZERS, recipes
 from ..validation import nearest
@@ -41,7 +41,13 @@ def script(shell: str) -> str:
     from .config.parser import NOT_READ, field_names
 
     keys = sorted(f"--{name}" for name in field_names() - NOT_READ.keys())
-    names = {"commands": COMMANDS, "optimizers": OPTIMIZERS, "layers": LAYERS, "keys": keys, "recipes": recipes()}
+    names: dict[str, Iterable[str]] = {
+        "commands": COMMANDS,
+        "optimizers": OPTIMIZERS,
+        "layers": LAYERS,
+        "keys": keys,
+        "recipes": recipes(),
+    }
     return SHELLS[shell].format(**{what: " ".join(each) for what, each in names.items()})
 
 

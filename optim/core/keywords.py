@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ...validation import nearest
+from ...validation import is_real, nearest
 
 # Keys beside the constructor's: torch's named parameters, what its LR schedulers write, a label, and our own number.
 FOREIGN_KEYS = frozenset(
@@ -29,7 +29,13 @@ class Accepted(NamedTuple):
     reason: str = ""
 
     def takes(self, value: object) -> bool:
-        return self.values is None or any(type(value) is type(known) and value == known for known in self.values)
+        return self.values is None or any(_is(value, known) for known in self.values)
+
+
+def _is(value: object, known: object) -> bool:
+    """Equal, and of one type; 1.0 is 1, and True is not."""
+    alike = type(value) is type(known) or (is_real(value) and is_real(known))
+    return alike and bool(value == known)
 
 
 ACCEPTED: Mapping[str, Accepted] = {
@@ -55,7 +61,7 @@ OF_Q_GALORE: Mapping[str, Accepted] = {
     "quant": Accepted((False,), "GaLoreAdamW8bit packs projectors"),
     "quant_n_bit": Accepted(None),
     "quant_group_size": Accepted(None),
-    "cos_threshold": Accepted((None,), "GaLoreAdamW8bit has lazy refreshes"),
+    "cos_threshold": Accepted((None, 1), "GaLoreAdamW8bit has lazy refreshes"),  # 1 is never passed
     "gamma_proj": Accepted(None),
     "queue_size": Accepted(None),
 }

@@ -137,7 +137,7 @@ class DCTAdamW(LowRankOptimizer):
             torch.arange(shard.side.rank, out=state["indices"], device=state["indices"].device)
 
     def waits_for_gradient(self, group: Group) -> bool:
-        return group["update_proj_gap"] > 1  # with 1 the next step chooses anyhow
+        return bool(group["update_proj_gap"] > 1)  # with 1 the next step chooses anyhow
 
     def is_due(self, group: Group, state: State) -> bool:
         return False

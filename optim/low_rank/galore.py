@@ -104,6 +104,7 @@ class GaLoreAdamW(GaLore):
         (6291460, 134217732)
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {"alpha": "scale"}  # of the groups that Fira's authors give GaLore
     published = Published("galore-torch")
 
     def __init__(

@@ -193,7 +193,7 @@ def test_slips_and_keys_of_other_classes_are_refused_all_at_once():
     assert places == sorted(places)
     assert "mine" not in told
     with pytest.raises(ValueError, match=r"'alpha' = 0.5; a key of FiraAdamW"):
-        optim.GaLoreAdamW([{"params": group["params"], "rank": 2, "alpha": 0.5}])
+        optim.APOLLOAdamW([{"params": group["params"], "rank": 2, "alpha": 0.5}])
 
 
 def test_keywords_of_published_classes_at_the_values_that_change_nothing():
@@ -208,8 +208,9 @@ def test_keywords_of_published_classes_at_the_values_that_change_nothing():
     optim.GaLoreAdamW8bit(ranked, args=None, **keys)
     optim.Lion(p, use_triton=False, decoupled_weight_decay=False)
     off = {"quant": False, "quant_n_bit": 4, "quant_group_size": 256}
-    off |= {"cos_threshold": None, "gamma_proj": 2, "queue_size": 5}
-    optim.GaLoreAdamW([ranked[0] | off])
+    for never in (None, 1, 1.0):  # APOLLO's script has 1 where it has no lazy refreshes
+        off |= {"cos_threshold": never, "gamma_proj": 2, "queue_size": 5}
+        optim.GaLoreAdamW([ranked[0] | off])
     for cls, given, told in (
         (optim.GaLoreAdamW, {"correct_bias": False}, "correct_bias must be True, got False: Adam's bias is corrected"),
         (optim.Lion, {"use_triton": True}, "use_triton must be False, got True: there is no Triton kernel"),
@@ -219,17 +220,20 @@ def test_keywords_of_published_classes_at_the_values_that_change_nothing():
             cls(ranked if cls is not optim.Lion else p, **given)
     with pytest.raises(ValueError, match=r"dim must be 2, got 4: matrices are projected"):
         optim.GaLoreAdamW([ranked[0] | {"dim": 4}])
-    with pytest.raises(ValueError, match=r"cos_threshold must be None, got 0.4: GaLoreAdamW8bit has lazy refreshes"):
+    with pytest.raises(
+        ValueError, match=r"cos_threshold must be None or 1, got 0.4: GaLoreAdamW8bit has lazy refreshes"
+    ):
         optim.GaLoreAdamW([ranked[0] | off | {"cos_threshold": 0.4}])
 
 
-def test_fira_takes_alpha_for_its_scale():
-    """As its ``divide_params`` writes it."""
+@pytest.mark.parametrize("cls", [optim.FiraAdamW, optim.GaLoreAdamW])
+def test_alpha_is_taken_for_the_scale(cls):
+    """As Fira's ``divide_params`` and its script write it, for both classes of its package."""
     held = [nn.Parameter(torch.ones(6, 4))]
-    optimizer = optim.FiraAdamW([{"params": held, "rank": 2, "alpha": 0.5}])
+    optimizer = cls([{"params": held, "rank": 2, "alpha": 0.5}])
     assert optimizer.param_groups[0]["scale"] == 0.5
     with pytest.raises(ValueError, match="alpha and scale are one key"):
-        optim.FiraAdamW([{"params": held, "rank": 2, "alpha": 0.5, "scale": 0.25}])
+        cls([{"params": held, "rank": 2, "alpha": 0.5, "scale": 0.25}])
 
 
 # ---- devices and shapes ---------------------------------------------------------------------------------------------

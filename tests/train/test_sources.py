@@ -103,7 +103,17 @@ def test_the_hub_is_asked_for_what_names_it(tiny, monkeypatch, capsys):
     for name in ("hub:some/thing", "allenai/c4"):
         assert main([tiny(dataset=name, dataset_config="en")]) == 2
         assert "could not be opened on the hub: no network" in capsys.readouterr().err
-    assert asked == ["some/thing", "allenai/c4"]
+    assert main([tiny(validation_dataset="hub:some/held_out.txt")]) == 2  # an ending makes it no path
+    assert "'hub:some/held_out.txt'" in capsys.readouterr().err
+    assert asked == ["some/thing", "allenai/c4", "some/held_out.txt"]
+
+
+@pytest.mark.parametrize("given", [{"dataset": ["stdlib", "some/thing"]}, {"validation_dataset": "some/thing"}])
+def test_each_of_several_data_sets_is_a_path_unless_it_says_hub(tiny, capsys, no_hub, given):
+    from gracile.train.pretrain import main
+
+    assert main([tiny(**given)]) == 2
+    assert "'some/thing' does not exist; give a path that does, or, for the hub's, say hub:" in capsys.readouterr().err
 
 
 # ---- code that a model brings along ---------------------------------------------------------------------------------

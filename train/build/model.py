@@ -10,18 +10,27 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...models.llama import SIZES, build_llama, llama_config
-from ...validation import nearest
+from ...validation import is_whole, nearest
 from .. import sources
 from ..config.arguments import DTYPES, Config, Keywords, ModelArguments, RunArguments
 from ..engines.deepspeed import unpartitioned
 from ..errors import BadInput
 from . import layers
 
+# Fields of a size that count something.
+SIDES = {
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    "max_position_embeddings",
+}  # fmt: skip
+
 
 def architecture(chosen: ModelArguments) -> PreTrainedConfig:
     """The model's configuration; nothing is allocated."""
     overrides = chosen.model_overrides or Keywords()
     if chosen.model in SIZES:
+        for key in SIDES & overrides.keys():
+            if not is_whole(overrides[key]) or overrides[key] < 1:
+                raise BadInput(f"model_overrides: {key} must be a whole number >= 1, got {overrides[key]!r}")
         try:
             return llama_config(chosen.model, **overrides)
         except ValueError as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from inspect import signature
+from typing import Any
 
 from accelerate.state import DistributedType
 from huggingface_hub import whoami
@@ -28,7 +31,7 @@ def check_values(config: Config) -> None:
         BadInput: for the first of them.
     """
     run, data, gap = config.run, config.data, config.optimizer.update_proj_gap
-    smallest = {
+    smallest: dict[str, tuple[int | None, int]] = {
         "block_size": (data.block_size, 2),  # one token to see and one to predict
         "validation_blocks": (data.validation_blocks, 1),
         "per_device_train_batch_size": (run.per_device_train_batch_size, 1),
@@ -38,13 +41,14 @@ def check_values(config: Config) -> None:
         "update_proj_gap": (1 if gap is None else gap, 1),
     }
     for name, (value, least) in smallest.items():
-        if value < least:
+        if value is not None and value < least:
             raise BadInput(f"{name} must be at least {least}, got {value}")
     if run.max_steps == 0 or (run.max_steps < 0 and run.num_train_epochs <= 0):
         raise BadInput(f"nothing to train: max_steps is {run.max_steps}, num_train_epochs {run.num_train_epochs}")
     for name, value in (("seed", run.seed), ("data_seed", run.data_seed)):
         if value is not None and not 0 <= value < 2**32:
             raise BadInput(f"{name} must be a whole number from 0 to {2**32 - 1}, got {value}")
+    _check_run(run)
     _check_reports(run)
     if config.model.dtype not in DTYPES:
         raise BadInput(f"unknown dtype {config.model.dtype!r}; {nearest(config.model.dtype, DTYPES)}")
@@ -52,6 +56,29 @@ def check_values(config: Config) -> None:
         _check_fsdp(run)
     check_layer(config)
     _check_art(config)
+
+
+def _check_run(run: RunArguments) -> None:
+    """Refuse what ``TrainingArguments`` takes and no run can go by."""
+    clocks = {kind: getattr(run, f"{kind}_steps") for kind in ("save", "logging", "eval")}
+    for kind, every in clocks.items():
+        chosen = getattr(run, f"{kind}_strategy")
+        if getattr(chosen, "value", chosen) == "steps" and (every is None or not 0 < every < math.inf):
+            raise BadInput(f"{kind}_steps must be above 0, got {every}; {kind}_strategy: no turns it off")
+    ranges: dict[str, tuple[Any, float, float]] = {
+        "max_grad_norm": (run.max_grad_norm, 0, sys.float_info.max),
+        "save_total_limit": (1 if run.save_total_limit is None else run.save_total_limit, 1, math.inf),
+        "dataloader_num_workers": (run.dataloader_num_workers, 0, math.inf),
+        "label_smoothing_factor": (run.label_smoothing_factor, 0, 1),
+        "num_train_epochs": (run.num_train_epochs, -1, sys.float_info.max),
+        "evaluate_at": (min(run.evaluate_at, default=1), 1, math.inf),
+    }
+    for name, (value, least, most) in ranges.items():
+        if not least <= value <= most:
+            above = f" and at most {most:g}" if name == "label_smoothing_factor" else ""
+            raise BadInput(f"{name} must be at least {least}{above}, got {value}")
+    if run.fp16 and run.use_cpu:
+        raise BadInput("fp16 needs a GPU; bf16: true works on CPUs, too")
 
 
 def _check_reports(run: RunArguments) -> None:

@@ -84,6 +84,15 @@ def field_names() -> set[str]:
     return {f.name for group in GROUPS for f in dataclasses.fields(group) if f.init}
 
 
+def _check_deepspeed(path: Path) -> None:
+    if not path.is_file():
+        raise BadInput(f"deepspeed {str(path)!r} does not exist; give the path of a DeepSpeed configuration")
+    try:
+        json.loads(_text_of(path))
+    except ValueError as error:
+        raise BadInput(f"deepspeed {str(path)!r} is not JSON: {error}") from None
+
+
 def _empty_by_default() -> set[str]:
     return {f.name for group in GROUPS for f in dataclasses.fields(group) if f.default_factory is list}
 
@@ -110,13 +119,15 @@ def load_config(argv: Sequence[str], needs_output_dir: bool = True) -> Config:
     if needs_output_dir and not (_was_given("output_dir", arguments) and namespace.output_dir.strip()):
         raise BadInput("output_dir is not set; choose one with --output_dir")
     given = {k: v for k, v in vars(namespace).items() if _was_given(k, arguments)}
+    if given.get("eval_steps") == 0:
+        raise BadInput("eval_steps must be above 0, got 0; eval_strategy: no turns evaluations off")
     vars(namespace).update({k: v for k, v in _adam_defaults(namespace.optimizer).items() if k not in given})
     deepspeed = namespace.deepspeed
-    if isinstance(deepspeed, str) and not deepspeed.startswith("{") and not Path(deepspeed).is_file():
-        raise BadInput(f"deepspeed {deepspeed!r} does not exist; give the path of a DeepSpeed configuration")
+    if isinstance(deepspeed, str) and not deepspeed.startswith("{"):
+        _check_deepspeed(Path(deepspeed))
     try:
         model, data, optimizer, run = (_filled(group, namespace) for group in GROUPS)
-    except (ValueError, ImportError, OSError) as error:  # TrainingArguments checks its own values
+    except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments checks its own values
         raise BadInput(" ".join(str(error).split())) from None
     if "disable_tqdm" not in given and not sys.stderr.isatty():
         run.disable_tqdm = True
@@ -144,7 +155,7 @@ _ANY = argparse.Action([], "any")  # of an unknown flag, which is refused later
 
 def _is_value(word: str, action: argparse.Action | None, taken: int) -> bool:
     """Whether a word belongs to the flag before it."""
-    if action is None:
+    if action is None or action.nargs == 0:
         return False
     if action.nargs in ("+", "*"):
         return not (taken and word.endswith((".yaml", ".yml")))
@@ -250,9 +261,7 @@ def _read_yaml(source: str) -> tuple[dict[str, Any], bool]:
     if settings.keys() == RUN_FILE_KEYS and isinstance(settings["config"], dict):
         settings = settings["config"]
     if path.is_file():
-        for key in settings.keys() & set(PATH_KEYS):
-            value = settings[key]
-            settings[key] = [_beside(path, v) for v in value] if isinstance(value, list) else _beside(path, value)
+        settings = {key: _beside(path, value) if key in PATH_KEYS else value for key, value in settings.items()}
     return settings, not path.is_file()
 
 
@@ -279,7 +288,7 @@ class _Loader(yaml.SafeLoader):
     """YAML in which a key that is given twice is an error, and not the last of the two."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", node.start_mark)
@@ -300,11 +309,12 @@ def _check_keys(keys: Iterable[Any], where: str) -> None:
 
 def _of_a_method(key: str) -> str | None:
     """How a key of optimizers or layers is given, if it is one."""
+    ways = []
     if any(key in entry.accepts() for entry in OPTIMIZERS.values()):
-        return f"as a key of an optimizer it is --optimizer_args.{key}"
+        ways.append(f"of an optimizer it is --optimizer_args.{key}")
     if any(key in inspect.signature(entry.cls).parameters for entry in LAYERS.values()):
-        return f"as a key of a layer it is --layer_args.{key}"
-    return None
+        ways.append(f"of a layer it is --layer_args.{key}")
+    return f"as a key {', '.join(ways)}" if ways else None
 
 
 def _as_flags(settings: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:

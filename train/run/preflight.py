@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, get_scheduler
 
 from ..build.layers import check_saved, schedule_of
 from ..build.model import untrained
 from ..build.optimizer import build_optimizer, jagged_schedule
-from ..config.arguments import Config
+from ..config.arguments import Config, RunArguments
 from ..config.checks import check_sizes
 from ..errors import BadInput
 from . import distillation
@@ -27,8 +27,11 @@ def check_buildable(config: Config, architecture: PreTrainedConfig) -> None:
     schedule_of(model, config)
     check_saved(model, config)
     distillation.check(config, architecture.get_text_config().vocab_size)
-    if config.optimizer.lr_restart_every is not None and config.run.max_steps > 0:
-        jagged_schedule(config, config.run.max_steps, optimizer)
+    if config.optimizer.lr_restart_every is not None:
+        if config.run.max_steps > 0:
+            jagged_schedule(config, config.run.max_steps, optimizer)
+    else:
+        _check_schedule(config.run, optimizer)
 
 
 def _check_rank(optimizer: torch.optim.Optimizer) -> None:
@@ -38,3 +41,15 @@ def _check_rank(optimizer: torch.optim.Optimizer) -> None:
         rank = group.get("rank")
         if rank is not None and sides and rank > max(sides):
             raise BadInput(f"rank is {rank} but the target matrices have at most {max(sides)}; give a smaller rank")
+
+
+def _check_schedule(run: RunArguments, optimizer: torch.optim.Optimizer) -> None:
+    """Make the learning rate's schedule once."""
+    steps, given = max(run.max_steps, 1), run.lr_scheduler_kwargs or {}
+    assert not isinstance(given, str), "TrainingArguments has read it"
+    try:
+        get_scheduler(run.lr_scheduler_type, optimizer, run.get_warmup_steps(steps), steps, dict(given))
+    except (TypeError, ValueError, KeyError) as error:
+        kind = getattr(run.lr_scheduler_type, "value", run.lr_scheduler_type)
+        reason = " ".join(str(error).split())
+        raise BadInput(f"lr_scheduler_type {kind} with lr_scheduler_kwargs {given} cannot be made: {reason}") from None

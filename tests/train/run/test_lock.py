@@ -9,10 +9,11 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from gracile.train.errors import BadInput
+from gracile.train.errors import BadInput, RunStopped
 from gracile.train.pretrain import main
-from gracile.train.run import lock
+from gracile.train.run import history, lock
 from gracile.train.run.lock import LOCK, Owner, held
+from gracile.train.run.stopping import Interrupted
 
 SLEEPER = "import time; print('up', flush=True); time.sleep(600)"
 
@@ -103,10 +104,45 @@ def test_a_run_holds_it_and_leaves_none_also_when_it_fails(tiny, tmp_path, monke
     assert not (tmp_path / "other" / LOCK).exists()
 
 
+@pytest.mark.parametrize(
+    ("end", "code"), [(RunStopped("the loss"), 1), (Interrupted(signal.SIGTERM, 1), 143)], ids=["stopped", "signal"]
+)
+def test_the_end_of_a_stopped_run_is_written_under_it(tiny, tmp_path, monkeypatch, end, code):
+    seen, append = [], history.append
+
+    def appended(folder, event, *arguments, **what):
+        seen.append((event, (folder / LOCK).exists()))
+        append(folder, event, *arguments, **what)
+
+    def train(*arguments):
+        raise end
+
+    monkeypatch.setattr("gracile.train.run.history.append", appended)
+    monkeypatch.setattr("gracile.train.pretrain._train", train)
+    assert main([tiny(max_steps=1)]) == code
+    assert seen == [("started", True), ("stopped", True)]
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+@pytest.mark.parametrize("call", ["write", "read"])
+def test_a_signal_while_it_is_taken_leaves_none(tmp_path, monkeypatch, call):
+    def interrupted(*arguments):
+        raise Interrupted(signal.SIGINT)
+
+    acquire = lock._acquire
+    if call == "write":
+        monkeypatch.setattr("os.fsync", interrupted)
+    else:
+        monkeypatch.setattr(lock, "_acquire", lambda *arguments: (acquire(*arguments), interrupted()))
+    with pytest.raises(Interrupted), held(tmp_path / "new"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 ONE_OF_SEVERAL = """
 import sys
 from pathlib import Path
-from gracile.train.errors import BadInput
+from gracile.train.errors import BadInput, RunStopped
 from gracile.train.run.lock import held
 sys.stdin.readline()
 try:
