@@ -268,6 +268,13 @@ def narrowed(places: Tensor) -> Tensor:
     return places.to(next(dtype for dtype in WHOLE if largest <= torch.iinfo(dtype).max))
 
 
+def _empty(folder: Path) -> PreTrainedModel:
+    """The model of a folder's config.json, built from transformers' own classes: no code of the folder's is run."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model
+
+
 def load(folder: str | Path, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The model that ``save`` wrote, in evaluation mode.
 
@@ -297,7 +304,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> PreTrainedMo
     require(layout.get("version") == VERSION, f"{LAYOUT}: version must be {VERSION}", layout.get("version"))
     tensors = load_file(folder / WEIGHTS, device=str(device))
     with no_init_weights(), torch.device(device):  # memory that is not written to takes none
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model = _empty(folder)
     for name, layer in layout["layers"].items():
         own = {key.removeprefix(f"{name}."): tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.")}
         made = FORMS[layer["form"]].from_tensors(layer["in_features"], layer["out_features"], own)
@@ -310,5 +317,5 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> PreTrainedMo
     if strange:
         raise ValueError(f"{str(folder)!r} does not fit its config.json: {strange[0]} is on one side only")
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval()

@@ -19,7 +19,7 @@ import torch
 import transformers
 import yaml
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..models import sparse_export
@@ -29,10 +29,12 @@ from .config.arguments import DataArguments
 from .config.parser import OneLineParser
 from .data.blocks import Blocks, collate, make_blocks
 from .data.corpus import open_corpus
+from .data_only import data_only
 from .engines.process_exit import leave
 from .errors import BadInput
 from .run.report import perplexity, size
 from .run.resume import RUN_FILE
+from .sources import model_of, tokenizer_of
 
 REPORT = "report.json"
 BATCH = 8  # validation blocks a pass
@@ -259,7 +261,7 @@ def _data(checkpoint: Path, options: argparse.Namespace) -> DataArguments:
         try:
             saved = yaml.safe_load(run.read_text(encoding="utf-8"))["config"]
             settings = {name: saved[name] for name in names if name in saved}
-        except (yaml.YAMLError, KeyError, TypeError) as error:
+        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
             raise BadInput(f"{run} is not what gracile pretrain writes: {' '.join(str(error).split())}") from None
     elif options.dataset is None:
         raise BadInput(f"{str(checkpoint)!r} holds no {RUN_FILE}: say what to measure the perplexity on with --dataset")
@@ -273,12 +275,9 @@ def _data(checkpoint: Path, options: argparse.Namespace) -> DataArguments:
 
 
 def _loaded(checkpoint: Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
-        with _quietly():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except Exception as error:  # every kind of file error means the same to the user
-        raise BadInput(f"checkpoint {str(checkpoint)!r} cannot be loaded: {' '.join(str(error).split())}") from None
+    with _quietly():
+        tokenizer = tokenizer_of("checkpoint", str(checkpoint), None)
+        loaded = model_of("checkpoint", str(checkpoint), None, dtype="auto", output_loading_info=True)
     model, found = loaded
     if found["unexpected_keys"] or found["missing_keys"]:
         strange = sorted([*found["unexpected_keys"], *found["missing_keys"]])[0]
@@ -308,7 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         options = _flags().parse_args(arguments)
-        report = export(options)
+        with data_only():
+            report = export(options)
     except BadInput as error:
         print(f"gracile export: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from .build.callbacks import EvaluateAt, LogLines
 from .build.layers import merges
 from .build.model import architecture, build_model
 from .build.optimizer import without_effect
-from .config.arguments import Config, ModelArguments
+from .config.arguments import Config, ModelArguments, RunArguments
 from .config.checks import check_values
 from .config.help_text import usage
 from .config.parser import load_config
@@ -35,15 +36,18 @@ from .data.corpus import Corpus, open_corpus
 from .data.identity import DATA_FILE
 from .data.stream import BlockStream
 from .data.tokenizer import get_tokenizer
+from .data_only import data_only
 from .engines import deepspeed
 from .engines import layout as layouts
+from .engines.main_process import on_main
 from .engines.process_exit import leave
 from .errors import BadInput, RunStopped
-from .run import faults, history, report
+from .run import faults, history, lock, report
 from .run.changes import Change, step_of
 from .run.preflight import check_buildable
 from .run.resume import RUN_FILE, check_same_run, resuming, starting_point
 from .run.stopping import Interrupted, StopRequests, StopTogether
+from .sources import source_of
 
 if TYPE_CHECKING:
     from .run.trainer import PretrainTrainer
@@ -60,11 +64,16 @@ def pretrain(config: Config, requests: StopRequests | None = None) -> dict[str, 
         RunStopped: when the loss or the weights turn non-finite.
         Interrupted: when a signal has come.
     """
+    check_values(config)
+    deepspeed.prepare(config.run)
+    with data_only(), one_at_a_time(config.run):
+        return _pretrain(config, requests)
+
+
+def _pretrain(config: Config, requests: StopRequests | None) -> dict[str, Any]:
     run = config.run
     output_dir = run.folder
-    checkpoint = starting_point(run)
-    check_values(config)
-    deepspeed.prepare(run)
+    checkpoint = on_main(run, lambda: starting_point(run))
     layout = layouts.Layout.of(run)
     resharded = checkpoint is not None and layouts.needs_resharding(checkpoint, layout)
     chosen = architecture(config.model)
@@ -78,8 +87,6 @@ def pretrain(config: Config, requests: StopRequests | None = None) -> dict[str, 
 
     set_seed(run.seed)
     model = build_model(config, checkpoint if resharded else None)
-    if run.should_save:
-        _make(output_dir)
     trainer = trainer_of(config, model, tokenizer, blocks, layout, weights_are_loaded=resharded)
     trainer.changed_keys = {change.key for change in changes}
     if run.should_save:
@@ -88,7 +95,7 @@ def pretrain(config: Config, requests: StopRequests | None = None) -> dict[str, 
         write_atomically(output_dir / DATA_FILE, data.record())
         _announce(config, model, corpus, blocks)
         if checkpoint is not None:
-            _announce_checkpoint(checkpoint, layout, resharded)
+            _announce_checkpoint(checkpoint, layout, resharded, config.optimizer.optimizer)
         _record_start(output_dir, checkpoint, layout, data.now, changes)
     if isinstance(blocks.train, BlockStream):
         blocks.train.begin(data.now, trainer.get_total_train_batch_size(run), checkpoint)
@@ -124,20 +131,27 @@ def _record_start(
 def read(config: Config, chosen: PreTrainedConfig) -> tuple[Corpus, PreTrainedTokenizerBase, Blocks]:
     """The data of a run, its tokenizer and its blocks."""
     trusted = config.model.trust_remote_code
+    name = config.data.tokenizer or _saved_tokenizer(config.model)
+    if name is not None:
+        source_of("tokenizer", name)  # before the data, which may take long
     with config.run.main_process_first(desc="reading the data"):
         corpus = open_corpus(config.data, trusted)
         if corpus.streamed and config.run.max_steps <= 0:
             raise BadInput(f"max_steps must be given, for dataset {corpus.name!r} is a stream and has no length")
-        name = config.data.tokenizer or _saved_tokenizer(config.model)
         tokenizer = get_tokenizer(name, corpus, chosen.vocab_size, trusted)
         return corpus, tokenizer, make_blocks(corpus, tokenizer, config.data)
 
 
-def _make(output_dir: Path) -> None:
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"output_dir {str(output_dir)!r} cannot be made: {error.strerror}; choose another") from None
+@contextmanager
+def one_at_a_time(run: RunArguments) -> Iterator[None]:
+    """The run's folder, held by the first process for all of its launch.
+
+    Raises:
+        BadInput: on every process, where another launch has it.
+    """
+    with ExitStack() as stack:
+        on_main(run, lambda: stack.enter_context(lock.held(run.folder)))
+        yield
 
 
 def _train(trainer: PretrainTrainer, checkpoint: Path | None) -> float | None:
@@ -239,10 +253,12 @@ def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks) 
         print(f"no effect with {config.optimizer.optimizer}: {', '.join(idle)}")
 
 
-def _announce_checkpoint(checkpoint: Path, layout: layouts.Layout, resharded: bool) -> None:
+def _announce_checkpoint(checkpoint: Path, layout: layouts.Layout, resharded: bool, optimizer: str) -> None:
     before = layouts.saved(checkpoint)
     change = f", made by {before}; its state is split anew for {layout}" if resharded else ""
     print(f"continuing from {checkpoint}{change}")
+    if resharded and optimizer.endswith("8bit"):
+        print("moments in 8 bits are rounded once more, in other blocks: weights come to differ by some 2e-3")
     if before is not None and before.examples_per_step != layout.examples_per_step:
         print(
             f"a step takes {layout.examples_per_step} examples now, {before.examples_per_step} before; "

@@ -21,6 +21,7 @@ from .build.model import architecture, build_model, checkpoints_activations
 from .config.arguments import Config
 from .config.output_files import check_output
 from .config.parser import OneLineParser, load_config
+from .data_only import data_only
 from .engines import deepspeed
 from .engines.layout import Layout
 from .engines.process_exit import leave
@@ -237,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_files(options)
         if options.snapshot is not None:
             torch.cuda.memory._record_memory_history()
-        with tempfile.TemporaryDirectory() as folder:
+        with data_only(), tempfile.TemporaryDirectory() as folder:
             trainer, planner = profile(rest, options.steps, folder)
             result = compared(trainer, planner)
     except BadInput as error:

@@ -78,6 +78,29 @@ def test_a_run_goes_on_elsewhere_as_if_it_had_never_stopped(before, after, start
     assert json.loads((run / "metrics.json").read_text())["steps"] == 12
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("optimizer", ["galore_adamw_8bit", "sltrain_adamw_8bit"])
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, None), (2, "zero2")), ((2, "zero2"), (1, None))], ids=["to ZeRO 2", "to one process"]
+)
+def test_moments_in_8_bits_move_within_their_rounding(before, after, optimizer, tiny, tmp_path, pool):
+    """Blocks of 8-bit numbers lie otherwise in the parts of ZeRO than in whole matrices, and are rounded once more.
+    Seen: 1.7e-3 and 1.9e-3 of a weight matrix, seven steps after the move; with scales of moments lost it is 0.19."""
+    layer = {"layer": "sltrain"} if optimizer.startswith("sltrain") else {}
+    run = tmp_path / "run"
+    command = ["-m", "gracile.train.pretrain", tiny(optimizer=optimizer, **layer), "--output_dir", str(run)]
+    done = pool.run(before[0], *command, *options(*before))
+    assert done.returncode == 0, done.stdout[-3000:]
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    shutil.copy(run / "model.safetensors", undisturbed)
+    stopped_after(run, 5)
+    again = pool.run(after[0], *command, *options(*after), "--resume_from_checkpoint", "true")
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert again.stdout.count("moments in 8 bits are rounded once more") == 1
+    assert farthest(undisturbed, run) <= 4e-3
+
+
 def test_killed_under_the_launcher_it_goes_on_to_the_same_bits(start, tmp_path, metrics, pool):
     """SIGKILL to the launcher and both processes of ``deepspeed --num_accelerators 2``, after the first checkpoint."""
 

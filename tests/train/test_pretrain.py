@@ -1,6 +1,7 @@
 """Whole runs of ``gracile pretrain`` on real text, in this process."""
 
 import functools
+import json
 import math
 import shutil
 
@@ -147,6 +148,64 @@ def test_a_checkpoint_cut_short_is_named_and_skipped(tiny, tmp_path, metrics, ca
     assert f"continuing from {broken / 'checkpoint-5'}" in out
     assert same(weights(broken), weights(tmp_path / "run"))
     assert checkpoints.fault(broken / "checkpoint-10") is None, "it was written again, whole"
+
+
+def test_flipped_bytes_are_named_and_the_run_goes_on_from_the_checkpoint_before(tiny, tmp_path, metrics, capsys):
+    config = tiny()
+    assert main([config]) == 0
+    broken = interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-5")
+    damaged = broken / "checkpoint-10"
+    shutil.copytree(tmp_path / "run" / "checkpoint-10", damaged)
+    for file in damaged.iterdir():  # any of them: sizes stay
+        data = file.read_bytes()
+        file.write_bytes(data[:-64] + bytes(255 - byte for byte in data[-64:]))
+        assert file.name in checkpoints.fault(damaged)
+        file.write_bytes(data)
+    assert checkpoints.fault(damaged) is None
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-64] + bytes(64))
+    capsys.readouterr()
+    resume = [config, "--output_dir", str(broken), "--resume_from_checkpoint"]
+    assert main([*resume, str(damaged)]) == 2
+    assert "is not whole: model.safetensors is not what was written" in capsys.readouterr().err
+    assert main([*resume, "true"]) == 0
+    out = capsys.readouterr().out
+    assert f"skipping {damaged}: model.safetensors is not what was written (its checksum differs)" in out
+    assert f"continuing from {broken / 'checkpoint-5'}" in out
+    assert metrics(broken)["history"] == metrics(tmp_path / "run")["history"]
+    assert same(weights(broken), weights(tmp_path / "run"))
+
+
+def test_a_checkpoint_of_before_checksums_is_resumed_and_said_to_have_none(tiny, tmp_path, capsys):
+    assert main([tiny()]) == 0
+    broken = interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-10")
+    manifest = broken / "checkpoint-10" / checkpoints.MANIFEST
+    sizes = {name: size for name, (size, _) in json.loads(manifest.read_text())["files"].items()}
+    manifest.write_text(json.dumps(sizes))
+    assert main([tiny(), "--output_dir", str(broken), "--resume_from_checkpoint", "true"]) == 0
+    assert capsys.readouterr().out.count("has no checksums") == 1
+    assert same(weights(broken), weights(tmp_path / "run"))
+
+
+def test_a_damaged_only_checkpoint_is_not_begun_again_silently(tiny, tmp_path, capsys):
+    assert main([tiny(max_steps=6)]) == 0
+    broken = interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-6")
+    (broken / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
+    assert main([tiny(max_steps=6), "--output_dir", str(broken), "--resume_from_checkpoint", "true"]) == 2
+    assert "no whole checkpoint: optimizer.pt has 0 of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"config: [", b"3", b"config: 3", b"data: x\nconfig: 3", b""])
+def test_a_run_file_that_cannot_be_read_is_one_line(tiny, tmp_path, capsys, content):
+    folder = tmp_path / "run" / "checkpoint-1"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    checkpoints.seal(folder)
+    (tmp_path / "run" / "run.yaml").write_bytes(content)
+    assert main([tiny(), "--resume_from_checkpoint", "true"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "run.yaml' does not say what the run began with" in err
 
 
 def test_resuming_a_finished_run_trains_no_step_more(tiny, tmp_path, metrics):

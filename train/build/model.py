@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...models.llama import SIZES, build_llama, llama_config
 from ...validation import is_whole, nearest
+from .. import sources
 from ..config.arguments import DTYPES, Config, Keywords, ModelArguments, RunArguments
 from ..engines.deepspeed import unpartitioned
 from ..errors import BadInput
@@ -36,14 +37,12 @@ def architecture(chosen: ModelArguments) -> PreTrainedConfig:
             raise BadInput(str(error)) from None
     if overrides:
         raise BadInput(f"model_overrides {overrides} need a size name as model, got {chosen.model!r}")
-    if not Path(chosen.model).is_dir() and "/" not in chosen.model:
+    if "/" not in chosen.model and not chosen.model.startswith(sources.MARK) and not Path(chosen.model).is_dir():
         raise BadInput(
             f"unknown model {chosen.model!r}: neither a size nor a saved model; {nearest(chosen.model, SIZES)}"
         )
-    try:
-        return AutoConfig.from_pretrained(chosen.model, trust_remote_code=chosen.trust_remote_code)
-    except Exception as error:  # every kind of network, hub and file error means the same to the user
-        raise BadInput(f"model {chosen.model!r} cannot be loaded: {' '.join(str(error).split())}") from None
+    config: PreTrainedConfig = sources.config_of("model", chosen.model, chosen.trust_remote_code)
+    return config
 
 
 def untrained(
@@ -104,4 +103,5 @@ def _loaded(chosen: ModelArguments, source: str) -> PreTrainedModel:
     dtype = DTYPES[chosen.dtype]
     if source in SIZES:
         return build_llama(source, dtype=dtype, **(chosen.model_overrides or Keywords()))
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=chosen.trust_remote_code)
+    model: PreTrainedModel = sources.model_of("model", source, chosen.trust_remote_code, dtype=dtype)
+    return model

@@ -52,7 +52,9 @@ def _listed(names: Iterable[str]) -> str:
 class ModelArguments:
     """What is trained."""
 
-    model: str = field(default="2m", metadata={"help": "A size name (2m, 9m, ... 7b) or the path of a saved model."})
+    model: str = field(
+        default="2m", metadata={"help": "A size (2m, 9m, ... 7b), the path of a saved model, or hub:org/name."}
+    )
     model_overrides: Keywords | None = field(
         default=None, metadata={"help": 'Fields of a size changed, as a mapping: {"num_hidden_layers": 2}.'}
     )
@@ -80,8 +82,8 @@ class DataArguments:
         default_factory=lambda: ["stdlib"],
         metadata={
             "help": "stdlib (the source text of this Python's standard library); a file, folder or glob of txt, md, "
-            "jsonl, csv, parquet or arrow, plain or .gz, .xz, .zst, .bz2; a folder of save_to_disk; or a hub name such "
-            "as allenai/c4 (streamed). Several are mixed."
+            "jsonl, csv, parquet or arrow, plain or .gz, .xz, .zst, .bz2; a folder of save_to_disk; or hub:org/name "
+            "(streamed). Several are mixed."
         },
     )
     dataset_weights: list[float] | None = field(
@@ -113,7 +115,9 @@ class DataArguments:
     )
     tokenizer: str | None = field(
         default=None,
-        metadata={"help": "Name or path; by default the saved model's, else a BPE trained on the data and cached."},
+        metadata={
+            "help": "Path or hub:org/name; by default the saved model's, else a BPE trained on the data and cached."
+        },
     )
     block_size: int = field(default=256, metadata={"help": "Tokens per training example."})
     validation_blocks: int = field(

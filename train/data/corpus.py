@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.arguments import DataArguments
 from ..errors import BadInput
+from ..sources import MARK, source_of
 from . import columns, identity
 from .files import HEAD, IN_CHARACTERS, TEXT, File, Found, encoding_of, local_files, open_bytes
 from .rows import no_column, values
@@ -182,7 +183,7 @@ def _weights(data: DataArguments) -> tuple[float, ...] | None:
 def _open(name: str, data: DataArguments, trust_remote_code: bool) -> Source:
     if name == "stdlib":
         return _local(name, Found([File(p, TEXT, "") for p in _stdlib_files()], []), data)
-    found = local_files(name)
+    found = None if name.startswith(MARK) else local_files(name)
     return _hub(name, data, trust_remote_code) if found is None else _local(name, found, data)
 
 
@@ -272,9 +273,12 @@ def told(error: BaseException, where: str) -> BadInput:
 def _hub(name: str, data: DataArguments, trust_remote_code: bool) -> Source:
     import datasets
 
+    source = source_of("dataset", name)
+    if not source.on_hub:
+        raise BadInput(f"dataset {name!r} is neither a file nor a folder")
     options = {"streaming": True, **({"trust_remote_code": True} if trust_remote_code else {})}
     try:
-        splits = datasets.load_dataset(name, data.dataset_config, **options)
+        splits = datasets.load_dataset(source.name, data.dataset_config, **options)
         train, validation = splits["train"], splits.get("validation")
         kind, documents = _text_only(train, data, name)
         own = None if validation is None else _text_only(validation, data, name)
@@ -282,10 +286,10 @@ def _hub(name: str, data: DataArguments, trust_remote_code: bool) -> Source:
         raise
     except Exception as error:  # every kind of network, hub and builder error means the same to the user
         raise BadInput(
-            f"dataset {name!r} (dataset_config {data.dataset_config!r}) is no local path and could not be "
+            f"dataset {name!r} (dataset_config {data.dataset_config!r}) could not be "
             f"opened on the hub: {_one_line(error)}"
         ) from None
-    known = identity.hashed(name, data.dataset_config, data.text_column)
+    known = identity.hashed(source.name, data.dataset_config, data.text_column)
     held_out = None if own is None else Source(f"{name} (validation)", *own, known)
     return Source(name, kind, documents, known, older=known, validation=held_out)
 

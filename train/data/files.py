@@ -69,7 +69,7 @@ def kind_of(path: Path) -> tuple[str, str, str]:
 
 
 def local_files(name: str) -> Found | None:
-    """The files behind a path, a folder or a glob; None for what can only be the name of a hub's data set.
+    """The files behind a path, a folder or a glob; None for what is no path to a file.
 
     Raises:
         BadInput: for a path that does not exist, or files of no kind or of several kinds.

@@ -12,6 +12,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..atomic_write import write_atomically
+from ..errors import BadInput
 from .corpus import Source
 from .packing import Example, Packing
 
@@ -75,10 +76,14 @@ class BlockStream(IterableDataset[Any]):
         self.data, self.keep = data, 4 * each + 64  # a loader reads ahead, by less than two steps
         if checkpoint is None or not (checkpoint / STREAM_FILE).is_file():
             return
-        saved = json.loads((checkpoint / STREAM_FILE).read_text("utf-8"))
-        state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-        if saved["data"] == data:
-            self.start_from(saved["place"], int(state["global_step"]) * each)
+        try:
+            saved = json.loads((checkpoint / STREAM_FILE).read_text("utf-8"))
+            state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+            if saved["data"] == data:
+                self.start_from(saved["place"], int(state["global_step"]) * each)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise BadInput(f"{str(checkpoint / STREAM_FILE)!r} cannot be read: {reason}; resume from another") from None
 
     def start_from(self, place: dict[str, Any], skipped: int) -> None:
         """The next iteration gives ``skipped`` blocks that hold nothing, and goes on from ``place``."""

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import BadInput
+from ..sources import tokenizer_of
 from .corpus import Corpus
 
 # Ids 0, 1, 2, where LLaMA configurations expect the last two.
@@ -34,11 +35,7 @@ def get_tokenizer(
             raise BadInput(f"vocab_size {vocab_size} is below {SMALLEST_VOCABULARY}, the least a byte-level BPE needs")
         tokenizer = _cached_bpe(corpus, vocab_size)
     else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        except Exception as error:  # every kind of network, hub and file error means the same to the user
-            reason = " ".join(str(error).split())
-            raise BadInput(f"tokenizer {name!r} cannot be loaded: {reason}") from None
+        tokenizer = tokenizer_of("tokenizer", name, trust_remote_code)
     if len(tokenizer) > vocab_size:
         raise BadInput(
             f"tokenizer {name!r} has {len(tokenizer)} entries, more than the model's vocab_size {vocab_size}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -41,6 +42,20 @@ REFUSED: list[tuple[tuple[str, ...], Any, str]] = [
         "matrices are split by columns there; only ZeRO's partitions are supported",
     ),
 ]
+
+# What a clean checkpoint of the engine holds beside tensors and plain values.
+SAFE_CLASSES = (
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+
+
+def safe_classes() -> list[Any]:
+    """``SAFE_CLASSES`` themselves, for ``torch.serialization.safe_globals``."""
+    parts = [name.rpartition(".") for name in SAFE_CLASSES]
+    return [getattr(import_module(module), name) for module, _, name in parts]
 
 
 def _chosen(run: TrainingArguments) -> Any:

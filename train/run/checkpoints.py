@@ -1,22 +1,41 @@
-"""Which checkpoints are whole: those with a manifest, which is written last, so that a killed run leaves none."""
+"""Which checkpoints are whole: those with a manifest, which is written last, and whose files are what it says.
+
+The manifest holds the size and the checksum of each file: SHA-256 over those of its parts, which are computed side by
+side, while what was written is still in memory.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..atomic_write import write_atomically
+from .contents import unreadable
 
 MANIFEST = "complete.json"
 NAME = re.compile(r"checkpoint-(\d+)")
+PART, CHUNK = 2**26, 2**20  # bytes of a file that one thread hashes, and that it reads at a time
+WORKERS = min(8, os.cpu_count() or 1)
+
+
+class Entry(NamedTuple):
+    """A file as it was written. Older manifests have no checksums."""
+
+    size: int
+    checksum: str | None
 
 
 def seal(checkpoint: Path) -> None:
-    """Write the manifest: every file of the checkpoint with its size, in one atomic rename."""
-    sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
-    sizes.pop(MANIFEST, None)
-    write_atomically(checkpoint / MANIFEST, json.dumps(sizes, indent=1))
+    """Write the manifest, in one atomic rename, once every file is on the disk."""
+    files = [p for p in sorted(checkpoint.rglob("*")) if p.is_file() and p.name != MANIFEST]
+    found = {str(file.relative_to(checkpoint)): list(entry) for file, entry in _measured(files, sync=True)}
+    write_atomically(checkpoint / MANIFEST, json.dumps({"files": found}, indent=1))
 
 
 def unseal(checkpoint: Path) -> None:
@@ -24,19 +43,103 @@ def unseal(checkpoint: Path) -> None:
     (checkpoint / MANIFEST).unlink(missing_ok=True)
 
 
-def fault(checkpoint: Path) -> str | None:
-    """Why the checkpoint cannot be used, or None if it is whole."""
+def fault(checkpoint: Path, sizes_only: bool = False) -> str | None:
+    """Why the checkpoint cannot be used, or None if it is whole.
+
+    Raises:
+        AsksForCode: for a file that is no data; not with ``sizes_only``.
+    """
     try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError):
+        entries = _entries(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
+    except FileNotFoundError:
         return f"its writing was cut short ({MANIFEST} is missing)"
-    for name, size in sizes.items():
-        file = checkpoint / name
+    except (OSError, ValueError, TypeError, RecursionError):
+        return f"{MANIFEST} cannot be read"
+    files = {checkpoint / name: entry for name, entry in entries.items()}
+    try:
+        wrong = _wrong_size(checkpoint, files) or (None if sizes_only else _wrong_bytes(checkpoint, files))
+    except OSError as error:
+        return f"{Path(str(error.filename)).name} cannot be read: {error.strerror}"
+    if wrong is not None or sizes_only:
+        return wrong
+    return next((reason for reason in map(unreadable, files) if reason is not None), None)
+
+
+def is_sealed(checkpoint: Path) -> bool:
+    """Whether its writing came to its end, whatever has happened since."""
+    return (checkpoint / MANIFEST).exists()
+
+
+def has_checksums(checkpoint: Path) -> bool:
+    """Whether a whole checkpoint has them; older ones do not."""
+    entries = _entries(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
+    return all(entry.checksum is not None for entry in entries.values())
+
+
+def _entries(told: Any) -> dict[str, Entry]:
+    if not isinstance(told, dict):
+        raise TypeError(f"a {type(told).__name__}")
+    if isinstance(told.get("files"), dict):
+        entries = {name: Entry(*found) for name, found in told["files"].items()}
+    else:
+        entries = {name: Entry(size, None) for name, size in told.items()}
+    for name, entry in entries.items():
+        outside = Path(name).is_absolute() or ".." in Path(name).parts
+        if outside or not isinstance(entry.size, int) or not isinstance(entry.checksum, (str, type(None))):
+            raise ValueError(name)
+    return entries
+
+
+def _wrong_size(checkpoint: Path, files: dict[Path, Entry]) -> str | None:
+    for file, entry in files.items():
+        name = file.relative_to(checkpoint)
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} of {size} bytes"
+        if file.stat().st_size != entry.size:
+            return f"{name} has {file.stat().st_size} of {entry.size} bytes"
     return None
+
+
+def _wrong_bytes(checkpoint: Path, files: dict[Path, Entry]) -> str | None:
+    for file, now in _measured([file for file, entry in files.items() if entry.checksum is not None]):
+        if now.checksum != files[file].checksum:
+            return f"{file.relative_to(checkpoint)} is not what was written (its checksum differs)"
+    return None
+
+
+def _measured(files: list[Path], sync: bool = False) -> Iterator[tuple[Path, Entry]]:
+    with ThreadPoolExecutor(WORKERS) as pool:
+        sizes = [file.stat().st_size for file in files]
+        parts = [
+            [pool.submit(_hash, file, start) for start in range(0, size, PART)]
+            for file, size in zip(files, sizes, strict=True)
+        ]
+        written = [pool.submit(_sync, file) for file in files] if sync else []
+        try:
+            for file, size, found in zip(files, sizes, parts, strict=True):
+                whole = hashlib.sha256(b"".join(part.result() for part in found))
+                yield file, Entry(size, whole.hexdigest())
+            for done in written:
+                done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _hash(file: Path, start: int) -> bytes:
+    found = hashlib.sha256()
+    with file.open("rb", buffering=0) as opened:
+        opened.seek(start)
+        left = PART
+        while left and (data := opened.read(min(left, CHUNK))):
+            found.update(data)
+            left -= len(data)
+    return found.digest()
+
+
+def _sync(file: Path) -> None:
+    """Wait until a file is on the disk, so that a manifest that outlives a power cut does not vouch for lost bytes."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -45,11 +148,11 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [p for match, p in sorted(((m, p) for m, p in found if m), key=lambda pair: -int(pair[0][1]))]
 
 
-def newest_whole(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
+def newest_whole(output_dir: Path, sizes_only: bool = False) -> tuple[Path | None, dict[Path, str]]:
     """The newest whole checkpoint, and the newer ones that were skipped, each with its fault."""
     skipped: dict[Path, str] = {}
     for checkpoint in checkpoints(output_dir):
-        reason = fault(checkpoint)
+        reason = fault(checkpoint, sizes_only)
         if reason is None:
             return checkpoint, skipped
         skipped[checkpoint] = reason

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ...validation import is_real
+from .. import sources
 from ..config.arguments import DTYPES, Config
 from ..engines.deepspeed import unpartitioned
 from ..errors import BadInput
@@ -62,10 +62,7 @@ def check(config: Config, vocabulary: int) -> None:
         raise BadInput(f"distill must be a number in [0, 1], got {share}")
     if name is None:
         return
-    try:
-        other = AutoConfig.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
-    except Exception as error:  # every kind of network, hub and file error means the same to the user
-        raise BadInput(f"teacher {name!r} cannot be loaded: {' '.join(str(error).split())}") from None
+    other = sources.config_of("teacher", name, config.model.trust_remote_code)
     if other.vocab_size != vocabulary:
         raise BadInput(f"teacher {name!r} has a vocabulary of {other.vocab_size} tokens, the model one of {vocabulary}")
 
@@ -77,6 +74,6 @@ def teacher(config: Config, device: torch.device) -> Teacher | None:
         return None
     with unpartitioned(config.run):
         dtype = DTYPES[config.model.dtype]
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trusted)
+        model = sources.model_of("teacher", name, trusted, dtype=dtype)
     model.config.use_cache = False
     return Teacher(model.to(device), config.optimizer.distill)

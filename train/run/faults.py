@@ -31,7 +31,7 @@ def what_stays(output_dir: Path | None) -> str:
     """Where the run can go on from."""
     from . import checkpoints
 
-    kept = None if output_dir is None else checkpoints.newest_whole(output_dir)[0]
+    kept = None if output_dir is None else checkpoints.newest_whole(output_dir, sizes_only=True)[0]
     if kept is None:
         return "no checkpoint had been saved"
     return f"{kept} is whole: go on with the same command and --resume_from_checkpoint true"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -27,8 +28,6 @@ def starting_point(run: RunArguments) -> Path | None:
         BadInput: for an output directory that holds another run, or a checkpoint that is not there or not whole.
     """
     output_dir = run.folder
-    if output_dir.exists() and not output_dir.is_dir():
-        raise BadInput(f"output_dir {run.output_dir!r} is a file; choose another")
     wanted = str(run.resume_from_checkpoint)
     automatic = wanted.lower() == "auto"
     if not resuming(run) or (automatic and not _traces(output_dir)):
@@ -41,6 +40,12 @@ def starting_point(run: RunArguments) -> Path | None:
         for checkpoint, reason in skipped.items():
             print(f"skipping {checkpoint}: {reason}")
     if newest is None:
+        damaged = next(((c, why) for c, why in skipped.items() if checkpoints.is_sealed(c)), None)
+        if damaged is not None:
+            raise BadInput(
+                f"output_dir {run.output_dir!r} holds no whole checkpoint: {damaged[1]} in {damaged[0].name}; restore "
+                "it, or start a new run in another --output_dir"
+            )
         begun = (output_dir / RUN_FILE).is_file() and not (output_dir / "metrics.json").is_file()
         if not begun:
             raise BadInput(
@@ -49,7 +54,14 @@ def starting_point(run: RunArguments) -> Path | None:
             )
         if run.should_save:
             print(f"{output_dir} holds a run that was stopped before its first checkpoint: starting it again")
-    return newest
+        return None
+    return _proven(newest)
+
+
+def _proven(checkpoint: Path) -> Path:
+    if not checkpoints.has_checksums(checkpoint):
+        print(f"{checkpoint} is of an older gracile and has no checksums: its files were looked at, not compared")
+    return checkpoint
 
 
 def _traces(output_dir: Path) -> list[str]:
@@ -72,7 +84,7 @@ def _named_checkpoint(checkpoint: Path) -> Path:
     reason = checkpoints.fault(checkpoint)
     if reason is not None:
         raise BadInput(f"resume_from_checkpoint {str(checkpoint)!r} is not whole: {reason}; give another, or true")
-    return checkpoint
+    return _proven(checkpoint)
 
 
 def check_same_run(
@@ -83,9 +95,8 @@ def check_same_run(
     Raises:
         BadInput: for one that may not, such as another model, other data or another optimizer.
     """
-    try:
-        saved = yaml.safe_load((output_dir / RUN_FILE).read_text(encoding="utf-8"))
-    except OSError:
+    saved = read_run_file(output_dir)
+    if saved is None:
         return []  # a checkpoint that was copied away from its run
     found = changes.between(saved["config"], config, output_dir, checkpoint)
     if data.is_that_of(saved["data"]):
@@ -96,3 +107,25 @@ def check_same_run(
     if config.run.should_save:
         print(f"{differs}; going on, as ignore_data_changes says")
     return found
+
+
+def read_run_file(output_dir: Path) -> dict[str, Any] | None:
+    """What run.yaml says of the run in a folder; None without one.
+
+    Raises:
+        BadInput: for one that cannot be read.
+    """
+    file = output_dir / RUN_FILE
+    try:
+        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not (isinstance(saved, dict) and isinstance(saved["config"], dict) and isinstance(saved["data"], str)):
+            raise KeyError("config or data")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(
+            f"{str(file)!r} does not say what the run began with ({reason}); restore it, or remove it to go on with "
+            "what is given now"
+        ) from None
+    return saved

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ...models.convert import merge
 from ...models.layers import FactoredLinear
+from ...optim.distributed import UnsupportedLayout
 from ..atomic_write import write_atomically
 from ..build.callbacks import ScheduleCallback
 from ..build.layers import merges, schedule_of
@@ -23,7 +26,8 @@ from ..build.optimizer import build_optimizer, jagged_schedule
 from ..config.arguments import Config, RunArguments
 from ..data.stream import BlockStream
 from ..engines import layout as layouts
-from ..errors import RunStopped
+from ..engines.deepspeed import safe_classes
+from ..errors import BadInput, RunStopped
 from . import art, changes, checkpoints, distillation
 
 UNLOGGED = "unlogged.json"
@@ -126,7 +130,7 @@ class PretrainTrainer(Trainer):
             raise RunStopped(f"after step {step} {broken[0]} holds non-finite values; {self._what_stays()}")
 
     def _what_stays(self) -> str:
-        kept, _ = checkpoints.newest_whole(self.args.folder)
+        kept, _ = checkpoints.newest_whole(self.args.folder, sizes_only=True)
         return f"the last good checkpoint is {kept}" if kept else "no checkpoint had been saved"
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
@@ -157,6 +161,20 @@ class PretrainTrainer(Trainer):
                 use_mtime=True,
             )
 
+    @contextmanager
+    def _loading(self, checkpoint: str | Path | None) -> Iterator[None]:
+        """Whatever a file makes fail that loads it is one line; DeepSpeed's own classes are data, and no others."""
+        try:
+            with torch.serialization.safe_globals(safe_classes() if self.is_deepspeed_enabled else []):
+                yield
+        except (BadInput, RunStopped, UnsupportedLayout):
+            raise
+        except Exception as error:
+            if checkpoint is None:
+                raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise BadInput(f"checkpoint {str(checkpoint)!r} cannot be loaded: {reason}; resume from another") from error
+
     def _save_unlogged(self, checkpoint: Path) -> None:
         """Losses since the last log, where a signal came between two logs: their mean is then that of the whole run."""
         if self._globalstep_last_logged == self.state.global_step:
@@ -171,17 +189,27 @@ class PretrainTrainer(Trainer):
         file = None if self._resumed_from is None else self._resumed_from / UNLOGGED
         if file is None or not file.is_file():
             return
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        losses, here = saved["losses"], self.args.process_index
-        same = len(losses) == self.accelerator.num_processes
-        self._globalstep_last_logged = saved["last_logged"]
-        self._tr_loss += losses[here] if same else sum(losses) / len(losses)
+        with self._loading(self._resumed_from):
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            losses, here = saved["losses"], self.args.process_index
+            same = len(losses) == self.accelerator.num_processes
+            self._globalstep_last_logged = saved["last_logged"]
+            self._tr_loss += losses[here] if same else sum(losses) / len(losses)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.weights_are_loaded:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with self._loading(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self._loading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        with self._loading(resume_from_checkpoint):
+            return self._prepared(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _prepared(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """An engine cannot load a checkpoint of another layout: its optimizer state is resharded here."""
         self._resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         if resume_from_checkpoint is None or not self.weights_are_loaded:
@@ -259,13 +287,18 @@ class PretrainTrainer(Trainer):
 
     def is_finished(self, checkpoint: Path) -> bool:
         """Whether the checkpoint is the end of this run, after which the Trainer's loop would train one step more."""
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        with self._loading(checkpoint):
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.args.max_steps > 0:
             return state.global_step >= self.args.max_steps
         return state.global_step >= state.max_steps and state.num_train_epochs >= self.args.num_train_epochs
 
     def load_finished(self, checkpoint: Path) -> None:
         """Load weights, optimizer state and history of a finished run; there is nothing left to train."""
+        with self._loading(checkpoint):
+            self._load_finished(checkpoint)
+
+    def _load_finished(self, checkpoint: Path) -> None:
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.is_fsdp_enabled:  # loads into a model that is split already
             self._prepare_for_training(self.state.max_steps, None, str(checkpoint))

@@ -42,7 +42,7 @@ def garbled(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "word"),
-    [(cut, "1 of 20 bytes"), (remove, "inner/state"), (unsealed, "cut short"), (garbled, "cut short")],
+    [(cut, "1 of 20 bytes"), (remove, "inner/state"), (unsealed, "cut short"), (garbled, "cannot be read")],
 )
 def test_a_damaged_checkpoint_is_named_and_skipped(run, damage, word):
     damage(run / "checkpoint-20")
@@ -66,3 +66,56 @@ def test_atomic_write_leaves_nothing_beside_it(tmp_path):
     checkpoints.write_atomically(tmp_path / "f", "2")
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
     assert (tmp_path / "f").read_text() == "2"
+
+
+def flipped(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"x" * 10 + b"y" + b"x" * 9)
+
+
+def test_flipped_bytes_are_found_and_the_checkpoint_before_is_taken(run):
+    flipped(run / "checkpoint-20")
+    newest, skipped = checkpoints.newest_whole(run)
+    assert newest == run / "checkpoint-10"
+    assert skipped[run / "checkpoint-20"] == "weights is not what was written (its checksum differs)"
+
+
+def test_a_checksum_is_over_all_parts_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "PART", 100)
+    monkeypatch.setattr(checkpoints, "CHUNK", 30)
+    data = bytes(range(250))
+    for place in (0, 99, 100, 199, 200, 249):
+        (tmp_path / "file").write_bytes(data)
+        checkpoints.seal(tmp_path)
+        assert checkpoints.fault(tmp_path) is None
+        (tmp_path / "file").write_bytes(data[:place] + b"\xff" + data[place + 1 :])
+        assert "checksum" in checkpoints.fault(tmp_path)
+
+
+def test_older_manifests_have_sizes_only(run):
+    folder = run / "checkpoint-20"
+    (folder / checkpoints.MANIFEST).write_text('{"weights": 20, "inner/state": 1}')
+    assert checkpoints.newest_whole(run) == (folder, {})
+    assert not checkpoints.has_checksums(folder)
+    assert checkpoints.has_checksums(run / "checkpoint-10")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "3", "null", '{"files": {"weights": 3}}', '{"files": {"weights": ["a", "b"]}}', "\ud800",
+     '{"../outside": 3}', '{"/etc/passwd": 3}', '{"weights": null}'],
+)  # fmt: skip
+def test_a_manifest_of_any_other_form_cannot_be_read(run, text):
+    (run / "checkpoint-20" / checkpoints.MANIFEST).write_bytes(text.encode("utf-8", "surrogatepass"))
+    newest, skipped = checkpoints.newest_whole(run)
+    assert newest == run / "checkpoint-10"
+    assert skipped[run / "checkpoint-20"] == "complete.json cannot be read"
+
+
+def test_nothing_is_left_of_a_write_that_failed(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoints.write_atomically(tmp_path / "f", "1")
+    assert list(tmp_path.iterdir()) == []

@@ -117,7 +117,7 @@ def test_evaluation_knows_no_teacher_and_passes_of_a_step_count_as_one(saved, me
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": "nowhere/at/all"}, "teacher 'nowhere/at/all' cannot be loaded: "),
+        ({"teacher": "nowhere/at/all"}, "teacher 'nowhere/at/all' does not exist; "),
         ({"distill": 1.5}, "distill must be a number in [0, 1], got 1.5"),
     ],
 )
