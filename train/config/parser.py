@@ -278,7 +278,7 @@ def _beside(file: Path, value: Any) -> Any:
     """A path of a configuration file: relative to the file where that exists, else to the working directory."""
     if isinstance(value, list):
         return [_beside(file, item) for item in value]
-    if not isinstance(value, str) or value in (*SIZES, "stdlib") or Path(value).is_absolute():
+    if not isinstance(value, str) or value in (*SIZES, "stdlib", "") or Path(value).is_absolute():
         return value
     beside = file.parent / value
     return str(beside) if beside.exists() or next(glob.iglob(str(beside)), None) else value

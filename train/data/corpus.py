@@ -181,6 +181,8 @@ def _weights(data: DataArguments) -> tuple[float, ...] | None:
 
 
 def _open(name: str, data: DataArguments, trust_remote_code: bool) -> Source:
+    if not name.strip():
+        raise BadInput(f"dataset {name!r} is empty; give a path, stdlib or hub:org/name")
     if name == "stdlib":
         return _local(name, Found([File(p, TEXT, "") for p in _stdlib_files()], []), data)
     found = None if name.startswith(MARK) else local_files(name)

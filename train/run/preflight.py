@@ -46,7 +46,8 @@ def _check_rank(optimizer: torch.optim.Optimizer) -> None:
 def _check_schedule(run: RunArguments, optimizer: torch.optim.Optimizer) -> None:
     """Make the learning rate's schedule once."""
     steps, given = max(run.max_steps, 1), run.lr_scheduler_kwargs or {}
-    assert not isinstance(given, str), "TrainingArguments has read it"
+    if isinstance(given, str):  # TrainingArguments reads only text that begins with a brace
+        raise BadInput(f"lr_scheduler_kwargs must be a mapping, got {given!r}")
     try:
         get_scheduler(run.lr_scheduler_type, optimizer, run.get_warmup_steps(steps), steps, dict(given))
     except (TypeError, ValueError, KeyError) as error:
