@@ -220,7 +220,9 @@ def test_keywords_of_published_classes_at_the_values_that_change_nothing():
             cls(ranked if cls is not optim.Lion else p, **given)
     with pytest.raises(ValueError, match=r"dim must be 2, got 4: matrices are projected"):
         optim.GaLoreAdamW([ranked[0] | {"dim": 4}])
-    with pytest.raises(ValueError, match=r"cos_threshold must be None or 1, got 0.4: GaLoreAdamW8bit has lazy refreshes"):
+    with pytest.raises(
+        ValueError, match=r"cos_threshold must be None or 1, got 0.4: GaLoreAdamW8bit has lazy refreshes"
+    ):
         optim.GaLoreAdamW([ranked[0] | off | {"cos_threshold": 0.4}])
 
 
