@@ -120,7 +120,7 @@ def _replaced(job: Run) -> Replaced:
     if "transformers" in sys.modules:
         yield from _from_the_hub(job)
     if "bitsandbytes" in sys.modules:
-        yield from _of_older_bitsandbytes()
+        yield from of_older_bitsandbytes()
 
 
 @contextmanager
@@ -217,7 +217,7 @@ def _from_the_hub(job: Run) -> Replaced:
     yield transformers.PreTrainedModel, "generation_config", types.SimpleNamespace()  # that older models had
 
 
-def _of_older_bitsandbytes() -> Replaced:
+def of_older_bitsandbytes() -> Replaced:
     """Two arguments by position that bitsandbytes has no longer: GaLore's and APOLLO's 8-bit classes give them, where
     they are taken for ``max_unorm`` and ``skip_zeros`` today, and matrices with small moments do not move at all."""
     from bitsandbytes.optim.optimizer import Optimizer2State

@@ -135,3 +135,34 @@ def test_the_results_keep_the_promise(published, told):
         assert row["difference"] <= script.within, row["name"]
         if "import" in script.change[0].old and len(script.change) == 1:
             assert (row["lines"], row["lines_exact"]) == (1, 1 + (len(script.exact) > 1)), row["name"]
+
+
+# ---- what the page says of bitsandbytes -----------------------------------------------------------------------------
+
+
+def test_galores_8_bit_class_moves_small_moments_only_with_the_stand_in(published, monkeypatch):
+    """Of 128 x 16 moments; bitsandbytes takes the arguments by position for ``max_unorm`` and ``skip_zeros``."""
+    pytest.importorskip("bitsandbytes")
+    import galore_torch
+
+    from gracile.optim import GaLoreAdamW8bit
+
+    _, _, stand_ins = published
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+
+    def moved(cls, **keys):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.zeros(128, 128))
+        group = {"params": [weight], "rank": 16, "update_proj_gap": 20, "scale": 0.25, "proj_type": "std", **keys}
+        optimizer = cls([group], lr=0.01, weight_decay=0.0)
+        for _ in range(3):
+            weight.grad = torch.randn(128, 128)
+            optimizer.step()
+        return weight.detach()
+
+    assert not moved(galore_torch.GaLoreAdamW8bit).any()
+    for replaced in stand_ins.of_older_bitsandbytes():
+        monkeypatch.setattr(*replaced)
+    ours = moved(GaLoreAdamW8bit, subspace_method="svd")
+    assert ours.any()
+    torch.testing.assert_close(moved(galore_torch.GaLoreAdamW8bit), ours, rtol=0, atol=1e-6)
