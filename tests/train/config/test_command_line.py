@@ -54,11 +54,11 @@ def test_paths_are_looked_for_beside_the_file_and_then_in_the_working_directory(
         assert config.run.output_dir == "out"
         return config
 
-    assert dataset("a.txt").data.dataset == "../there/a.txt"
-    assert dataset("*.txt").data.dataset == "../there/*.txt"
-    assert dataset("b.txt").data.dataset == "b.txt"
-    assert dataset("stdlib").data.dataset == "stdlib"
-    assert dataset("a.txt").resolved()["dataset"] == str(tmp_path / "here" / "../there/a.txt"), "runs from anywhere"
+    assert dataset("a.txt").data.dataset == ["../there/a.txt"]
+    assert dataset("*.txt").data.dataset == ["../there/*.txt"]
+    assert dataset("b.txt").data.dataset == ["b.txt"]
+    assert dataset("stdlib").data.dataset == ["stdlib"]
+    assert dataset("a.txt").resolved()["dataset"] == [str(tmp_path / "here" / "../there/a.txt")], "runs from anywhere"
 
 
 def test_keys_that_a_run_and_its_optimizer_share_can_both_be_given(tiny):
