@@ -17,6 +17,8 @@ def explained(error: Exception) -> str | None:
         where = "" if error.filename is None else f" ({error.filename})"
         return f"the machine refused a file: {error.strerror}{where}"
     text = " ".join(str(error).split())
+    if type(error) is Exception and "(os error " in text:  # of the tokenizers, which have no class for it either
+        return f"the machine refused a file: {text.split(' (os error ')[0]}"
     if isinstance(error, SafetensorError):
         return f"a file of weights could not be written or read: {text}"
     if isinstance(error, (RuntimeError, OSError)):
