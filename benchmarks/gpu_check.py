@@ -68,10 +68,10 @@ def gradients(step: int) -> list[Tensor]:
     return drawn
 
 
-def twins(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def twins(name: str) -> tuple[Any, Any]:
     """The same parameters and optimizer on the CPU and on the GPU."""
     generator = torch.Generator().manual_seed(0)
-    values = [(0.1 * torch.randn(shape, generator=generator)).to(dtype) for shape in SHAPES + PLAIN]
+    values = [0.1 * torch.randn(shape, generator=generator) for shape in SHAPES + PLAIN]
     made = []
     for device in ("cpu", "cuda"):
         parameters = [nn.Parameter(v.clone().to(device)) for v in values]
@@ -82,7 +82,7 @@ def twins(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def give(parameters: list[nn.Parameter], step: int) -> None:
     for p, G in zip(parameters, gradients(step), strict=True):
-        p.grad = G.to(p.device, p.dtype)
+        p.grad = G.to(p.device)
 
 
 def waits(run: Callable[[], object]) -> dict[str, int]:
@@ -127,9 +127,9 @@ def far(one: list[nn.Parameter], other: list[nn.Parameter], first: list[Tensor])
     return worst, apart / count
 
 
-def check(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def check(name: str) -> dict[str, Any]:
     """One variant on both devices."""
-    (host, on_host), (held, on_device) = twins(name, dtype)
+    (host, on_host), (held, on_device) = twins(name)
     first = [p.detach().clone() for p in host]
     told: dict[str, Any] = {"waits": {}, "launches": {}}
     saved: Any = None

@@ -45,14 +45,12 @@ def is_rounded(spec: StateSpec) -> bool:
 @contextmanager
 def widened(shard: FullShard, state: State, specs: Iterable[StateSpec], seed: int) -> Iterator[State]:
     """Weights and state in fp32 for a step of one parameter; what they have become is rounded at the end."""
-    wide = {spec.name: state[spec.name].float() for spec in specs}
-    seen = {**state, **wide}
+    seen = {**state, **{spec.name: state[spec.name].float() for spec in specs}}
     with widened_weights(shard, state, seed):
         yield seen
     for spec in specs:
-        if spec.name in wide:
-            value, key = seen[spec.name], _key(seed, shard, state, spec.name)
-            round_(state[spec.name].view(-1), value.reshape(-1), key, _places(spec, shard, state))
+        key = _key(seed, shard, state, spec.name)
+        round_(state[spec.name], seen[spec.name], key, _places(spec, shard, state))
 
 
 @contextmanager
@@ -64,14 +62,18 @@ def widened_weights(shard: FullShard, state: State, seed: int, what: str = WEIGH
     with shard.in_place_of_weights(shard.parameter.detach().float()) as (narrow, wide):
         yield
     places = _from(shard.first_element, narrow.device)
-    round_(narrow.view(-1), wide.view(-1), _key(seed, shard, state, what), places)
+    round_(narrow, wide, _key(seed, shard, state, what), places)
 
 
 def round_(narrow: Tensor, wide: Tensor, key: tuple[int, int], places: Places) -> None:
-    """narrow (bf16) <- wide (fp32), both flat, rounded by the noise of ``key`` at their places."""
-    for begin in range(0, len(wide), AT_ONCE):
-        part = slice(begin, min(begin + AT_ONCE, len(wide)))
-        narrow[part] = _rounded(wide[part].contiguous(), noise(places(part.start, part.stop), key))
+    """narrow (bf16) <- wide (fp32), of one shape, rounded by the noise of ``key`` at the places of their elements."""
+    flat = wide.reshape(-1)  # in the order of the elements, which a transposed weight has otherwise in memory
+    rounded = narrow.view(-1) if narrow.is_contiguous() else torch.empty_like(flat, dtype=narrow.dtype)
+    for begin in range(0, len(flat), AT_ONCE):
+        part = slice(begin, min(begin + AT_ONCE, len(flat)))
+        rounded[part] = _rounded(flat[part], noise(places(part.start, part.stop), key))
+    if not narrow.is_contiguous():
+        narrow.copy_(rounded.view(narrow.shape))
 
 
 def _rounded(wide: Tensor, noise: Tensor) -> Tensor:

@@ -51,6 +51,21 @@ def farthest(one: Path, other: Path) -> float:
     return max((torch.linalg.vector_norm(a[key] - b[key]) / torch.linalg.vector_norm(a[key])).item() for key in a)
 
 
+def moved(start, before, after, folder, pool):
+    """A run to its end, and from its step 5 in another place: its folder, the first one's weights, what was said."""
+    run = folder / "run"
+    command = ["-m", "gracile.train.pretrain", start, "--output_dir", str(run)]
+    done = pool.run(before[0], *command, *options(*before))
+    assert done.returncode == 0, done.stdout[-3000:]
+    undisturbed = folder / "undisturbed"
+    undisturbed.mkdir()
+    shutil.copy(run / "model.safetensors", undisturbed)
+    stopped_after(run, 5)
+    again = pool.run(after[0], *command, *options(*after), "--resume_from_checkpoint", "true")
+    assert again.returncode == 0, again.stdout[-3000:]
+    return run, undisturbed, again
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -62,16 +77,7 @@ def farthest(one: Path, other: Path) -> float:
     ids=lambda place: f"{place[0]} {place[1] or 'plain'}",
 )
 def test_a_run_goes_on_elsewhere_as_if_it_had_never_stopped(before, after, start, tmp_path, pool):
-    run = tmp_path / "run"
-    command = ["-m", "gracile.train.pretrain", start, "--output_dir", str(run)]
-    done = pool.run(before[0], *command, *options(*before))
-    assert done.returncode == 0, done.stdout[-3000:]
-    undisturbed = tmp_path / "undisturbed"
-    undisturbed.mkdir()
-    shutil.copy(run / "model.safetensors", undisturbed)
-    stopped_after(run, 5)
-    again = pool.run(after[0], *command, *options(*after), "--resume_from_checkpoint", "true")
-    assert again.returncode == 0, again.stdout[-3000:]
+    run, undisturbed, again = moved(start, before, after, tmp_path, pool)
     assert again.stdout.count("its state is split anew") == 1
     assert "examples now" not in again.stdout
     assert farthest(undisturbed, run) <= 1e-5
@@ -87,16 +93,7 @@ def test_moments_in_8_bits_move_within_their_rounding(before, after, optimizer, 
     """Blocks of 8-bit numbers lie otherwise in the parts of ZeRO than in whole matrices, and are rounded once more.
     Seen: 1.7e-3 and 1.9e-3 of a weight matrix, seven steps after the move; with scales of moments lost it is 0.19."""
     layer = {"layer": "sltrain"} if optimizer.startswith("sltrain") else {}
-    run = tmp_path / "run"
-    command = ["-m", "gracile.train.pretrain", tiny(optimizer=optimizer, **layer), "--output_dir", str(run)]
-    done = pool.run(before[0], *command, *options(*before))
-    assert done.returncode == 0, done.stdout[-3000:]
-    undisturbed = tmp_path / "undisturbed"
-    undisturbed.mkdir()
-    shutil.copy(run / "model.safetensors", undisturbed)
-    stopped_after(run, 5)
-    again = pool.run(after[0], *command, *options(*after), "--resume_from_checkpoint", "true")
-    assert again.returncode == 0, again.stdout[-3000:]
+    run, undisturbed, again = moved(tiny(optimizer=optimizer, **layer), before, after, tmp_path, pool)
     assert again.stdout.count("moments in 8 bits are rounded once more") == 1
     assert farthest(undisturbed, run) <= 4e-3
 

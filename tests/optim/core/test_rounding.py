@@ -15,6 +15,7 @@ from gracile.optim.distributed.process_group import FakeGroup
 
 BF16 = torch.bfloat16
 DRAWS = 2**18
+KEYS = {"lr": 1e-3, "stochastic_rounding": True, "state_dtype": BF16}
 BY_CLASS = {v.cls: v.quadratic for v in reversed(VARIANTS.values()) if v.quadratic}
 
 
@@ -131,6 +132,25 @@ def test_two_parameters_two_steps_and_two_seeds_have_noise_of_their_own():
     assert not torch.equal(one[0], one[1])
     assert not torch.equal(one[0], other[0])
     assert not torch.equal(one[2] - one[0], one[0] - 0.37)
+
+
+@pytest.mark.parametrize("cls", [optim.Lion, optim.GaLoreAdamW], ids=["Lion", "GaLoreAdamW"])
+def test_a_transposed_weight_is_rounded_as_one_that_is_not(cls):
+    """Places are those of its elements in a row, and not those in memory."""
+
+    def run(weight):
+        p = nn.Parameter(weight)
+        optimizer = cls([{"params": [p], **({"rank": 3} if cls is optim.GaLoreAdamW else {})}], **KEYS)
+        for t in range(5):
+            G = torch.randn(12, 7, generator=torch.Generator().manual_seed(t)).to(BF16)
+            p.grad = torch.empty_like(p).copy_(G)  # strides as the weight's, as autograd has them
+            optimizer.step()
+        return p.detach()
+
+    start = torch.randn(12, 7, generator=torch.Generator().manual_seed(9)).to(BF16)
+    across = start.t().contiguous().t()
+    assert not across.is_contiguous()
+    assert torch.equal(run(across), run(start.clone()))
 
 
 # ---- moments --------------------------------------------------------------------------------------------------------
