@@ -165,7 +165,7 @@ def _train(trainer: PretrainTrainer, checkpoint: Path | None) -> float | None:
 
 def _finish(config: Config, trainer: PretrainTrainer, output_dir: Path, speed: float | None) -> dict[str, Any]:
     """The last evaluation, the saved model, metrics.json, loss.png and the table."""
-    loss = trainer.evaluate()["eval_loss"]
+    loss = trainer.validation_loss()
     trainer.export(str(output_dir))
     model = trainer.accelerator.unwrap_model(trainer.model)
     tokens_per_step = trainer.get_total_train_batch_size(config.run) * config.data.block_size

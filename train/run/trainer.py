@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ class PretrainTrainer(Trainer):
         self.changed_keys: set[str] = set()  # since the run that is resumed began
         self._new_decays: list[float] = []
         self._new_schedule: dict[str, Any] = {}
+        self._evaluated = (-1, math.nan)  # a step, and the validation loss after it
         self.add_callback(_TakeUpUnlogged(self))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -121,6 +123,16 @@ class PretrainTrainer(Trainer):
         if self.schedule is not None and "loss" in logs:
             logs = {**logs, **self.schedule.metrics()}
         super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        found: dict[str, float] = super().evaluate(*args, **kwargs)
+        self._evaluated = (self.state.global_step, found["eval_loss"])
+        return found
+
+    def validation_loss(self) -> float:
+        """Of the weights as they are; after a step that was evaluated it is not measured again."""
+        step, loss = self._evaluated
+        return loss if step == self.state.global_step else self.evaluate()["eval_loss"]
 
     def _refuse_broken_weights(self) -> None:
         """Never save non-finite weights: an update can make them after a finite loss."""
