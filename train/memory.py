@@ -191,8 +191,11 @@ class Table:
             "  ".join([f"  {name:<{width}}", *(f"{cell:>{w}}" for cell, w in zip(cells, columns, strict=True))])
             for name, cells in rows
         ]
-        foot = "Not all at the same time: the peak is the most together. What a step of the optimizer needs for a\n"
-        foot += "moment, and the driver's own share of a GPU (about 0.5 GiB), are not in it."
+        foot = "Not all at the same time: the peak is the most together, in a pass or in the optimizer's step. Not in\n"
+        foot += (
+            "it are the driver's own share of a GPU (about 0.5 GiB), what library calls need inside, and changes of\n"
+        )
+        foot += "masks."
         if WIDE_ADAMW in self.names:
             foot += f"\ntorch's AdamW keeps moments in the dtype of the weights: compare fp32 ones with {WIDE_ADAMW}."
         return "\n".join([self.title, "", *lines, "", foot])

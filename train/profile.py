@@ -28,7 +28,7 @@ from .engines.process_exit import leave
 from .errors import BadInput, RunStopped
 from .measurement import measure
 from .measurement.fake_pass import Pass
-from .measurement.kinds import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, TEMPORARY
+from .measurement.kinds import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, STEP, TEMPORARY
 from .measurement.phase_timer import BACKWARD, DATA, FORWARD, PHASES, REFRESH, PhaseTimer
 from .measurement.planner import Planner
 from .pretrain import read, trainer_of
@@ -141,7 +141,7 @@ def profile(arguments: Sequence[str], steps: int, output_dir: str) -> tuple[Prof
     fixed = {**silent, "max_steps": steps + 2, "output_dir": output_dir, "disable_tqdm": "true"}
     config = load_config([*arguments, *(f"--{key}={value}" for key, value in fixed.items())])
     _leave_out_evaluations(config)
-    planner = Planner(config)
+    planner = Planner(config, on_cpu=config.run.device.type == "cpu")
     deepspeed.prepare(config.run)
     chosen = architecture(config.model)
     check_buildable(config, chosen)
@@ -169,24 +169,29 @@ def compared(trainer: ProfiledTrainer, planner: Planner) -> dict[str, Any]:
     optimizer = planner.config.optimizer.optimizer
     plan = planner.plan(optimizer, run.per_device_train_batch_size, checkpoints_activations(run))
     found = watched.held | {ACTIVATIONS: moment.activations, TEMPORARY: moment.at_peak.temporary}
+    found[STEP] = measure.stepped(watched.profiler, run.device)
     planned = {kind: plan.held[kind] + plan.offloaded[kind] for kind in KINDS}
     for bytes_of in (planned, found):  # DeepSpeed's are temporary; DistributedDataParallel's cannot be seen
         buffers = bytes_of.pop(BUFFERS, 0)
         bytes_of[TEMPORARY] += buffers if planner.division.stage else 0
-    at_peak = asdict(moment.at_peak)
+    in_the_pass = {**asdict(moment.at_peak), STEP: 0}
     if planner.division.stage >= 2 or run.gradient_accumulation_steps > 1:
-        at_peak[GRADIENTS] += watched.held[GRADIENTS]  # which exist before the last pass
+        in_the_pass[GRADIENTS] += watched.held[GRADIENTS]  # which exist before the last pass
+    in_the_step = {ACTIVATIONS: 0, GRADIENTS: watched.held[GRADIENTS], TEMPORARY: 0, STEP: found[STEP]}
     return {
         "model": planner.config.model.model,
         "optimizer": optimizer,
         "division": str(planner.division),
         "planned": planned,
         "measured": {kind: found.get(kind, 0) for kind in planned},
-        "at_peak": {"planned": plan.at_peak, "measured": at_peak},
-        "optimizer_step": measure.stepped(watched.profiler, run.device),
+        "at_peak": {"planned": plan.at_peak, "measured": max(in_the_pass, in_the_step, key=_total)},
         "peak_memory": measure.peak_memory(),
         "seconds": trainer.timer.medians(),
     }
+
+
+def _total(held: dict[str, int]) -> int:
+    return sum(held.values())
 
 
 def table(result: dict[str, Any], steps: int) -> str:
@@ -207,8 +212,7 @@ def table(result: dict[str, Any], steps: int) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
     where = "allocated on the GPU" if torch.cuda.is_available() else "resident, Python and its libraries included"
-    lines += ["", f"  {size(result['optimizer_step'])} more for a moment in the optimizer's step, which is not planned"]
-    lines += [f"  {size(result['peak_memory'])} at most {where}", ""]
+    lines += ["", f"  {size(result['peak_memory'])} at most {where}", ""]
     seconds = result["seconds"]
     ordinary = sum(value for phase, value in seconds.items() if phase != REFRESH)
     lines += [f"  a step, median of {steps}: {1000 * ordinary:,.1f} ms, refreshes apart"]

@@ -6,7 +6,7 @@ FSDP2, what a plan counts, and how they travel between layouts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -92,6 +92,10 @@ class DeclaredState(FaithfulLoading):
     def needs_rows(self, group: Group) -> bool:
         """Whether a part of a matrix must come in whole rows: then ``shard.mean`` is that of all of a row or column."""
         return self.rule.needs_rows
+
+    def moves_by_element(self, shard: FullShard, group: Group) -> bool:
+        """Whether each element of a parameter moves by itself, by the plain rule."""
+        return not self.is_for_matrices(group) and not self.rule.needs_rows
 
     def state_specs(self, shard: FullShard, group: Group) -> list[StateSpec]:
         """The tensors of a parameter's state beside ``step``, declared for the whole parameter: of the shard, only
@@ -194,10 +198,12 @@ class DeclaredState(FaithfulLoading):
             self.initialize(shard, group, state)
         return state
 
-    def on_meta(self, ref: ParamRef, group: Group) -> FullShard:
-        """The whole of a parameter without its memory, for shapes alone."""
-        dtype = ref.parameter.dtype
-        return self._full_shard(torch.empty(ref.shape, dtype=dtype, device="meta"), group, ref.position, Workspace())
+    def on_meta(
+        self, ref: ParamRef, group: Group, device: str = "meta", workspace: Workspace | None = None
+    ) -> FullShard:
+        """The whole of a parameter, by default without its memory, for shapes alone."""
+        whole = torch.empty(ref.shape, dtype=ref.parameter.dtype, device=device)
+        return self._full_shard(whole, group, ref.position, workspace or Workspace())
 
     def held_by_position(self) -> dict[int, list[HeldTensor]]:
         """For each parameter that the optimizer was given, by its position, the tensors of its state when it is whole:
@@ -293,25 +299,35 @@ class DeclaredState(FaithfulLoading):
     def planned_state(
         self, cut: Cut | None = None, index: int = 0, size: int = 1, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[int, list[HeldTensor]]]:
-        """What the first ``step()`` will allocate for each parameter, by its position.
+        """What the first ``step()`` will allocate for each parameter, by its position. As ``planned_shards``."""
+        for shard, group in self.planned_shards(cut, index, size, dtype):
+            yield shard.position, held_tensors(self.specs(shard, group), shard)
+
+    def planned_shards(
+        self,
+        cut: Cut | None = None,
+        index: int = 0,
+        size: int = 1,
+        dtype: torch.dtype | None = None,
+        device: str = "meta",
+    ) -> Iterator[tuple[FullShard, Group]]:
+        """What a process will hold of each trainable parameter, with its group: by shape, with anything for weights.
 
         Args:
             cut: one of ``optim.distributed.partition``, where an engine splits parameters; None where they stay whole.
             index: the process that is asked for, of ``size`` processes.
             dtype: of what the engine gives the optimizer to step, where it is not the parameters' own.
+            device: where weights are.
         """
+        workspace = Workspace()
         for group in self.param_groups:
             trained = [ref for ref in self.registry.of_group(group) if ref.parameter.requires_grad]
             if cut is None:
-                shards: Iterable[FullShard] = (self.on_meta(ref, group) for ref in trained)
-            else:
-                shards = (
-                    self.shard_on(flat, flat, held, ref, group)
-                    for ref, held in cut(trained, index, size)
-                    for flat in [torch.empty(held.numel, dtype=dtype or ref.parameter.dtype, device="meta")]
-                )
-            for shard in shards:
-                yield shard.position, held_tensors(self.specs(shard, group), shard)
+                yield from ((self.on_meta(ref, group, device, workspace), group) for ref in trained)
+                continue
+            for ref, held in cut(trained, index, size):
+                flat = torch.empty(held.numel, dtype=dtype or ref.parameter.dtype, device=device)
+                yield self.shard_on(flat, flat, held, ref, group, workspace), group
 
     def state_dict(self) -> dict[str, Any]:
         saved = super().state_dict()

@@ -30,8 +30,10 @@ from ..distributed import (
     UnsupportedLayout,
     Update,
     Workspace,
+    at_once,
     complete_gradients,
     full_shape,
+    pieces_of,
     wrapped_group,
 )
 from ..state.spec import PLAIN, to_portable
@@ -199,20 +201,36 @@ class ShardedOptimizer(DeclaredState):
             work = self._collect()
             self._is_unused = first and self._is_blank(work)
             if not self._is_unused:
-                self._advance(work)
+                self.advance(work)
         return loss
 
-    def _advance(self, work: list[ParamStep]) -> None:
+    def advance(self, work: list[ParamStep]) -> None:
+        """The phases of a step, for parameters that have state and a gradient. Collective."""
         for portion in self.portions(work):
             self.find(portion)
             with self.phase(UPDATE):
                 for item in portion:
                     item.state["step"] += 1
-                    G = item.take_grad()
-                    with self._rounded(item) as state:
-                        self.update(G, item.shard, item.group, state)
+                    for part in self._in_pieces(item):
+                        G = part.take_grad()
+                        with self._rounded(part) as state:
+                            self.update(G, part.shard, part.group, state)
         with self.phase(AFTER):
             self.after_step(work)
+
+    def _in_pieces(self, item: ParamStep) -> Iterator[ParamStep]:
+        """A parameter, in pieces where it is large and each element moves by itself: a step's memory is then theirs."""
+        if not self.moves_by_element(item.shard, item.group):
+            yield item
+            return
+        for shard, begin, end in pieces_of(item.shard, at_once(item.shard.device)):
+            if shard is item.shard:
+                yield item
+            elif begin < end or self.moment_codec is not PLAIN:  # which every process takes part in
+                moments = self.stored_moments(item.shard, item.group)
+                parts = (spec.codec.piece(spec, item.shard, item.state, begin, end) for spec in moments)
+                state = {"step": item.state["step"], **{key: value for part in parts for key, value in part.items()}}
+                yield ParamStep(shard, item.group, state)
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
         """A phase of the step, announced to the listener."""

@@ -23,12 +23,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..distributed import FullShard, MatrixShard, Runs
+from ..distributed import FullShard, MatrixShard, Runs, at_once, spans
 from ..state.spec import ERRORS, MOMENTS, Placement, StateSpec
 from .clock import steps_of
 from .types import State
 
-AT_ONCE = 2**20  # elements whose noise exists at the same time
 LARGEST = 0x7F7F0000  # the largest bf16, as the bits of an fp32
 INFINITE = 0x7F800000
 ROOTS = (0x3504F333, 0x5DB3D743, 0x478DDE6F)  # of 2, 3 and 5: odd, and otherwise of no pattern
@@ -69,8 +68,7 @@ def round_(narrow: Tensor, wide: Tensor, key: tuple[int, int], places: Places) -
     """narrow (bf16) <- wide (fp32), of one shape, rounded by the noise of ``key`` at the places of their elements."""
     flat = wide.reshape(-1)  # in the order of the elements, which a transposed weight has otherwise in memory
     rounded = narrow.view(-1) if narrow.is_contiguous() else torch.empty_like(flat, dtype=narrow.dtype)
-    for begin in range(0, len(flat), AT_ONCE):
-        part = slice(begin, min(begin + AT_ONCE, len(flat)))
+    for part in spans(len(flat), at_once(flat.device) // 2):  # the noise takes as much memory again
         rounded[part] = _rounded(flat[part], noise(places(part.start, part.stop), key))
     if not narrow.is_contiguous():
         narrow.copy_(rounded.view(narrow.shape))

@@ -10,6 +10,7 @@ from .layout import ParamRef, UnsupportedLayout, full_shape, held_shard, is_dten
 from .matrix import MatrixShard, RowShard, complete_gradients
 from .param_registry import ParamRegistry, PrefixedState
 from .partition import Cut, as_one_buffer, by_rows, each_alone, flat_length
+from .pieces import at_once, pieces_of, spans
 from .process_group import ProcessGroup
 from .projection import PROJ_TYPES, LowRankUpdate, ProjectionSide
 from .row_view import RowView, complete_rows
@@ -40,6 +41,7 @@ __all__ = [
     "Workspace",
     "all_reduce_shares_",
     "as_one_buffer",
+    "at_once",
     "by_rows",
     "complete_gradients",
     "complete_rows",
@@ -50,5 +52,7 @@ __all__ = [
     "held_shard",
     "is_dtensor",
     "local_flat",
+    "pieces_of",
+    "spans",
     "wrapped_group",
 ]

@@ -105,5 +105,10 @@ class FakeGroup(ProcessGroup):
     def all_to_all(self, sent: Tensor, counts: list[int], expected: list[int]) -> Tensor:
         return sent.new_empty(sum(expected))
 
+    def all_gather_rows(self, own: Tensor, count: int) -> Tensor:
+        rows = own.new_zeros(count, *own.shape[1:])
+        rows[self.share(count)] = own
+        return rows
+
     def broadcast_(self, tensor: Tensor, owner: int) -> Tensor:
         return tensor

@@ -131,6 +131,9 @@ class FactoredOptimizer(ShardedOptimizer):
         part = self._parts.get(shard.position)
         return part.name if part is not None and part.name in self.stepped else None
 
+    def moves_by_element(self, shard: FullShard, group: Group) -> bool:
+        return super().moves_by_element(shard, group) and self.part_of(shard) is None
+
     def after_step(self, work: list[ParamStep]) -> None:
         found: dict[int, LayerStep] = {}
         for item in work:

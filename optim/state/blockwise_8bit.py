@@ -117,6 +117,17 @@ class Blockwise8bit(Codec):
     def decode(self, spec: StateSpec, shard: FullShard, held: Mapping[str, Tensor]) -> Tensor:
         return held[spec.name] if math.prod(spec.shape) < SMALLEST else dequantize(held, spec.name, shard)
 
+    def piece(
+        self, spec: StateSpec, shard: FullShard, held: Mapping[str, Tensor], begin: int, end: int
+    ) -> dict[str, Tensor]:
+        values = super().piece(spec, shard, held, begin, end)
+        if math.prod(spec.shape) < SMALLEST:
+            return values
+        whole = shard.first_element // BLOCK
+        first, last = (shard.first_element + begin) // BLOCK, -(-(shard.first_element + end) // BLOCK)
+        key = scales_key(spec.name)
+        return {**values, key: held[key][first - whole : last - whole]}
+
     def encode(self, value: Tensor, spec: StateSpec, shard: FullShard, held: State) -> None:
         if spec.name not in held:
             held.update(self.new(spec, shard))

@@ -75,6 +75,13 @@ class Codec:
         """Write a portable value into the state that holds it."""
         held[spec.name] = value
 
+    def piece(
+        self, spec: StateSpec, shard: FullShard, held: Mapping[str, Tensor], begin: int, end: int
+    ) -> dict[str, Tensor]:
+        """Of what is held of a tensor laid out as the parameter, that of the elements from ``begin`` to ``end`` of
+        ``shard.parameter``: views."""
+        return {spec.name: held[spec.name].view(-1)[begin:end]}
+
     def is_held(self, spec: StateSpec, saved: Mapping[str, Any]) -> bool:
         """Whether ``saved`` has the tensors of ``held`` and not the portable form, where these differ."""
         return False

@@ -31,6 +31,8 @@ def test_the_plan_is_what_is_measured(size, batch, block, checkpointed, tiny, ca
         measured = found["measured"][kind]
         if kind in ("activations", "temporary"):
             assert measured == pytest.approx(planned, rel=0.1) != 0, kind
+        elif kind == "optimizer's step":
+            assert measured == pytest.approx(planned, abs=64), "but for a number or two"
         else:
             assert measured == planned, kind
     at_peak = found["at_peak"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,8 @@ from ..config.checks import check_values
 from ..engines.division import Division
 from ..errors import BadInput
 from .fake_pass import FakePass, Pass
-from .kinds import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, MASTER, STATE, TEMPORARY, WEIGHTS
+from .fake_step import step_bytes
+from .kinds import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, MASTER, STATE, STEP, TEMPORARY, WEIGHTS
 
 # Limits on what is planned: nothing larger runs, and planning it would take forever.
 MOST_EXAMPLES, MOST_TOKENS = 2**24, 2**40
@@ -59,20 +60,32 @@ class Plan:
 
 
 class _Fixed(NamedTuple):
-    """What does not depend on the batch: bytes by kind, and the dtype of most of the moments."""
+    """What does not depend on the batch: bytes by kind, the dtype of most of the moments, and what tells the bytes that
+    a step of the optimizer needs for a moment."""
 
     held: dict[str, int]
     moments: torch.dtype | None
+    step: Callable[[], int]
 
 
 class Planner:
     """Plans of one run with different optimizers, batches and checkpointing.
 
+    Args:
+        config: the run's.
+        division: how it is split over processes.
+        on_cpu: whether the optimizer steps on a CPU, where products have memory of their own; otherwise on a GPU.
+
     Raises:
         BadInput: for a configuration that no run could start with.
     """
 
-    def __init__(self, config: Config, division: Callable[[RunArguments, int], Division] = Division.of) -> None:
+    def __init__(
+        self,
+        config: Config,
+        division: Callable[[RunArguments, int], Division] = Division.of,
+        on_cpu: bool = False,
+    ) -> None:
         check_values(config)
         for key in ("label_smoothing_factor", "use_liger_kernel"):
             if getattr(config.run, key):
@@ -82,14 +95,15 @@ class Planner:
         self.config = config
         self.architecture = architecture(config.model)
         self.division = division(config.run, self.architecture.get_text_config().hidden_size)
+        self.steps_on = "cpu" if on_cpu or self.division.offload else "meta"  # as on a GPU, which need not be here
         in_16_bits = config.run.bf16 and self.division.stage > 0  # the engine casts the model, and keeps fp32 masters
         self.dtype = torch.bfloat16 if in_16_bits else DTYPES[config.model.dtype]
         self.autocast = torch.bfloat16 if config.run.bf16 and not in_16_bits else None
         # each is computed once for the same arguments
-        self._model = lru_cache(maxsize=None)(self._untrained)
-        self._fake_pass = lru_cache(maxsize=None)(self._make_fake_pass)
-        self._pass = lru_cache(maxsize=None)(self._run_fake_pass)
-        self._fixed = lru_cache(maxsize=None)(self._weights_and_state)
+        self._model = cache(self._untrained)
+        self._fake_pass = cache(self._make_fake_pass)
+        self._pass = cache(self._run_fake_pass)
+        self._fixed = cache(self._weights_and_state)
 
     def plan(self, optimizer: str, micro_batch: int, checkpointing: bool) -> Plan:
         """What the run needs with ``optimizer`` (a name of the registry, or ``WIDE_ADAMW``), ``micro_batch`` examples a
@@ -99,7 +113,8 @@ class Planner:
             BadInput: for an optimizer that is unknown or refuses its keys.
         """
         layer = layer_with(self.config, _trained_as(optimizer))
-        model, (state, moments) = self._model(layer), self._fixed(optimizer)
+        model, (state, moments, taken) = self._model(layer), self._fixed(optimizer)
+        step = taken()
         fixed = dict(state)
         one = self._pass(micro_batch, checkpointing, layer)
         kept = _nbytes(model, trained=True)
@@ -110,13 +125,16 @@ class Planner:
         if self.division.offload:
             offloaded = {kind: fixed.pop(kind) for kind in (MASTER, *STATE) if kind in fixed}
             offloaded[GRADIENTS] = 4 * self.division.part(_count(model, trained=True), from_stage=1)
+            offloaded[STEP], step = step, 0
             kept = 0 if self.division.stage >= 2 else kept
         # Partitions, and gradients of earlier passes, exist throughout; else gradients grow as activations are freed.
         throughout = self.division.stage >= 2 or self._accumulates
         moment = one.at_peak
         passing = {ACTIVATIONS: moment.activations, TEMPORARY: moment.temporary}
-        held = fixed | passing | {GRADIENTS: kept, ACTIVATIONS: one.activations}
-        at_peak = fixed | passing | {GRADIENTS: kept if throughout else moment.gradients}
+        held = fixed | passing | {GRADIENTS: kept, ACTIVATIONS: one.activations, STEP: step}
+        in_the_pass = fixed | passing | {GRADIENTS: kept if throughout else moment.gradients}
+        in_the_step = fixed | {GRADIENTS: kept, STEP: step}
+        at_peak = max(in_the_pass, in_the_step, key=lambda held: sum(held.values()))
         held, at_peak, offloaded = ({kind: part.get(kind, 0) for kind in KINDS} for part in (held, at_peak, offloaded))
         return Plan(held, at_peak, offloaded, moments)
 
@@ -181,8 +199,8 @@ class Planner:
         layer = layer_with(self.config, _trained_as(optimizer))
         model = self._model(layer)
         stepped = self._untrained(layer).float() if optimizer == WIDE_ADAMW else model
-        state, moments = self._state(stepped, _trained_as(optimizer))
-        return _Fixed(self._weights(model) | state, moments)
+        state, moments, step = self._state(stepped, _trained_as(optimizer))
+        return _Fixed(self._weights(model) | state, moments, step)
 
     def _weights(self, model: nn.Module) -> dict[str, int]:
         division, width = self.division, self.dtype.itemsize
@@ -206,22 +224,24 @@ class Planner:
         gathered = min(sum(split), division.prefetch_bucket + max(split, default=0))
         return width * (division.reduce_bucket + gathered)
 
-    def _state(self, model: nn.Module, optimizer: str) -> tuple[dict[str, int], torch.dtype | None]:
-        """Bytes by kind, and the dtype of most of the moments."""
+    def _state(self, model: nn.Module, optimizer: str) -> _Fixed:
+        """Of the optimizer alone."""
         chosen = with_optimizer(self.config.optimizer, optimizer)
         built = build_optimizer(model, chosen, self.config.run)
         division = self.division
         if division.stage == 0:
             held = planned_state(built)
-            return dict(bytes_by_kind(held)), dtype_of_moments(held)
+            step = cache(partial(step_bytes, built, device=self.steps_on))
+            return _Fixed(dict(bytes_by_kind(held)), dtype_of_moments(held), step)
         cut = each_alone if division.stage == 3 else as_one_buffer
         count = division.processes
         processes = sorted({0, count - 1, count // 2})  # one of these holds the most
-        plans = [planned_state(built, cut, index, count, torch.float32) for index in processes]
-        held = max(plans, key=lambda plan: bytes_by_kind(plan).total())
+        plans = {index: planned_state(built, cut, index, count, torch.float32) for index in processes}
+        most = max(processes, key=lambda index: bytes_by_kind(plans[index]).total())
         shapes = [[tuple(p.shape) for p in group["params"] if p.requires_grad] for group in built.param_groups]
         master = 4 * sum(flat_length(cut, group, division.processes) for group in shapes)
-        return dict(bytes_by_kind(held)) | {MASTER: master}, dtype_of_moments(held)
+        step = cache(partial(step_bytes, built, cut, most, count, torch.float32, self.steps_on))
+        return _Fixed(dict(bytes_by_kind(plans[most])) | {MASTER: master}, dtype_of_moments(plans[most]), step)
 
 
 def _trained_as(optimizer: str) -> str:
