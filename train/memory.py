@@ -23,7 +23,7 @@ from .config.parser import OneLineParser, load_config
 from .engines.division import Division
 from .engines.process_exit import leave
 from .errors import BadInput
-from .measurement.kinds import ACTIVATIONS, KINDS, MOMENTS, TEMPORARY, short_name
+from .measurement.kinds import ACTIVATIONS, KINDS, MOMENTS, STEP, TEMPORARY, short_name
 from .measurement.planner import ADAMW, WIDE_ADAMW, Plan, Planner
 from .run.report import size
 
@@ -252,7 +252,7 @@ def draw(path: Path, bars: Mapping[str, Mapping[str, int]], limits: Mapping[str,
 
     figure = Figure(figsize=(9, 1.6 + 0.55 * len(bars)), layout="constrained")
     axes = figure.subplots()
-    colours = {kind: f"C{i}" for i, kind in enumerate(KINDS)}
+    colours = {kind: "0.35" if kind == STEP else f"C{i}" for i, kind in enumerate(KINDS)}
     names = list(bars)
     left = [0.0] * len(names)
     for kind in KINDS:
