@@ -250,7 +250,7 @@ class Config:
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, flat, as YAML can hold it: a configuration that runs again. Paths are absolute."""
-        kept = {key: _plain(value) for key, value in self.values.items() if key not in NOT_KEPT}
+        kept = {key: plain(value) for key, value in self.values.items() if key not in NOT_KEPT}
         for key in PATH_KEYS:
             value = kept[key]
             kept[key] = [_from_anywhere(one) for one in value] if isinstance(value, list) else _from_anywhere(value)
@@ -264,7 +264,7 @@ def _from_anywhere(path: Any) -> Any:
     return path
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value in a form that YAML can hold; mappings as JSON text."""
     value = getattr(value, "value", value)  # of a choice
     if isinstance(value, dict):

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...registry import OPTIMIZERS
 from ..config.arguments import PATH_KEYS, Config
+from ..config.parser import defaults
 from ..data.identity import PLACES
 from ..errors import BadInput
 
@@ -58,16 +59,17 @@ class Change:
 
 
 def between(saved: Mapping[str, Any], config: Config, output_dir: Path, checkpoint: Path | None) -> list[Change]:
-    """The keys of ``config`` that differ from a run's, as its run.yaml has them.
+    """The keys of ``config`` that differ from a run's, as its run.yaml has them. What an older one does not name was at
+    its default.
 
     Raises:
         BadInput: for one that cannot change within a run.
     """
     step = 0 if checkpoint is None else step_of(checkpoint)
-    now = config.resolved()
+    saved = {**defaults(config.optimizer.optimizer), **saved}
     found = []
-    for key, value in now.items():
-        if key in saved and key not in OF_A_START and not _same(key, saved[key], value):
+    for key, value in config.resolved().items():
+        if key not in OF_A_START and not _same(key, saved[key], value):
             effect = _effect(key, config, step)
             if effect is None:
                 raise BadInput(

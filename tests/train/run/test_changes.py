@@ -109,6 +109,22 @@ def test_what_cannot_change_is_refused_and_run_yaml_stays(base, capsys, more, wo
     assert {p: p.read_bytes() for p in before} == before
 
 
+def test_a_key_that_run_yaml_does_not_hold_is_at_its_default(base, tmp_path, capsys):
+    """It is of an older gracile, which had no such key."""
+    config, run = base
+    older = interrupt(run, tmp_path / "older", keep="checkpoint-10")
+    told = yaml.safe_load((older / "run.yaml").read_text())
+    del told["config"]["packing"], told["config"]["trust_remote_code"]
+    (older / "run.yaml").write_text(yaml.safe_dump(told))
+    again = [config, "--output_dir", str(older), *RESUME]
+    assert main([*again, "--packing", "false", "--ignore_data_changes", "true"]) == 2
+    assert "packing is False but the run in" in capsys.readouterr().err
+    assert main([*again, "--trust_remote_code", "true"]) == 0
+    out = capsys.readouterr().out
+    assert "trust_remote_code: False -> True; " in out
+    assert "packing" not in out
+
+
 def test_every_key_of_the_trainer_is_known_to_change_or_not():
     from gracile.train.run import changes
 
