@@ -109,6 +109,49 @@ def test_what_cannot_change_is_refused_and_run_yaml_stays(base, capsys, more, wo
     assert {p: p.read_bytes() for p in before} == before
 
 
+@pytest.fixture
+def read(monkeypatch):
+    """The examples that runs train on from here on, in their order."""
+    from gracile.train.run.trainer import PretrainTrainer
+
+    found, step = [], PretrainTrainer.training_step
+
+    def spy(self, model, inputs, *rest, **keywords):
+        found.extend(tuple(row) for row in inputs["input_ids"].tolist())
+        return step(self, model, inputs, *rest, **keywords)
+
+    monkeypatch.setattr(PretrainTrainer, "training_step", spy)
+    return found
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_steps_of_another_size_go_on_with_the_data_that_is_told(streaming, tiny, tmp_path, read, capsys):
+    config = tiny(streaming=streaming, max_steps=10, save_steps=5, report_to="none")
+    assert main([config]) == 0
+    data, run = list(read), tmp_path / "run"
+    assert len(set(data)) == 80, "steps of 2 x 4"
+    for size, words, first in (
+        (2, "a step takes 4 examples from step 6 on, 8 before; the data goes on at example 20 in place of 40: "
+         "20 come again", 20),
+        (6, "a step takes 12 examples from step 6 on, 8 before; the data goes on at example 60 in place of 40: "
+         "20 are left out", 60),
+    ):  # fmt: skip
+        again = interrupt(run, tmp_path / str(size), keep="checkpoint-5")
+        read.clear()
+        more = ["--per_device_train_batch_size", str(size), "--max_steps", "6"]
+        assert main([config, "--output_dir", str(again), *RESUME, *more]) == 0
+        if streaming:
+            words, first = f"{words.split('; ')[0]}; the data goes on where it was", 40
+        assert f"per_device_train_batch_size: 4 -> {size}; {words}\n" in capsys.readouterr().out
+        assert read == data[first : first + 2 * size]
+    again = interrupt(run, tmp_path / "same", keep="checkpoint-5")
+    read.clear()
+    more = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
+    assert main([config, "--output_dir", str(again), *RESUME, *more]) == 0
+    assert "gradient_accumulation_steps: 2 -> 4; a step takes 8 examples as before\n" in capsys.readouterr().out
+    assert read == data[40:]
+
+
 def test_a_key_that_run_yaml_does_not_hold_is_at_its_default(base, tmp_path, capsys):
     """It is of an older gracile, which had no such key."""
     config, run = base
