@@ -124,32 +124,40 @@ def read(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_steps_of_another_size_go_on_with_the_data_that_is_told(streaming, tiny, tmp_path, read, capsys):
-    config = tiny(streaming=streaming, max_steps=10, save_steps=5, report_to="none")
+def test_steps_of_another_size_go_on_with_the_data_that_is_told(tiny, tmp_path, read, capsys):
+    config = tiny(max_steps=10, report_to="none")
     assert main([config]) == 0
     data, run = list(read), tmp_path / "run"
     assert len(set(data)) == 80, "steps of 2 x 4"
-    for size, words, first in (
-        (2, "a step takes 4 examples from step 6 on, 8 before; the data goes on at example 20 in place of 40: "
-         "20 come again", 20),
-        (6, "a step takes 12 examples from step 6 on, 8 before; the data goes on at example 60 in place of 40: "
-         "20 are left out", 60),
-    ):  # fmt: skip
-        again = interrupt(run, tmp_path / str(size), keep="checkpoint-5")
+
+    def goes_on(name, *more):
+        again = interrupt(run, tmp_path / name, keep="checkpoint-5")
         read.clear()
-        more = ["--per_device_train_batch_size", str(size), "--max_steps", "6"]
-        assert main([config, "--output_dir", str(again), *RESUME, *more]) == 0
-        if streaming:
-            words, first = f"{words.split('; ')[0]}; the data goes on where it was", 40
-        assert f"per_device_train_batch_size: 4 -> {size}; {words}\n" in capsys.readouterr().out
-        assert read == data[first : first + 2 * size]
-    again = interrupt(run, tmp_path / "same", keep="checkpoint-5")
+        assert main([config, "--output_dir", str(again), *RESUME, "--max_steps", "6", *more]) == 0
+        return capsys.readouterr().out
+
+    told = goes_on("smaller", "--per_device_train_batch_size", "2")
+    assert "4 -> 2; a step takes 4 examples from step 6 on, 8 before; the data goes on at example 20 in place " in told
+    assert " in place of 40: 20 come again\n" in told
+    assert read == data[20:24]
+    told = goes_on("larger", "--gradient_accumulation_steps", "3")
+    assert "2 -> 3; a step takes 12 examples from step 6 on, 8 before; the data goes on at example 60 in place " in told
+    assert " in place of 40: 20 are left out\n" in told
+    assert read == data[60:72]
+    told = goes_on("same", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4")
+    assert "gradient_accumulation_steps: 2 -> 4; a step takes 8 examples as before\n" in told
+    assert read == data[40:48]
+
+
+def test_a_stream_goes_on_where_it_was_also_with_steps_of_another_size(tiny, tmp_path, read, capsys):
+    config = tiny(streaming=True, max_steps=6, report_to="none")
+    assert main([config]) == 0
+    data, again = list(read), interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-5")
     read.clear()
-    more = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
-    assert main([config, "--output_dir", str(again), *RESUME, *more]) == 0
-    assert "gradient_accumulation_steps: 2 -> 4; a step takes 8 examples as before\n" in capsys.readouterr().out
-    assert read == data[40:]
+    assert main([config, "--output_dir", str(again), *RESUME, "--per_device_train_batch_size", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "4 -> 2; a step takes 4 examples from step 6 on, 8 before; the data goes on where it was\n" in told
+    assert read == data[40:44]
 
 
 def test_a_key_that_run_yaml_does_not_hold_is_at_its_default(base, tmp_path, capsys):
