@@ -48,7 +48,8 @@ def trained():
         key = (config.model.model, config.model.layer)
         if key not in models:
             models.clear()
-            model = models[key] = converted(build_llama(config.model.model), config)
+            plain = build_llama(config.model.model, **(config.model.model_overrides or {}))
+            model = models[key] = converted(plain, config)
             for p in model.parameters():
                 if p.requires_grad:
                     p.grad = torch.full_like(p, 1e-3).add_(p.detach(), alpha=0.1)
@@ -57,6 +58,7 @@ def trained():
     return of
 
 
+TWO_LAYERS = ["--model_overrides", '{"num_hidden_layers": 2}']
 NAMES = [*OPTIMIZERS, "adamw on low_rank", "adamw on maestro", "adamw on autosparse"]
 # Every class plans the shapes of the smallest model; those of another, one class of each kind of state.
 KINDS = ("galore_adamw_8bit", "galore_adafactor", "dct_adamw", "sltrain_adamw_8bit", "srigl_adamw", "adamw on maestro")
@@ -74,6 +76,7 @@ def test_weights_gradients_and_state_to_the_byte(trained, size, name):
     chosen = [] if layer is None else ["--layer", layer]
     chosen += ["--sparsity", "0.5"] if OPTIMIZERS[name].accepts() & {"sparsity", "keep"} else []
     chosen += ["--optimizer_args", '{"block_size": 16}'] if "block" in name else []
+    chosen += TWO_LAYERS if size == "2m" else []
     config = config_of("--model", size, "--optimizer", name, "--rank", "32", *chosen)
     model = trained(config)
     optimizer = build_optimizer(model, config.optimizer, config.run)
@@ -249,11 +252,11 @@ def test_checkpointing_by_the_configuration_is_planned_as_the_trainer_does_it():
 @pytest.fixture(scope="module")
 def planner():
     """It remembers the passes that it has planned."""
-    return Planner(config_of())
+    return Planner(config_of(*TWO_LAYERS))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("budget", [GIB // 8, GIB // 2, 3 * GIB])
+@pytest.mark.parametrize("budget", [GIB // 8, 3 * GIB])
 def test_the_largest_micro_batch_fits_and_the_next_does_not(planner, checkpointing, budget):
     found = planner.largest_micro_batch("galore_adamw", checkpointing, budget)
     assert found == 0 or planner.plan("galore_adamw", found, checkpointing).peak <= budget
