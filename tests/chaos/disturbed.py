@@ -1,0 +1,404 @@
+"""Runs that suffer one fault after the other until they are through, and must then be the undisturbed run to the bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from chaos.damage import RUN_FILE, Damage, inflict
+from chaos.disk import Disk
+from chaos.layouts import KEPT, SAVE_STEPS, Layout, found_by
+from chaos.starts import Launched, Pooled, Start
+from helpers import same
+from pool import Pool
+
+from gracile.train.run import checkpoints, history
+from gracile.train.run.contents import AsksForCode
+from gracile.train.run.lock import LOCK
+
+KILL, TERM, INT, FULL, RANK, SECOND = "SIGKILL", "SIGTERM", "SIGINT", "full disk", "one rank killed", "second process"
+TRUNCATED, FLIPPED, POISONED, NONE_LEFT = "truncated", "flipped", "poisoned", "all damaged"
+ENDS, OTHERS = (KILL, TERM, INT, FULL, RANK), (TRUNCATED, FLIPPED, POISONED, SECOND)
+KINDS = (*ENDS, *OTHERS, NONE_LEFT)
+STARTING, TRAINING, SAVING = "starting", "training", "saving"
+LAUNCH_EVERY = 5  # every fifth start is a launcher's
+
+
+class Unexpected(Exception):
+    """A command did what it should not."""
+
+
+def demand(holds: object, *words: object) -> None:
+    if not holds:
+        raise Unexpected(" ".join(map(str, words)))
+
+
+class Disturbed:
+    """Of one layout; ``suffer`` until so many faults have come, and compare."""
+
+    def __init__(
+        self, layout: Layout, pool: Pool, config: Path, folder: Path, moments: random.Random, disk: Disk | None = None
+    ) -> None:
+        self.layout, self.pool, self.config, self.folder = layout, pool, config, folder
+        self.moments, self.disk = moments, disk
+        self.mark, self.log = folder / "mark", folder / "log.txt"
+        self.run = folder / "run-0"
+        self.counts: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self.launches = True
+        self._starts = self._rounds = 0
+        self._ends = self._bag([kind for kind in ENDS if self._possible(kind)])
+        self._others = self._bag(OTHERS)
+        self._moments = self._bag((STARTING, TRAINING, SAVING, TRAINING, SAVING))
+        self._other: str | None = None  # drawn, and not yet possible
+
+    def _possible(self, kind: str) -> bool:
+        return not ((kind == RANK and self.layout.ranks == 1) or (kind == FULL and self.disk is None))
+
+    def _bag(self, kinds: tuple[str, ...] | list[str]) -> Iterator[str]:
+        """Each of them once, in any order, and again."""
+        while True:
+            yield from self.moments.sample(kinds, len(kinds))
+
+    # ---- a run from its begin to its end ----------------------------------------------------------------------------
+
+    def undisturbed(self) -> None:
+        begin = time.monotonic()
+        start = self._start(self.folder / "whole")
+        demand(start.wait(300) == [0] * self.layout.ranks, start.output()[-3000:])
+        self.seconds = time.monotonic() - begin
+        self.truth = found_by(self.folder / "whole")
+        self.steps = self.truth["losses"][-1]["step"]
+        shutil.rmtree(self.folder / "whole")
+
+    def suffer(self, faults: int) -> None:
+        """Runs with faults, one after the other, until there were enough."""
+        self.undisturbed()
+        print(f"{self.layout.name}: {self.steps} steps undisturbed, {self.seconds:.0f} s", flush=True)
+        while self.counts.total() < faults and len(self.failures) < 3:
+            self._rounds += 1
+            self.run = self.folder / f"run-{self._rounds}"
+            try:
+                self._through(faults)
+            except Unexpected as error:
+                self.failures.append(f"{self.layout.name}: {error}")
+                print(f"FAILED: {self.failures[-1]}", flush=True)
+            if self.disk is not None:
+                self.disk.empty()
+            shutil.rmtree(self.run, ignore_errors=True)
+
+    def _through(self, faults: int) -> None:
+        while not self._start_and_fault(faults):
+            pass
+        found = found_by(self.run)
+        for what in ("losses", "validation"):
+            demand(found[what] == self.truth[what], "the", what, "differ from those of the undisturbed run")
+        demand(same(found["weights"], self.truth["weights"]), "the weights differ from those of the undisturbed run")
+        for name in ("loss.png", "config.json", "tokenizer.json", RUN_FILE, history.HISTORY_FILE):
+            demand((self.run / name).is_file(), name, "is missing at the end")
+        demand(not (self.run / LOCK).exists(), "the lock is left")
+        print(f"{self.layout.name}: run {self._rounds} is through, every loss and weight as undisturbed", flush=True)
+        if self.counts[NONE_LEFT] == 0:
+            self._all_damaged()
+
+    def _start_and_fault(self, faults: int) -> bool:
+        """One start of the run, and whether it came to the end."""
+        before = self._whole()
+        damage = self._damage(before) if self.counts.total() < faults else None
+        expected = next((c for c in before if damage is None or c != damage.checkpoint or damage.answer == "taken"), None)
+        start = self._start(self.run, *(["--resume_from_checkpoint", "auto"]))
+        try:
+            if damage is not None and damage.answer in ("refused", "either"):
+                if self._refused(start, damage):
+                    return False
+            ended = self._fault(start, faults)
+        finally:
+            start.kill()
+        if damage is not None and damage.answer != "refused":
+            self._skipped(start, damage, expected)
+        said = re.search(r"^continuing from (\S+?),?(?: |$)", start.output(), re.MULTILINE)
+        demand(said is None or said[1] == str(expected), "it went on from", said and said[1], "not from", expected)
+        self._nothing_lost([c for c in before if damage is None or c != damage.checkpoint])
+        return ended
+
+    def _start(self, run: Path, *more: str) -> Start:
+        arguments = [str(self.config), "--output_dir", str(run), *self.layout.engine, *more]
+        self._starts += 1
+        if self.launches and self._starts % LAUNCH_EVERY == 0:
+            without = [str(self.config), "--output_dir", str(run), *more]  # the launcher adds the engine
+            return Launched(self.layout, run, without, self.log)
+        return Pooled(self.pool, self.layout, run, arguments)
+
+    def _whole(self) -> list[Path]:
+        """The whole checkpoints, newest first."""
+        return [c for c in checkpoints.checkpoints(self.run) if sound(c)] if self.run.exists() else []
+
+    def _newest(self) -> int:
+        sealed = [c for c in checkpoints.checkpoints(self.run) if checkpoints.is_sealed(c)] if self.run.exists() else []
+        return checkpoint_step(sealed[0]) if sealed else 0
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+
+    def _draw_other(self) -> str:
+        kind = self._other or next(self._others)
+        self._other = None
+        return kind
+
+    def _damage(self, whole: list[Path]) -> Damage | None:
+        """Of a file of the newest whole checkpoint, where there is another."""
+        if self.moments.random() < 0.2:
+            return None
+        kind = self._draw_other()
+        if kind == SECOND or len(whole) < 2:
+            self._other = kind
+            return None
+        self.saved_run_file = (self.run / RUN_FILE).read_bytes()
+        return inflict(kind, self.run, whole[0], self.moments, self.mark)
+
+    def _refused(self, start: Start, damage: Damage) -> bool:
+        """Whether the run says in one line that it does not start; what the line asks for is done then."""
+        if damage.answer == "either":
+            self._until(lambda: start.ended() or "validation blocks of" in start.output(), start)
+            if not start.ended():
+                return False
+        codes, lines = start.wait(), start.lines()
+        demand(set(codes) <= {2} or isinstance(start, Launched), "exit codes", codes, "for", damage, start.output()[-900:])
+        demand(len(lines) == 1, "lines for", damage, lines, start.output()[-900:])
+        demand(damage.file.name in lines[0] or "the data is not that" in lines[0] or " but the run in " in lines[0], lines)
+        self._clean(start)
+        if damage.checkpoint is None:
+            damage.file.write_bytes(self.saved_run_file)
+        else:
+            shutil.rmtree(damage.checkpoint)
+        self._count(damage.kind, f"{damage}: refused", lines[0])
+        return True
+
+    def _skipped(self, start: Start, damage: Damage, expected: Path | None) -> None:
+        """It went on, and the line that names the damaged checkpoint was said; if it came so far."""
+        output = start.output()
+        if "validation blocks of" not in output:
+            return  # what is to be counted is what was seen
+        answer = f"{damage}: went on from {expected and expected.name}"
+        if damage.answer == "skipped":
+            assert damage.checkpoint is not None
+            (line,) = re.findall(rf"^skipping {re.escape(str(damage.checkpoint))}: .*$", output, re.MULTILINE) or [""]
+            named = damage.file.name == checkpoints.MANIFEST or damage.file.name in line
+            demand(line and named, "nothing said of", damage, output[-900:])
+            answer += f" after {line.partition(': ')[2]!r}"
+        self._count(damage.kind, answer)
+
+    def _all_damaged(self) -> None:
+        """A copy of the run, without a whole checkpoint, is refused in one line."""
+        run, self.run = self.run, self.folder / "copy"
+        shutil.copytree(run, self.run)
+        for checkpoint in checkpoints.checkpoints(self.run):
+            inside = self.moments.choice(("model.safetensors", "scheduler.pt", "trainer_state.json"))
+            (checkpoint / inside).write_bytes(b"")
+        start = Pooled(self.pool, self.layout, self.run, [str(self.config), "--output_dir", str(self.run),
+                       *self.layout.engine, "--resume_from_checkpoint", "true"])  # fmt: skip
+        codes, lines = start.wait(), start.lines()
+        demand(set(codes) == {2} and len(lines) == 1 and "no whole checkpoint" in lines[0], codes, lines)
+        self._clean(start)
+        self._count(NONE_LEFT, "refused", lines[0])
+        shutil.rmtree(self.run)
+        self.run = run
+
+    # ---- what happens to a process ----------------------------------------------------------------------------------
+
+    def _fault(self, start: Start, faults: int) -> bool:
+        """Let it run, with a fault at some moment; whether it came to the end."""
+        if self._other == SECOND and self.counts.total() < faults:
+            self._second(start)
+        if self.counts.total() >= faults or start.ended():
+            codes = start.wait(300)
+            demand(set(codes) == {0}, "exit codes", codes, start.output()[-3000:])
+            return True
+        kind, moment = next(self._ends), next(self._moments)
+        if kind == RANK and moment == STARTING:
+            moment = TRAINING  # before the processes know each other they wait for one another, and launchers end that
+        if not self._reach(moment, start):
+            return self._fault(start, 0)  # too late
+        victim = self._strike(kind, start)
+        codes = start.wait(40)
+        if set(codes) == {0}:
+            return True
+        self._clean(start)
+        if self.disk is not None:
+            self.disk.empty()
+        Answer(self, start, codes, moment).to(kind, victim)
+        lines = start.lines()
+        self._count(kind, f"{moment} ({start.name}), newest checkpoint {self._newest()}", lines[0] if lines else "")
+        return False
+
+    def _reach(self, moment: str, start: Start) -> bool:
+        """Wait for it; False if the run has come to its end before."""
+        self._until(lambda: start.began() or start.ended(), start)
+        if moment == STARTING:
+            self._sleep(0, 2.5 if isinstance(start, Pooled) else 12)
+            return not start.ended()
+        self._until(lambda: "validation blocks of" in start.output() or start.ended(), start)
+        # the folder may have newer ones, damaged, of which the next save is one
+        goal = self._newest() + self.moments.choice((1, 2, 3)) * SAVE_STEPS
+        first = {c: c.stat().st_mtime_ns for c in checkpoints.checkpoints(self.run)}
+
+        def new() -> list[Path]:
+            return [c for c in checkpoints.checkpoints(self.run) if first.get(c) != mtime(c)]
+
+        def there() -> bool:
+            if moment == SAVING:
+                return any(not checkpoints.is_sealed(c) for c in new())
+            return any(checkpoint_step(c) >= goal or c in first for c in new())
+
+        if moment == SAVING:
+            self._sleep(0, 1)
+        self._until(lambda: start.ended() or there(), start)
+        self._sleep(0, 0.01 if moment == SAVING else 0.3)
+        return not start.ended()
+
+    def _strike(self, kind: str, start: Start) -> int | None:
+        """The fault itself; of one rank that is killed, which."""
+        victim = self.moments.randrange(self.layout.ranks) if kind == RANK else None
+        if kind == KILL:
+            start.kill()
+        elif kind == FULL:
+            assert self.disk is not None
+            self.disk.fill()
+        elif kind == RANK:
+            start.tell(signal.SIGKILL, victim)
+        else:
+            alone = isinstance(start, Pooled) and "validation blocks of" in start.output() and self._trains(start)
+            start.tell(signal.Signals[kind], self.moments.randrange(self.layout.ranks) if alone else None)
+        return victim
+
+    def _trains(self, start: Start) -> bool:
+        """Whether all ranks wait for signals at the end of steps, where one speaks for all."""
+        return self.moments.random() < 0.5 and re.search(r"^step \d+/", start.output(), re.MULTILINE) is not None
+
+    def _second(self, first: Start) -> None:
+        """Another launch in the folder is refused in one line, and the first goes on."""
+        self._other = None
+        self._until(lambda: first.ended() or (self.run / LOCK).exists() and first.began(), first)
+        self._sleep(0, 1.5)
+        if first.ended():
+            return
+        more = self.moments.choice(([], ["--resume_from_checkpoint", "true"]))
+        second = Pooled(self.pool, self.layout, self.run, [str(self.config), "--output_dir", str(self.run),
+                        *self.layout.engine, *more])  # fmt: skip
+        codes, lines = second.wait(), second.lines()
+        if first.ended():
+            return  # the folder was free
+        demand(set(codes) == {2}, "a second process ended with", codes, second.output()[-2000:])
+        demand(len(lines) == 1 and "is in use by process" in lines[0], "a second process said", lines)
+        demand((self.run / LOCK).exists(), "the lock is gone")
+        self._clean(second)
+        self._count(SECOND, f"{'resuming' if more else 'new'}; the first goes on", lines[0])
+
+    # ---- what must hold after each fault ----------------------------------------------------------------------------
+
+    def _clean(self, start: Start) -> None:
+        demand(not self.mark.exists(), "a poisoned file was executed")
+        demand(not start.traceback(), "a traceback:", start.output()[-3000:])
+        demand(len(start.lines()) <= self.layout.ranks, "more than a line a rank:", start.lines())
+        demand(not start.left(), "left behind:", start.left())
+
+    def _nothing_lost(self, before: list[Path]) -> None:
+        """Whole checkpoints are whole still, but for those that save_total_limit has removed."""
+        sealed = [c for c in checkpoints.checkpoints(self.run) if checkpoints.is_sealed(c)]
+        for checkpoint in before:
+            newer = [c for c in sealed if mtime(c) > (mtime(checkpoint) or 0) and c != checkpoint]
+            demand(sound(checkpoint) or len(newer) >= KEPT, checkpoint.name, "was lost; there are", [c.name for c in sealed])
+        file = self.run / history.HISTORY_FILE
+        for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+            demand(line.count('"time"') <= 1, "two events on a line of history.jsonl:", line)
+
+    def _until(self, there: Callable[[], bool], start: Start, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not there():
+            demand(time.monotonic() < deadline, "it never came", start.output()[-2000:])
+            time.sleep(0.001)
+
+    def _sleep(self, least: float, most: float) -> None:
+        time.sleep(self.moments.uniform(least, most))
+
+    def _count(self, kind: str, what: str, line: str = "") -> None:
+        self.counts[kind] += 1
+        said = line.replace(str(self.folder), "...")
+        print(f"{self.layout.name:6} {self.counts.total():3} {kind:16} {what}{said and ': ' + said}", flush=True)
+
+
+class Answer:
+    """What a start that was struck has said and how it ended, and what it should have."""
+
+    def __init__(self, run: Disturbed, start: Start, codes: list[int], moment: str) -> None:
+        self.run, self.start, self.codes, self.moment = run, start, codes, moment
+        self.lines, self.pooled = start.lines(), isinstance(start, Pooled)
+        self.ranks = run.layout.ranks
+
+    def to(self, kind: str, victim: int | None) -> None:
+        if kind == KILL:
+            self._codes({-signal.SIGKILL})
+        elif kind == FULL:
+            self._full()
+        elif kind == RANK:
+            self._lost(victim)
+        else:
+            self._stopped(kind, signal.Signals[kind])
+
+    def _codes(self, allowed: set[int]) -> None:
+        if self.pooled or self.ranks == 1:
+            demand(set(self.codes) <= allowed, "exit codes", self.codes, "not", allowed, self.start.output()[-3000:])
+        else:
+            demand(self.codes != [0], "the launcher ended with 0")
+
+    def _full(self) -> None:
+        self._codes({1, 2} if self.moment == STARTING else {1})
+        words = ("No space left", "is the disk full?", "another process of the run")
+        demand(self.lines and all(any(word in line for word in words) for line in self.lines), "it said", self.lines)
+        demand(any(word in line for line in self.lines for word in words[:2]), "nobody names the disk:", self.lines)
+
+    def _lost(self, victim: int | None) -> None:
+        """The other ranks notice within seconds."""
+        if self.pooled:
+            others = [code for rank, code in enumerate(self.codes) if rank != victim]
+            demand(self.codes[victim or 0] == -signal.SIGKILL and set(others) == {1}, "exit codes", self.codes,
+                   self.start.output()[-3000:])  # fmt: skip
+            demand(len(self.lines) == len(others), "it said", self.lines)
+        else:
+            demand(self.codes != [0], "the launcher ended with 0")
+
+    def _stopped(self, name: str, number: int) -> None:
+        if self.moment == STARTING:
+            # a rank that is struck before it listens dies of it; one whose neighbours have gone says that
+            self._codes({128 + number, -signal.SIGTERM, 1} if name == TERM else {128 + number, 1})
+            return
+        self._codes({128 + number})
+        demand(len(self.lines) == 1 and f"stopped by {name}" in self.lines[0], "it said", self.lines)
+        step = re.search(r"after step (\d+); ", self.lines[0])
+        demand(step or self.run._newest() >= self.run.steps, "no step:", self.lines[0])
+        saved = self.run.run / f"checkpoint-{step[1] if step else self.run._newest()}"
+        demand(sound(saved) and f"{saved} is whole" in self.lines[0], saved.name, "is not whole:", self.lines[0])
+
+
+def sound(checkpoint: Path) -> bool:
+    try:
+        return checkpoints.fault(checkpoint) is None
+    except AsksForCode:
+        return False
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def mtime(checkpoint: Path) -> int | None:
+    try:
+        return checkpoint.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
