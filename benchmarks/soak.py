@@ -24,7 +24,13 @@ from statistics import median
 RESULTS = Path(__file__).parent / "results"
 SETTLED = 1000  # steps after which nothing may grow
 EVERY = 500
-TINY = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 400}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 400,
+}
 RECORD = 64 * 1024  # bytes that a thousand steps may add: ten logs of each hundred, in text, and events
 
 
@@ -43,9 +49,10 @@ class Sample:
 
 
 def command(folder: Path, steps: int) -> list[str]:
+    """Some steps more, so that there is a log after the last sample is due."""
     run = [sys.executable, "-m", "gracile.train.pretrain", "quickstart", "--model_overrides", json.dumps(TINY)]
     run += ["--block_size", "32", "--rank", "8", "--per_device_train_batch_size", "4", "--validation_blocks", "32"]
-    return [*run, "--max_steps", str(steps), "--disable_tqdm", "true", "--output_dir", str(folder)]
+    return [*run, "--max_steps", str(steps + 20), "--disable_tqdm", "true", "--output_dir", str(folder)]
 
 
 def samples(folder: Path, steps: int) -> Iterator[Sample]:
@@ -100,7 +107,9 @@ def verdict(found: list[Sample]) -> list[str]:
         lines.append(f"{'' if len(values) == 1 else 'NOT '}flat: {words}, {' or '.join(map(str, sorted(values)))}")
     sizes = [sample.weights for sample in settled]
     same = max(sizes) - min(sizes) < 1024  # numbers in their text have more or fewer digits
-    lines.append(f"{'' if same else 'NOT '}flat: checkpoints without the record, {min(sizes):,} to {max(sizes):,} bytes")
+    lines.append(
+        f"{'' if same else 'NOT '}flat: checkpoints without the record, {min(sizes):,} to {max(sizes):,} bytes"
+    )
     for name, words in (("record", "the record of losses in a checkpoint"), ("events", "TensorBoard's events")):
         first, last = (getattr(sample, name) for sample in (settled[0], settled[-1]))
         rate = 1000 * (last - first) / (settled[-1].step - settled[0].step)

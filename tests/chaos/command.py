@@ -2,6 +2,6 @@
 
 print("begun", flush=True)
 
-from gracile.train.cli import command
+from gracile.train.cli import command  # noqa: E402 - the line comes before what takes long
 
 command()

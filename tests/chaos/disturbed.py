@@ -1,8 +1,7 @@
-"""Runs that suffer one fault after the other until they are through, and must then be the undisturbed run to the bit."""
+"""Runs that suffer one fault after the other until they are through, and must be the undisturbed run to the bit."""
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import shutil
@@ -112,12 +111,13 @@ class Disturbed:
         """One start of the run, and whether it came to the end."""
         before = self._whole()
         damage = self._damage(before) if self.counts.total() < faults else None
-        expected = next((c for c in before if damage is None or c != damage.checkpoint or damage.answer == "taken"), None)
-        start = self._start(self.run, *(["--resume_from_checkpoint", "auto"]))
+        expected = next(
+            (c for c in before if damage is None or c != damage.checkpoint or damage.answer == "taken"), None
+        )
+        start = self._start(self.run, "--resume_from_checkpoint", "auto")
         try:
-            if damage is not None and damage.answer in ("refused", "either"):
-                if self._refused(start, damage):
-                    return False
+            if damage is not None and damage.answer in ("refused", "either") and self._refused(start, damage):
+                return False
             ended = self._fault(start, faults)
         finally:
             start.kill()
@@ -169,9 +169,13 @@ class Disturbed:
             if not start.ended():
                 return False
         codes, lines = start.wait(), start.lines()
-        demand(set(codes) <= {2} or isinstance(start, Launched), "exit codes", codes, "for", damage, start.output()[-900:])
+        demand(
+            set(codes) <= {2} or isinstance(start, Launched), "exit codes", codes, "for", damage, start.output()[-900:]
+        )
         demand(len(lines) == 1, "lines for", damage, lines, start.output()[-900:])
-        demand(damage.file.name in lines[0] or "the data is not that" in lines[0] or " but the run in " in lines[0], lines)
+        demand(
+            damage.file.name in lines[0] or "the data is not that" in lines[0] or " but the run in " in lines[0], lines
+        )
         self._clean(start)
         if damage.checkpoint is None:
             damage.file.write_bytes(self.saved_run_file)
@@ -284,7 +288,7 @@ class Disturbed:
     def _second(self, first: Start) -> None:
         """Another launch in the folder is refused in one line, and the first goes on."""
         self._other = None
-        self._until(lambda: first.ended() or (self.run / LOCK).exists() and first.began(), first)
+        self._until(lambda: first.ended() or ((self.run / LOCK).exists() and first.began()), first)
         self._sleep(0, 1.5)
         if first.ended():
             return
@@ -313,7 +317,12 @@ class Disturbed:
         sealed = [c for c in checkpoints.checkpoints(self.run) if checkpoints.is_sealed(c)]
         for checkpoint in before:
             newer = [c for c in sealed if mtime(c) > (mtime(checkpoint) or 0) and c != checkpoint]
-            demand(sound(checkpoint) or len(newer) >= KEPT, checkpoint.name, "was lost; there are", [c.name for c in sealed])
+            demand(
+                sound(checkpoint) or len(newer) >= KEPT,
+                checkpoint.name,
+                "was lost; there are",
+                [c.name for c in sealed],
+            )
         file = self.run / history.HISTORY_FILE
         for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
             demand(line.count('"time"') <= 1, "two events on a line of history.jsonl:", line)
@@ -342,6 +351,10 @@ class Answer:
         self.ranks = run.layout.ranks
 
     def to(self, kind: str, victim: int | None) -> None:
+        for line in self.lines:
+            named = re.search(r"(\S+) is whole", line)
+            demand(named is None or sound(Path(named[1])), "it is not whole:", line)
+            demand("no checkpoint had been saved" not in line or not self.run._whole(), "there are some:", line)
         if kind == KILL:
             self._codes({-signal.SIGKILL})
         elif kind == FULL:

@@ -244,6 +244,51 @@ def test_older_checkpoints_go_only_after_the_new_one_is_sealed(tiny, tmp_path, m
     assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-12"]
 
 
+@pytest.mark.parametrize("damage", ["cut short", "flipped"])
+def test_a_checkpoint_that_is_not_whole_pushes_no_whole_one_out(tiny, tmp_path, damage):
+    """save_total_limit counts those that a run could go on from."""
+    settings = {"save_total_limit": 2, "gradient_accumulation_steps": 1}
+    assert main([tiny(max_steps=4, save_steps=2, **settings)]) == 0
+    run = tmp_path / "run"
+    if damage == "cut short":
+        (run / "checkpoint-8").mkdir()
+        left, steps = {"checkpoint-4", "checkpoint-5"}, 5
+    else:
+        data = bytearray((run / "checkpoint-4" / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (run / "checkpoint-4" / "model.safetensors").write_bytes(data)
+        left, steps = {"checkpoint-2", "checkpoint-3"}, 3
+    config = tiny(max_steps=steps, save_steps=9, **settings)
+    assert main([config, "--resume_from_checkpoint", "true"]) == 0
+    whole = {c.name for c in checkpoints.checkpoints(run) if checkpoints.fault(c) is None}
+    assert whole == left
+
+
+def test_a_loss_of_a_validation_that_is_not_finite_leaves_a_checkpoint_that_every_reader_takes(
+    tiny, tmp_path, metrics, monkeypatch
+):
+    """And the run goes on from there to the same metrics.json."""
+    evaluate = transformers.Trainer.evaluate
+
+    def diverged(self, *args, **kwargs):
+        found = {**evaluate(self, *args, **kwargs), "eval_loss": math.nan}
+        self.state.log_history[-1]["eval_loss"] = math.nan
+        return found
+
+    monkeypatch.setattr(transformers.Trainer, "evaluate", diverged)
+    config = tiny(max_steps=4, save_steps=2, eval_strategy="steps", eval_steps=2)
+    assert main([config]) == 0
+
+    def strict(name):
+        raise ValueError(name)
+
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text(), parse_constant=strict)
+    assert [e["eval_loss"] for e in state["log_history"] if "eval_loss" in e] == [None]
+    broken = interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-2")
+    assert main([config, "--output_dir", str(broken), "--resume_from_checkpoint", "true"]) == 0
+    assert metrics(broken)["history"] == metrics(tmp_path / "run")["history"]
+
+
 def test_a_loss_that_turns_non_finite_stops_the_run_and_the_last_checkpoint_stays(tiny, tmp_path, monkeypatch, capsys):
     forward = transformers.LlamaForCausalLM.forward
 

@@ -30,10 +30,12 @@ def explained(error: Exception) -> str | None:
 
 
 def what_stays(output_dir: Path | None) -> str:
-    """Where the run can go on from."""
+    """Where the run can go on from; None for one whose configuration was not read yet."""
     from . import checkpoints
 
-    kept = None if output_dir is None else checkpoints.newest_whole(output_dir, sizes_only=True)[0]
+    if output_dir is None:
+        return "nothing had begun"
+    kept = checkpoints.newest_whole(output_dir, sizes_only=True)[0]
     if kept is None:
         return "no checkpoint had been saved"
     return f"{kept} is whole: go on with the same command and --resume_from_checkpoint true"

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ...models.convert import merge
 from ...models.layers import FactoredLinear
 from ...optim.distributed import UnsupportedLayout
-from ..atomic_write import write_atomically
+from ..atomic_write import valid_json, write_atomically
 from ..build.callbacks import ScheduleCallback
 from ..build.layers import merges, schedule_of
 from ..build.model import untrained
@@ -28,7 +28,7 @@ from ..config.arguments import Config, RunArguments
 from ..data.stream import BlockStream
 from ..engines import layout as layouts
 from ..engines.deepspeed import safe_classes
-from ..errors import BadInput, RunStopped
+from ..errors import BadInput, CannotLoad, RunStopped
 from . import art, changes, checkpoints, distillation
 
 UNLOGGED = "unlogged.json"
@@ -153,10 +153,12 @@ class PretrainTrainer(Trainer):
         if self.args.should_save:
             checkpoints.unseal(checkpoint)
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # nothing is deleted before the seal
+        logged, self.state.log_history = self.state.log_history, []
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit, self.state.log_history = limit, logged
+        self._save_logged(checkpoint)
         self._save_unlogged(checkpoint)
         assert self.given_optimizer is not None
         layouts.save(checkpoint, self.layout, self.given_optimizer, self.args.should_save)
@@ -166,12 +168,7 @@ class PretrainTrainer(Trainer):
                 done = self.state.global_step * self.get_total_train_batch_size(self.args)
                 self.train_dataset.save(checkpoint, done)
             checkpoints.seal(checkpoint)
-            rotate_checkpoints(
-                output_dir=str(self.args.folder),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            checkpoints.rotate(self.args.folder, limit, best=self.state.best_model_checkpoint)
 
     @contextmanager
     def _loading(self, checkpoint: str | Path | None) -> Iterator[None]:
@@ -185,7 +182,17 @@ class PretrainTrainer(Trainer):
             if checkpoint is None:
                 raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            raise BadInput(f"checkpoint {str(checkpoint)!r} cannot be loaded: {reason}; resume from another") from error
+            raise CannotLoad(
+                f"checkpoint {str(checkpoint)!r} cannot be loaded: {reason}; resume from another"
+            ) from error
+
+    def _save_logged(self, checkpoint: Path) -> None:
+        """What was logged, as JSON that every reader takes, and without the Trainer's copy of it: that of a long run
+        takes many times as long."""
+        if self.args.should_save:
+            file = checkpoint / TRAINER_STATE_NAME
+            state = json.loads(file.read_text(encoding="utf-8"))
+            write_atomically(file, valid_json({**state, "log_history": self.state.log_history}) + "\n")
 
     def _save_unlogged(self, checkpoint: Path) -> None:
         """Losses since the last log, where a signal came between two logs: their mean is then that of the whole run."""
@@ -300,7 +307,7 @@ class PretrainTrainer(Trainer):
     def is_finished(self, checkpoint: Path) -> bool:
         """Whether the checkpoint is the end of this run, after which the Trainer's loop would train one step more."""
         with self._loading(checkpoint):
-            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if self.args.max_steps > 0:
             return state.global_step >= self.args.max_steps
         return state.global_step >= state.max_steps and state.num_train_epochs >= self.args.num_train_epochs
@@ -311,7 +318,7 @@ class PretrainTrainer(Trainer):
             self._load_finished(checkpoint)
 
     def _load_finished(self, checkpoint: Path) -> None:
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if self.is_fsdp_enabled:  # loads into a model that is split already
             self._prepare_for_training(self.state.max_steps, None, str(checkpoint))
             return
