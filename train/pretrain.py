@@ -84,7 +84,8 @@ def _pretrain(config: Config, requests: StopRequests | None) -> dict[str, Any]:
     changes: list[Change] = []
     if resuming(run):
         folder = output_dir if checkpoint is None else checkpoint.parent
-        changes = check_same_run(config, folder, data, checkpoint)
+        # found once: the first process may have written run.yaml anew before another one reads it
+        changes = on_main(run, lambda: check_same_run(config, folder, data, checkpoint))
 
     set_seed(run.seed)
     model = build_model(config, checkpoint if resharded else None)
