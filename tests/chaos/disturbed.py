@@ -288,7 +288,7 @@ class Disturbed:
     def _second(self, first: Start) -> None:
         """Another launch in the folder is refused in one line, and the first goes on."""
         self._other = None
-        self._until(lambda: first.ended() or ((self.run / LOCK).exists() and first.began()), first)
+        self._until(lambda: first.ended() or "validation blocks of" in first.output(), first)  # it has the lock
         self._sleep(0, 1.5)
         if first.ended():
             return

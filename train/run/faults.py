@@ -24,9 +24,14 @@ def explained(error: Exception) -> str | None:
     if isinstance(error, (RuntimeError, OSError)):
         if any(word in text for word in WRITER):
             return f"a file of a checkpoint could not be written: {text.split('. ', 1)[-1]}; is the disk full?"
-        if any(word in text for word in LOST):
+        if is_lost(error):
             return "another process of the run has ended, or cannot be reached"
     return None
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether another process has gone, which can happen wherever processes speak with each other."""
+    return isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in LOST)
 
 
 def what_stays(output_dir: Path | None) -> str:

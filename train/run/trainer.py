@@ -29,7 +29,7 @@ from ..data.stream import BlockStream
 from ..engines import layout as layouts
 from ..engines.deepspeed import safe_classes
 from ..errors import BadInput, CannotLoad, RunStopped
-from . import art, changes, checkpoints, distillation
+from . import art, changes, checkpoints, distillation, faults
 
 UNLOGGED = "unlogged.json"
 COUNTERS = ("last_epoch", "_step_count", "_last_lr", "optimizer")  # of a scheduler: what a step changes
@@ -179,7 +179,7 @@ class PretrainTrainer(Trainer):
         except (BadInput, RunStopped, UnsupportedLayout):
             raise
         except Exception as error:
-            if checkpoint is None:
+            if checkpoint is None or faults.is_lost(error):
                 raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise CannotLoad(
