@@ -56,7 +56,9 @@ def inflict(kind: str, run: Path, checkpoint: Path, moments: random.Random, mark
     if moments.random() < 0.15:
         change[kind](run / RUN_FILE)
         return Damage(kind, run / RUN_FILE, None, "refused" if kind == "poisoned" else "either")
-    file = moments.choice([path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.stat().st_size])
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.stat().st_size]
+    # a bit is the likelier to flip in a file, the more it has
+    (file,) = moments.choices(files, [path.stat().st_size for path in files] if kind == "flipped" else None)
     change[kind](file)
     sealed = kind == "poisoned" and file.name != checkpoints.MANIFEST and moments.random() < 0.6
     if not sealed:
