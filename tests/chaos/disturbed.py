@@ -89,7 +89,7 @@ class Disturbed:
             except (
                 Exception
             ) as error:  # also one of the checks themselves: the other layouts are looked at all the same
-                self.failures.append(f"{self.layout.name}: {type(error).__name__}: {error}")
+                self.failures.append(f"{self.layout.name}: {type(error).__name__}: {str(error)[:3500]}")
                 print(f"FAILED: {self.failures[-1]}", flush=True)
             if self.disk is not None:
                 self.disk.empty()
@@ -233,11 +233,11 @@ class Disturbed:
             return self._fault(start, 0)  # too late
         victim = self._strike(kind, start)
         codes = start.wait(40)
+        if self.disk is not None:
+            self.disk.empty()
         if set(codes) == {0} and (self.run / "metrics.json").exists():
             return True  # it was through before
         self._clean(start)
-        if self.disk is not None:
-            self.disk.empty()
         Answer(self, start, codes, moment).to(kind, victim)
         lines = start.lines()
         self._count(kind, f"{moment} ({start.name}), newest checkpoint {self._newest()}", lines[0] if lines else "")

@@ -232,6 +232,21 @@ def test_a_neighbour_that_goes_while_a_checkpoint_is_loaded_is_no_fault_of_the_c
     assert "gracile pretrain: another process of the run has ended" in capsys.readouterr().err
 
 
+def test_evaluations_leave_no_loaders_behind(tiny, monkeypatch):
+    """accelerate keeps each one that it prepares, to the end of the run."""
+    kept, evaluate = [], trainer.PretrainTrainer.evaluate
+
+    def counted(self, *args, **kwargs):
+        found = evaluate(self, *args, **kwargs)
+        kept.append(len(self.accelerator._dataloaders))
+        return found
+
+    monkeypatch.setattr(trainer.PretrainTrainer, "evaluate", counted)
+    assert main([tiny(max_steps=4, eval_strategy="steps", eval_steps=1)]) == 0
+    assert len(kept) == 4
+    assert len(set(kept)) == 1, kept
+
+
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(tiny, tmp_path, metrics, capsys):
     config = tiny()
     assert main([config]) == 0

@@ -59,6 +59,7 @@ class PretrainTrainer(Trainer):
         self.changed_keys: set[str] = set()  # since the run that is resumed began
         self._new_decays: list[float] = []
         self._new_schedule: dict[str, Any] = {}
+        self._validation_loader: Any = None
         self._evaluated = (-1, math.nan)  # a step, and the validation loss after it
         self.add_callback(_TakeUpUnlogged(self))
 
@@ -123,6 +124,14 @@ class PretrainTrainer(Trainer):
         if self.schedule is not None and "loss" in logs:
             logs = {**logs, **self.schedule.metrics()}
         super().log(logs, *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The same for all evaluations: accelerate keeps each one that it prepares, to the end of the run."""
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            return super().get_eval_dataloader(eval_dataset)
+        if self._validation_loader is None:
+            self._validation_loader = super().get_eval_dataloader()
+        return self._validation_loader
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         found: dict[str, float] = super().evaluate(*args, **kwargs)
