@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-# What torch says where it writes a file, and where another process has gone; neither has a class of its own.
+# What torch says where it writes a file, and where another process has gone; not all of it has a class of its own.
 WRITER = ("PytorchStreamWriter", "inline_container.cc")
 LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
 
@@ -31,6 +31,8 @@ def explained(error: Exception) -> str | None:
 
 def is_lost(error: Exception) -> bool:
     """Whether another process has gone, which can happen wherever processes speak with each other."""
+    if type(error).__name__ in ("DistNetworkError", "DistStoreError"):  # of the store that the first process holds
+        return True
     return isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in LOST)
 
 
