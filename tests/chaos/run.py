@@ -13,6 +13,7 @@ import argparse
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,7 @@ def table(runs: list[Disturbed]) -> str:
 
 def main() -> int:
     options = parsed(None)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background it is ignored, by runs too
     if options.inside is not None:
         moments = random.Random(options.seed)
         return suffer(options.inside, Disk.mounted(options.inside, moments), options, options.seed)
