@@ -11,32 +11,32 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from chaos.answers import Answer
 from chaos.damage import RUN_FILE, Damage, inflict
 from chaos.disk import Disk
+from chaos.kinds import (
+    ENDS,
+    FULL,
+    KILL,
+    NONE_LEFT,
+    OTHERS,
+    RANK,
+    SAVING,
+    SECOND,
+    STARTING,
+    TRAINING,
+    demand,
+    sound,
+)  # fmt: skip
 from chaos.layouts import KEPT, SAVE_STEPS, Layout, found_by
 from chaos.starts import Launched, Pooled, Start
 from helpers import same
 from pool import Pool
 
 from gracile.train.run import checkpoints, history
-from gracile.train.run.contents import AsksForCode
 from gracile.train.run.lock import LOCK
 
-KILL, TERM, INT, FULL, RANK, SECOND = "SIGKILL", "SIGTERM", "SIGINT", "full disk", "one rank killed", "second process"
-TRUNCATED, FLIPPED, POISONED, NONE_LEFT = "truncated", "flipped", "poisoned", "all damaged"
-ENDS, OTHERS = (KILL, TERM, INT, FULL, RANK), (TRUNCATED, FLIPPED, POISONED, SECOND)
-KINDS = (*ENDS, *OTHERS, NONE_LEFT)
-STARTING, TRAINING, SAVING = "starting", "training", "saving"
 LAUNCH_EVERY = 5  # every fifth start is a launcher's
-
-
-class Unexpected(Exception):
-    """A command did what it should not."""
-
-
-def demand(holds: object, *words: object) -> None:
-    if not holds:
-        raise Unexpected(" ".join(map(str, words)))
 
 
 class Disturbed:
@@ -144,7 +144,7 @@ class Disturbed:
 
     def _newest(self) -> int:
         sealed = [c for c in checkpoints.checkpoints(self.run) if checkpoints.is_sealed(c)] if self.run.exists() else []
-        return checkpoint_step(sealed[0]) if sealed else 0
+        return checkpoints.number(sealed[0]) if sealed else 0
 
     # ---- files ------------------------------------------------------------------------------------------------------
 
@@ -238,7 +238,7 @@ class Disturbed:
         if set(codes) == {0} and (self.run / "metrics.json").exists():
             return True  # it was through before
         self._clean(start)
-        Answer(self, start, codes, moment).to(kind, victim)
+        Answer(self.run, self.layout, start, codes, moment, self.steps).to(kind, victim)
         lines = start.lines()
         self._count(kind, f"{moment} ({start.name}), newest checkpoint {self._newest()}", lines[0] if lines else "")
         return False
@@ -260,7 +260,7 @@ class Disturbed:
         def there() -> bool:
             if moment == SAVING:
                 return any(not checkpoints.is_sealed(c) for c in new())
-            return any(checkpoint_step(c) >= goal or c in first for c in new())
+            return any(checkpoints.number(c) >= goal or c in first for c in new())
 
         if moment == SAVING:
             self._sleep(0, 1)
@@ -342,74 +342,6 @@ class Disturbed:
         self.counts[kind] += 1
         said = line.replace(str(self.folder), "...")
         print(f"{self.layout.name:6} {self.counts.total():3} {kind:16} {what}{said and ': ' + said}", flush=True)
-
-
-class Answer:
-    """What a start that was struck has said and how it ended, and what it should have."""
-
-    def __init__(self, run: Disturbed, start: Start, codes: list[int], moment: str) -> None:
-        self.run, self.start, self.codes, self.moment = run, start, codes, moment
-        self.lines, self.pooled = start.lines(), isinstance(start, Pooled)
-        self.ranks = run.layout.ranks
-
-    def to(self, kind: str, victim: int | None) -> None:
-        for line in self.lines:
-            named = re.search(r"(\S+) is whole", line)
-            demand(named is None or sound(Path(named[1])), "it is not whole:", line)
-            demand("no checkpoint had been saved" not in line or not self.run._whole(), "there are some:", line)
-        if kind == KILL:
-            self._codes({-signal.SIGKILL})
-        elif kind == FULL:
-            self._full()
-        elif kind == RANK:
-            self._lost(victim)
-        else:
-            self._stopped(kind, signal.Signals[kind])
-
-    def _codes(self, allowed: set[int]) -> None:
-        if self.pooled or self.ranks == 1:
-            demand(set(self.codes) <= allowed, "exit codes", self.codes, "not", allowed, self.start.output()[-3000:])
-        elif self.moment != STARTING:  # launchers have codes of their own
-            demand(self.codes != [0], "the launcher ended with 0", self.start.output()[-3000:])
-
-    def _full(self) -> None:
-        self._codes({1, 2} if self.moment == STARTING else {1})
-        words = ("No space left", "is the disk full?", "another process of the run")
-        demand(self.lines and all(any(word in line for word in words) for line in self.lines), "it said", self.lines)
-        demand(any(word in line for line in self.lines for word in words[:2]), "nobody names the disk:", self.lines)
-
-    def _lost(self, victim: int | None) -> None:
-        """The other ranks notice within seconds."""
-        if self.pooled:
-            others = [code for rank, code in enumerate(self.codes) if rank != victim]
-            demand(self.codes[victim or 0] == -signal.SIGKILL and set(others) == {1}, "exit codes", self.codes,
-                   self.start.output()[-3000:])  # fmt: skip
-            demand(len(self.lines) == len(others), "it said", self.lines)
-        else:
-            demand(self.codes != [0], "the launcher ended with 0")
-
-    def _stopped(self, name: str, number: int) -> None:
-        if self.moment == STARTING:
-            # a rank that is struck before it listens dies of it; one whose neighbours have gone says that
-            self._codes({128 + number, -signal.SIGTERM, 1} if name == TERM else {128 + number, 1})
-            return
-        self._codes({128 + number})
-        demand(len(self.lines) == 1 and f"stopped by {name}" in self.lines[0], "it said", self.lines)
-        step = re.search(r"after step (\d+); ", self.lines[0])
-        demand(step or self.run._newest() >= self.run.steps, "no step:", self.lines[0])
-        saved = self.run.run / f"checkpoint-{step[1] if step else self.run._newest()}"
-        demand(sound(saved) and f"{saved} is whole" in self.lines[0], saved.name, "is not whole:", self.lines[0])
-
-
-def sound(checkpoint: Path) -> bool:
-    try:
-        return checkpoints.fault(checkpoint) is None
-    except AsksForCode:
-        return False
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
 
 
 def mtime(checkpoint: Path) -> int | None:

@@ -23,7 +23,8 @@ from pathlib import Path
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # before any import
 
 from chaos.disk import Disk
-from chaos.disturbed import FULL, KINDS, Disturbed
+from chaos.disturbed import Disturbed
+from chaos.kinds import FULL, KINDS
 from chaos.layouts import LAYOUTS, write_config
 from chaos.starts import PATIENCE
 from launched import can_mount

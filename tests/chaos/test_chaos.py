@@ -4,22 +4,23 @@ import random
 
 import pytest
 from chaos import disturbed
-from chaos.disturbed import FULL, Disturbed
+from chaos.disturbed import Disturbed
+from chaos.kinds import FULL
 from chaos.layouts import LAYOUTS, write_config
 
 
 @pytest.fixture
 def run(pool, tmp_path):
-    made = Disturbed(LAYOUTS[0], pool, write_config(tmp_path, 40), tmp_path, random.Random(3))
+    made = Disturbed(LAYOUTS[0], pool, write_config(tmp_path, 30), tmp_path, random.Random(3))
     made.launches = False
     return made
 
 
 def test_a_run_that_suffers_ends_as_the_undisturbed_one(run, capsys):
-    run.suffer(4)
+    run.suffer(3)
     out = capsys.readouterr().out
     assert not run.failures, out
-    assert run.counts.total() >= 4
+    assert run.counts.total() >= 3
     assert run.counts[FULL] == 0, "that needs a file system of its own"
     assert out.count("every loss and weight as undisturbed") >= 1
     assert not any(run.folder.glob("run-*")), "nothing is left"
