@@ -4,8 +4,8 @@
     python benchmarks/soak.py --steps 2000 --table soak.md
 
 The run is a child process with the quickstart's recipe, its checkpoints, evaluations and TensorBoard logs. From step
-1,000 on it is flat where memory does not grow by 2 percent, files, threads and the sizes of checkpoints stay, and what
-does grow is no more than the record of its losses.
+1,000 on it is flat where memory does not grow by 0.3 percent, where files, threads and the sizes of checkpoints
+stay, and where what does grow is the record of its losses alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from statistics import median
 RESULTS = Path(__file__).parent / "results"
 SETTLED = 1000  # steps after which nothing may grow
 EVERY = 500
+MEMORY = 0.003  # a loader that was kept after each evaluation came to 0.004, all logged losses to 0.001
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 176,
@@ -101,7 +102,7 @@ def verdict(found: list[Sample]) -> list[str]:
     """What was seen, a line each; those that begin with NOT say what is not flat."""
     settled = [sample for sample in found if sample.step >= SETTLED]
     more = growth([sample.memory for sample in settled])
-    lines = [f"{'' if more < 0.02 else 'NOT '}flat: resident memory, {more:+.2%} from the first third to the last"]
+    lines = [f"{'' if more < MEMORY else 'NOT '}flat: resident memory, {more:+.2%} from the first third to the last"]
     for name, words in (("files_open", "open files"), ("threads", "threads"), ("files", "files in the folder")):
         values = {getattr(sample, name) for sample in settled}
         lines.append(f"{'' if len(values) == 1 else 'NOT '}flat: {words}, {' or '.join(map(str, sorted(values)))}")
