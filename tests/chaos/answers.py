@@ -65,7 +65,8 @@ class Answer:
             # a rank that is struck before it listens dies of it; one whose neighbours have gone says that
             self._codes({128 + number, -signal.SIGTERM, 1} if name == TERM else {128 + number, 1})
             return
-        self._codes({128 + number})
+        # after the last step a rank that has nothing left to do may have ended before
+        self._codes({128 + number, 0} if self._newest() >= self.steps else {128 + number})
         demand(len(self.lines) == 1 and f"stopped by {name}" in self.lines[0], "it said", self.lines)
         step = re.search(r"after step (\d+); ", self.lines[0])
         demand(step or self._newest() >= self.steps, "no step:", self.lines[0])
