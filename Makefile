@@ -6,7 +6,7 @@ ARGS ?=
 # two workers; the tests that start processes stay on one of them
 TWO := -n 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: help pretrain test test-distributed mutate lint docs kill clean
+.PHONY: help pretrain test test-distributed mutate lint docs chaos clean
 
 help:
 	@echo "make pretrain           train a small LLaMA with GaLore (runs/quickstart); ARGS='--key value ...' changes it"
@@ -15,7 +15,7 @@ help:
 	@echo "make mutate             break the code, one line at a time, and see the tests go red; ARGS='--only TEXT' for some"
 	@echo "make lint               ruff and mypy"
 	@echo "make docs               the documentation (build/docs), warnings as errors; needs Python 3.11"
-	@echo "make kill               kill a run ten times at random and compare it with an undisturbed one"
+	@echo "make chaos              runs with faults at random moments, which must end as undisturbed ones; ARGS='--faults N --seed N'"
 
 pretrain: $(VENV)/.run
 	$(BIN)/gracile pretrain $(ARGS)
@@ -41,8 +41,8 @@ docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo "build/docs/index.html"
 
-kill: $(VENV)/.dev
-	$(BIN)/python tests/train/kill_and_resume.py --kills 10
+chaos: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m chaos.run $(ARGS)
 
 # torch first: what follows then finds it and looks no further
 $(VENV)/.torch: constraints.txt

@@ -26,7 +26,7 @@ os.environ |= {
 }
 
 
-STARTING_PROCESSES = ("tests/distributed/", "tests/compat/", "tests/examples/")
+STARTING_PROCESSES = ("tests/distributed/", "tests/compat/", "tests/examples/", "tests/chaos/")
 
 
 @pytest.hookimpl(optionalhook=True)

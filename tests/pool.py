@@ -68,8 +68,9 @@ class RanksFailed(AssertionError):
 class Pool:
     """The two servers, started when the first job comes."""
 
-    def __init__(self, imported: tuple[str, ...] = IMPORTED) -> None:
-        self.imported = imported
+    def __init__(self, imported: tuple[str, ...] = IMPORTED, patience: float = 0.0) -> None:
+        """``patience``: seconds that what a rank has started may live after it, before it counts as left behind."""
+        self.imported, self.patience = imported, patience
         self.folder = tempfile.TemporaryDirectory(prefix="gracile-pool-")
         self.servers: list[tuple[subprocess.Popen, Connection]] = []
         self.numbers = itertools.count()
@@ -82,6 +83,7 @@ class Pool:
         job = Job(self, next(self.numbers), ranks)
         self.jobs[job.number] = job
         common = {"argv": argv, "target": target, "cwd": os.getcwd(), "job": job.number, "folder": str(job.folder)}
+        common["patience"] = self.patience
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
         environment |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         for rank in range(ranks):
@@ -135,13 +137,14 @@ class Pool:
         """Take in what the servers say of any job."""
         for connection in wait([connection for _, connection in self.servers], seconds):
             try:
-                number, rank, code = connection.recv()
+                number, rank, code, left = connection.recv()
             except (EOFError, ConnectionResetError):
                 logs = "\n".join(path.read_text()[-3000:] for path in Path(self.folder.name).glob("*.log"))
                 self._stop()
                 raise RanksFailed(f"a server of the pool has ended\n{logs}") from None
             if number in self.jobs:
                 self.jobs[number].codes[rank] = code
+                self.jobs[number].left |= {rank} if left else set()
 
     def _signal(self, number: int, which: int, rank: int | None = None) -> None:
         for _, connection in self.servers:
@@ -152,6 +155,7 @@ class Job:
     def __init__(self, pool: Pool, number: int, ranks: int) -> None:
         self.pool, self.number, self.ranks = pool, number, ranks
         self.codes: dict[int, int] = {}
+        self.left: set[int] = set()  # ranks that have left processes behind
         self.folder = Path(pool.folder.name) / str(number)
         self.folder.mkdir()
 
@@ -214,6 +218,7 @@ def serve(connection: Connection, imported: list[str]) -> None:
     """Fork a process for each request, and tell when it has ended."""
     prepare(imported)
     running: dict[int, tuple[int, int]] = {}  # of a process -> its job and rank
+    patience: dict[int, float] = {}
     try:
         while True:
             if connection.poll(0.01 if running else None):
@@ -223,7 +228,7 @@ def serve(connection: Connection, imported: list[str]) -> None:
                     if pid == 0:
                         connection.close()
                         become(request)
-                    running[pid] = request["job"], request["rank"]
+                    running[pid], patience[pid] = (request["job"], request["rank"]), request["patience"]
                 else:
                     number, which, only = request
                     for pid, (job, rank) in list(running.items()):
@@ -235,8 +240,9 @@ def serve(connection: Connection, imported: list[str]) -> None:
                 pid, status = os.waitpid(-1, os.WNOHANG)
                 if pid == 0:
                     break
+                left = _group_outlives(pid, patience.pop(pid))
                 _signal_group(pid, signal.SIGKILL)  # what it started and left
-                connection.send((*running.pop(pid), os.waitstatus_to_exitcode(status)))
+                connection.send((*running.pop(pid), os.waitstatus_to_exitcode(status), left))
     except (EOFError, OSError):
         for pid in running:
             _signal_group(pid, signal.SIGKILL)
@@ -258,6 +264,19 @@ def prepare(imported: list[str]) -> None:
         report.plot_losses = lambda folder, *rest: (folder / "loss.png").write_bytes(b"")
     gc.collect()
     gc.freeze()
+
+
+def _group_outlives(pid: int, seconds: float) -> bool:
+    """Whether what an ended process has started is still there after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            os.killpg(pid, 0)
+        except ProcessLookupError:
+            return False
+        if time.monotonic() >= deadline:
+            return True
+        time.sleep(0.05)
 
 
 def _signal_group(pid: int, which: int) -> None:

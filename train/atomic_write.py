@@ -33,7 +33,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 def valid_json(value: Any, indent: int | None = None) -> str:
     """``value`` as JSON, which has no Infinity and no NaN: these are null."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
 def non_finite(value: Any, name: str = "") -> Iterator[str]:

@@ -7,3 +7,7 @@ class BadInput(Exception):
 
 class RunStopped(Exception):
     """A run that had to stop. Says at which step, why, and what stays. Exit code 1."""
+
+
+class CannotLoad(BadInput):
+    """A file that this process could not load, and that others may have loaded: each process says it for itself."""

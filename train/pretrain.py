@@ -41,11 +41,11 @@ from .engines import deepspeed
 from .engines import layout as layouts
 from .engines.main_process import on_main
 from .engines.process_exit import leave
-from .errors import BadInput, RunStopped
+from .errors import BadInput, CannotLoad, RunStopped
 from .run import faults, history, lock, report
 from .run.changes import BATCH, Change, size_of_steps, step_of
 from .run.preflight import check_buildable
-from .run.resume import RUN_FILE, check_same_run, resuming, starting_point
+from .run.resume import RUN_FILE, check_same_run, distrust_skipped, resuming, starting_point
 from .run.stopping import Interrupted, StopRequests, StopTogether
 from .sources import source_of
 
@@ -74,6 +74,7 @@ def _pretrain(config: Config, requests: StopRequests | None) -> dict[str, Any]:
     run = config.run
     output_dir = run.folder
     checkpoint = on_main(run, lambda: starting_point(run))
+    distrust_skipped(run, checkpoint)
     layout = layouts.Layout.of(run)
     resharded = checkpoint is not None and layouts.needs_resharding(checkpoint, layout)
     chosen = architecture(config.model)
@@ -83,7 +84,8 @@ def _pretrain(config: Config, requests: StopRequests | None) -> dict[str, Any]:
     changes: list[Change] = []
     if resuming(run):
         folder = output_dir if checkpoint is None else checkpoint.parent
-        changes = check_same_run(config, folder, data, checkpoint)
+        # found once: the first process may have written run.yaml anew before another one reads it
+        changes = on_main(run, lambda: check_same_run(config, folder, data, checkpoint))
 
     set_seed(run.seed)
     model = build_model(config, checkpoint if resharded else None)
@@ -285,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _no_bars()
             pretrain(config, requests)
     except BadInput as error:
-        if is_first_process():  # every process meets the same input
+        if is_first_process() or isinstance(error, CannotLoad):  # every process meets the same input
             print(f"gracile pretrain: {error}", file=sys.stderr)
         return 2
     except (RunStopped, UnsupportedLayout) as error:

@@ -32,3 +32,28 @@ def sleeping(path):
     with open(f"{path}/{os.environ['RANK']}", "w") as file:
         file.write(f"{os.getpid()} {child.pid}")
     time.sleep(600)
+
+
+def changes_seen_late(arguments):
+    """The changed keys that each rank has found, where the second one looks after the first has written run.yaml."""
+    from gracile.train import pretrain
+
+    check, train, seen = pretrain.check_same_run, pretrain._train, []
+
+    def late(config, folder, *rest):
+        before, deadline = (folder / "run.yaml").stat().st_mtime_ns, time.monotonic() + 20
+        while os.environ["RANK"] == "1" and time.monotonic() < deadline:
+            if (folder / "run.yaml").stat().st_mtime_ns != before:
+                break
+            time.sleep(0.01)
+        return check(config, folder, *rest)
+
+    def noted(trainer, checkpoint):
+        seen.append(sorted(trainer.changed_keys))
+        return train(trainer, checkpoint)
+
+    pretrain.check_same_run, pretrain._train = late, noted
+    assert pretrain.main(arguments) == 0
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, seen)
+    return found

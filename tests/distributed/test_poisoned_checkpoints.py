@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import interrupt
 from poison import poison
 
@@ -67,3 +68,19 @@ def test_a_second_launch_in_the_same_folder_is_refused_and_the_first_goes_on(tin
     assert again.returncode == 0, again.stdout[-3000:]
     assert "was left locked by process" in again.stdout
     assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_a_file_that_one_process_cannot_load_is_named_by_that_process(tiny, tmp_path, pool):
+    """Its neighbour only sees that it has gone."""
+    command = ["-m", "gracile.train.pretrain", tiny(max_steps=2, save_steps=1)]
+    assert pool.run(2, *command).returncode == 0
+    checkpoint = interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-1") / "checkpoint-1"
+    torch.save({"python": 1}, checkpoint / "rng_state_1.pth")
+    checkpoints.seal(checkpoint)
+    job = pool.start(2, *command, "--output_dir", str(checkpoint.parent), "--resume_from_checkpoint", "true")
+    job.wait()
+    assert job.codes == {0: 1, 1: 2}, job.output()[-3000:]
+    said = lines(job.output())
+    assert len(said) == 2, said
+    assert sum(f"{str(checkpoint)!r} cannot be loaded: " in line for line in said) == 1, said
+    assert sum("another process of the run has ended" in line for line in said) == 1, said

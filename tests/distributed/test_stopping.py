@@ -4,7 +4,6 @@ the losses and weights of one that was never disturbed."""
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from helpers import same, weights
+from launched import can_mount, launched, launcher_of, ranks_of
 from pool import free_port
 
 from gracile.train.run import checkpoints
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 STEPS = 30
 COMMAND = ["-m", "gracile.train.pretrain"]
 RESUME = ["--resume_from_checkpoint", "auto"]
@@ -90,11 +89,6 @@ def test_two_processes_stop_together_though_one_has_heard(pool, run, tmp_path):
 # ---- a full disk ----------------------------------------------------------------------------------------------------
 
 
-def can_mount(folder):
-    command = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(folder)]
-    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
-
-
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_a_full_disk_is_one_line_on_every_rank_and_older_checkpoints_stay_whole(pool, tiny, tmp_path, ranks):
     """The run's folder is a file system of its own, in which there is room for some checkpoints."""
@@ -117,15 +111,6 @@ def test_a_full_disk_is_one_line_on_every_rank_and_older_checkpoints_stay_whole(
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-
-
-def launched(name, *arguments):
-    if name == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-        return [*command, f"--master-port={free_port()}", "-m", *arguments]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
-    command += ["--master_port", str(free_port()), "--module", *arguments]
-    return [*command, "--deepspeed", str(CONFIGS / f"{name}.json")]
 
 
 @pytest.mark.thorough
@@ -165,24 +150,3 @@ def test_launched_processes_stop_together(launcher, whom, run, tmp_path):
     assert start(broken, *RESUME).wait(280) == 0, (tmp_path / "log.txt").read_text()[-3000:]
     assert told(broken)["history"] == told(whole)["history"]
     assert same(weights(broken), weights(whole))
-
-
-def launcher_of(pid):
-    """The process that has started the ranks. (``deepspeed`` starts another, and passes no SIGTERM on to it.)"""
-    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-        if "deepspeed.launcher.launch" in Path(f"/proc/{child}/cmdline").read_text().split("\0"):
-            return child
-    return pid
-
-
-def ranks_of(folder):
-    """The processes that train into a folder, and not those that launched them."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_text().split("\0")
-            if str(folder) in words and "\0RANK=" in (process / "environ").read_text():
-                found.append(int(process.name))
-        except OSError:
-            continue
-    return found

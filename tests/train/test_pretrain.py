@@ -227,6 +227,36 @@ def test_resuming_a_finished_run_trains_no_step_more(base, tmp_path, metrics):
         assert after[key] == before[key], key
 
 
+@pytest.mark.parametrize("said", ["Broken pipe", "Failed to recv, got 0 bytes. Connection was likely closed."])
+def test_a_neighbour_that_goes_while_a_checkpoint_is_loaded_is_no_fault_of_the_checkpoint(
+    tiny, monkeypatch, capsys, said
+):
+    config = tiny(max_steps=2, save_steps=1)
+    assert main([config]) == 0
+
+    def gone(self, checkpoint):
+        raise torch.distributed.DistNetworkError(said)
+
+    monkeypatch.setattr(transformers.Trainer, "_load_rng_state", gone)
+    assert main([config, "--resume_from_checkpoint", "true", "--max_steps", "3"]) == 1
+    assert "gracile pretrain: another process of the run has ended" in capsys.readouterr().err
+
+
+def test_evaluations_leave_no_loaders_behind(tiny, monkeypatch):
+    """accelerate keeps each one that it prepares, to the end of the run."""
+    kept, evaluate = [], trainer.PretrainTrainer.evaluate
+
+    def counted(self, *args, **kwargs):
+        found = evaluate(self, *args, **kwargs)
+        kept.append(len(self.accelerator._dataloaders))
+        return found
+
+    monkeypatch.setattr(trainer.PretrainTrainer, "evaluate", counted)
+    assert main([tiny(max_steps=4, eval_strategy="steps", eval_steps=1)]) == 0
+    assert len(kept) == 4
+    assert len(set(kept)) == 1, kept
+
+
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(base, tmp_path, metrics, capsys):
     config, run = base
     broken = interrupt(run, tmp_path / "again", keep="none")
@@ -248,6 +278,51 @@ def test_older_checkpoints_go_only_after_the_new_one_is_sealed(tiny, tmp_path, m
     assert main([tiny(save_total_limit=1, save_steps=4)]) == 0
     assert seen == [None, "checkpoint-4", "checkpoint-8"], "a whole one is there at every moment"
     assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-12"]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "flipped"])
+def test_a_checkpoint_that_is_not_whole_pushes_no_whole_one_out(tiny, tmp_path, damage):
+    """save_total_limit counts those that a run could go on from."""
+    settings = {"save_total_limit": 2, "gradient_accumulation_steps": 1}
+    assert main([tiny(max_steps=4, save_steps=2, **settings)]) == 0
+    run = tmp_path / "run"
+    if damage == "cut short":
+        (run / "checkpoint-8").mkdir()
+        left, steps = {"checkpoint-4", "checkpoint-5"}, 5
+    else:
+        data = bytearray((run / "checkpoint-4" / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (run / "checkpoint-4" / "model.safetensors").write_bytes(data)
+        left, steps = {"checkpoint-2", "checkpoint-3"}, 3
+    config = tiny(max_steps=steps, save_steps=9, **settings)
+    assert main([config, "--resume_from_checkpoint", "true"]) == 0
+    whole = {c.name for c in checkpoints.checkpoints(run) if checkpoints.fault(c) is None}
+    assert whole == left
+
+
+def test_a_loss_of_a_validation_that_is_not_finite_leaves_a_checkpoint_that_every_reader_takes(
+    tiny, tmp_path, metrics, monkeypatch
+):
+    """And the run goes on from there to the same metrics.json."""
+    evaluate = transformers.Trainer.evaluate
+
+    def diverged(self, *args, **kwargs):
+        found = {**evaluate(self, *args, **kwargs), "eval_loss": math.nan}
+        self.state.log_history[-1]["eval_loss"] = math.nan
+        return found
+
+    monkeypatch.setattr(transformers.Trainer, "evaluate", diverged)
+    config = tiny(max_steps=4, save_steps=2, eval_strategy="steps", eval_steps=2)
+    assert main([config]) == 0
+
+    def strict(name):
+        raise ValueError(name)
+
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text(), parse_constant=strict)
+    assert [e["eval_loss"] for e in state["log_history"] if "eval_loss" in e] == [None]
+    broken = interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-2")
+    assert main([config, "--output_dir", str(broken), "--resume_from_checkpoint", "true"]) == 0
+    assert metrics(broken)["history"] == metrics(tmp_path / "run")["history"]
 
 
 def test_a_loss_that_turns_non_finite_stops_the_run_and_the_last_checkpoint_stays(tiny, tmp_path, monkeypatch, capsys):

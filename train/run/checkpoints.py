@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ MANIFEST = "complete.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 PART, CHUNK = 2**26, 2**20  # bytes of a file that one thread hashes, and that it reads at a time
 WORKERS = min(8, os.cpu_count() or 1)
+_distrusted: dict[Path, int] = {}  # damaged ones that were seen, and when their manifests were written
 
 
 class Entry(NamedTuple):
@@ -46,9 +48,13 @@ def unseal(checkpoint: Path) -> None:
 def fault(checkpoint: Path, sizes_only: bool = False) -> str | None:
     """Why the checkpoint cannot be used, or None if it is whole.
 
+    With ``sizes_only`` nothing is read, and what ``distrust`` was told is remembered.
+
     Raises:
         AsksForCode: for a file that is no data; not with ``sizes_only``.
     """
+    if sizes_only and checkpoint in _distrusted and _distrusted[checkpoint] == _sealed_at(checkpoint):
+        return "it was damaged when it was last looked at"
     try:
         entries = _entries(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -63,6 +69,32 @@ def fault(checkpoint: Path, sizes_only: bool = False) -> str | None:
     if wrong is not None or sizes_only:
         return wrong
     return next((reason for reason in map(unreadable, files) if reason is not None), None)
+
+
+def distrust(checkpoint: Path) -> None:
+    """Remember that a checkpoint is not whole, until it is written anew."""
+    _distrusted[checkpoint] = _sealed_at(checkpoint)
+
+
+def rotate(output_dir: Path, limit: int | None, best: str | None = None) -> None:
+    """Remove the oldest checkpoints beyond ``limit``, but not the ``best``.
+
+    Those that are not whole go first: none of them may push out one that a run can go on from.
+    """
+    found = sorted(checkpoints(output_dir), key=lambda checkpoint: (_sealed_at(checkpoint), number(checkpoint)))
+    broken = [checkpoint for checkpoint in found if fault(checkpoint, sizes_only=True) is not None]
+    whole = [checkpoint for checkpoint in found if checkpoint not in broken]
+    gone = [checkpoint for checkpoint in [*broken, *whole[:-1]] if best is None or checkpoint != Path(best)]
+    for checkpoint in gone[: max(len(found) - limit, 0)] if limit else []:
+        unseal(checkpoint)  # half a removal is no checkpoint
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _sealed_at(checkpoint: Path) -> int:
+    try:
+        return (checkpoint / MANIFEST).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def is_sealed(checkpoint: Path) -> bool:
@@ -144,8 +176,13 @@ def _sync(file: Path) -> None:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoints of a run, newest step first, whole or not."""
-    found = [(NAME.fullmatch(p.name), p) for p in output_dir.glob("checkpoint-*") if p.is_dir()]
-    return [p for match, p in sorted(((m, p) for m, p in found if m), key=lambda pair: -int(pair[0][1]))]
+    found = [p for p in output_dir.glob("checkpoint-*") if NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=number, reverse=True)
+
+
+def number(checkpoint: Path) -> int:
+    """The step in its name."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def newest_whole(output_dir: Path, sizes_only: bool = False) -> tuple[Path | None, dict[Path, str]]:

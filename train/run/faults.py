@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-# What torch says where it writes a file, and where another process has gone; neither has a class of its own.
+# What torch says where it writes a file, and where another process has gone; not all of it has a class of its own.
 WRITER = ("PytorchStreamWriter", "inline_container.cc")
 LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
 
@@ -24,16 +24,25 @@ def explained(error: Exception) -> str | None:
     if isinstance(error, (RuntimeError, OSError)):
         if any(word in text for word in WRITER):
             return f"a file of a checkpoint could not be written: {text.split('. ', 1)[-1]}; is the disk full?"
-        if any(word in text for word in LOST):
+        if is_lost(error):
             return "another process of the run has ended, or cannot be reached"
     return None
 
 
+def is_lost(error: Exception) -> bool:
+    """Whether another process has gone, which can happen wherever processes speak with each other."""
+    if type(error).__name__ in ("DistNetworkError", "DistStoreError"):  # of the store that the first process holds
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in LOST)
+
+
 def what_stays(output_dir: Path | None) -> str:
-    """Where the run can go on from."""
+    """Where the run can go on from; None for one whose configuration was not read yet."""
     from . import checkpoints
 
-    kept = None if output_dir is None else checkpoints.newest_whole(output_dir, sizes_only=True)[0]
+    if output_dir is None:
+        return "nothing had begun"
+    kept = checkpoints.newest_whole(output_dir, sizes_only=True)[0]
     if kept is None:
         return "no checkpoint had been saved"
     return f"{kept} is whole: go on with the same command and --resume_from_checkpoint true"

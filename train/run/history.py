@@ -21,8 +21,10 @@ HISTORY_FILE = "history.jsonl"
 def append(output_dir: Path, event: str, step: int, **what: Any) -> None:
     """Add an event that came after ``step`` steps."""
     entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, "step": step, **what}
-    with (output_dir / HISTORY_FILE).open("a", encoding="utf-8") as file:
-        file.write(valid_json(entry) + "\n")
+    with (output_dir / HISTORY_FILE).open("a+b") as file:
+        file.seek(-min(file.tell(), 1), os.SEEK_END)
+        cut_short = file.read() not in (b"", b"\n")  # a line, by a full disk or a kill
+        file.write((b"\n" if cut_short else b"") + valid_json(entry).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -29,11 +29,10 @@ def starting_point(run: RunArguments) -> Path | None:
     """
     output_dir = run.folder
     wanted = str(run.resume_from_checkpoint)
-    automatic = wanted.lower() == "auto"
-    if not resuming(run) or (automatic and not _traces(output_dir)):
+    if not resuming(run) or (wanted.lower() == "auto" and not _traces(output_dir)):
         _refuse_traces(output_dir)
         return None
-    if not automatic and wanted.lower() not in ("true", "yes", "1"):
+    if not _takes_newest(run):
         return _named_checkpoint(Path(wanted))
     newest, skipped = checkpoints.newest_whole(output_dir)
     if run.should_save:
@@ -56,6 +55,18 @@ def starting_point(run: RunArguments) -> Path | None:
             print(f"{output_dir} holds a run that was stopped before its first checkpoint: starting it again")
         return None
     return _proven(newest)
+
+
+def _takes_newest(run: RunArguments) -> bool:
+    return str(run.resume_from_checkpoint).lower() in ("auto", "true", "yes", "1")
+
+
+def distrust_skipped(run: RunArguments, chosen: Path | None) -> None:
+    """On every process: newer checkpoints than the one that was chosen were found damaged."""
+    if chosen is not None and _takes_newest(run):
+        for found in checkpoints.checkpoints(run.folder):
+            if checkpoints.number(found) > checkpoints.number(chosen):
+                checkpoints.distrust(found)
 
 
 def _proven(checkpoint: Path) -> Path:

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ...models.convert import merge
 from ...models.layers import FactoredLinear
 from ...optim.distributed import UnsupportedLayout
-from ..atomic_write import write_atomically
+from ..atomic_write import valid_json, write_atomically
 from ..build.callbacks import ScheduleCallback
 from ..build.layers import merges, schedule_of
 from ..build.model import untrained
@@ -28,8 +28,8 @@ from ..config.arguments import Config, RunArguments
 from ..data.stream import BlockStream
 from ..engines import layout as layouts
 from ..engines.deepspeed import safe_classes
-from ..errors import BadInput, RunStopped
-from . import art, changes, checkpoints, distillation
+from ..errors import BadInput, CannotLoad, RunStopped
+from . import art, changes, checkpoints, distillation, faults
 
 UNLOGGED = "unlogged.json"
 COUNTERS = ("last_epoch", "_step_count", "_last_lr", "optimizer")  # of a scheduler: what a step changes
@@ -59,6 +59,7 @@ class PretrainTrainer(Trainer):
         self.changed_keys: set[str] = set()  # since the run that is resumed began
         self._new_decays: list[float] = []
         self._new_schedule: dict[str, Any] = {}
+        self._validation_loader: Any = None
         self._evaluated = (-1, math.nan)  # a step, and the validation loss after it
         self.add_callback(_TakeUpUnlogged(self))
 
@@ -124,6 +125,14 @@ class PretrainTrainer(Trainer):
             logs = {**logs, **self.schedule.metrics()}
         super().log(logs, *args, **kwargs)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The same for all evaluations: accelerate keeps each one that it prepares, to the end of the run."""
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            return super().get_eval_dataloader(eval_dataset)
+        if self._validation_loader is None:
+            self._validation_loader = super().get_eval_dataloader()
+        return self._validation_loader
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         found: dict[str, float] = super().evaluate(*args, **kwargs)
         self._evaluated = (self.state.global_step, found["eval_loss"])
@@ -153,10 +162,12 @@ class PretrainTrainer(Trainer):
         if self.args.should_save:
             checkpoints.unseal(checkpoint)
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # nothing is deleted before the seal
+        logged, self.state.log_history = self.state.log_history, []
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit, self.state.log_history = limit, logged
+        self._save_logged(checkpoint)
         self._save_unlogged(checkpoint)
         assert self.given_optimizer is not None
         layouts.save(checkpoint, self.layout, self.given_optimizer, self.args.should_save)
@@ -166,12 +177,7 @@ class PretrainTrainer(Trainer):
                 done = self.state.global_step * self.get_total_train_batch_size(self.args)
                 self.train_dataset.save(checkpoint, done)
             checkpoints.seal(checkpoint)
-            rotate_checkpoints(
-                output_dir=str(self.args.folder),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            checkpoints.rotate(self.args.folder, limit, best=self.state.best_model_checkpoint)
 
     @contextmanager
     def _loading(self, checkpoint: str | Path | None) -> Iterator[None]:
@@ -182,10 +188,20 @@ class PretrainTrainer(Trainer):
         except (BadInput, RunStopped, UnsupportedLayout):
             raise
         except Exception as error:
-            if checkpoint is None:
+            if checkpoint is None or faults.is_lost(error):
                 raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            raise BadInput(f"checkpoint {str(checkpoint)!r} cannot be loaded: {reason}; resume from another") from error
+            raise CannotLoad(
+                f"checkpoint {str(checkpoint)!r} cannot be loaded: {reason}; resume from another"
+            ) from error
+
+    def _save_logged(self, checkpoint: Path) -> None:
+        """What was logged, as JSON that every reader takes, and without the Trainer's copy of it: that of a long run
+        takes many times as long."""
+        if self.args.should_save:
+            file = checkpoint / TRAINER_STATE_NAME
+            state = json.loads(file.read_text(encoding="utf-8"))
+            write_atomically(file, valid_json({**state, "log_history": self.state.log_history}) + "\n")
 
     def _save_unlogged(self, checkpoint: Path) -> None:
         """Losses since the last log, where a signal came between two logs: their mean is then that of the whole run."""
@@ -300,7 +316,7 @@ class PretrainTrainer(Trainer):
     def is_finished(self, checkpoint: Path) -> bool:
         """Whether the checkpoint is the end of this run, after which the Trainer's loop would train one step more."""
         with self._loading(checkpoint):
-            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if self.args.max_steps > 0:
             return state.global_step >= self.args.max_steps
         return state.global_step >= state.max_steps and state.num_train_epochs >= self.args.num_train_epochs
@@ -311,7 +327,7 @@ class PretrainTrainer(Trainer):
             self._load_finished(checkpoint)
 
     def _load_finished(self, checkpoint: Path) -> None:
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # loads into a model that is split already
             self._prepare_for_training(self.state.max_steps, None, str(checkpoint))
             return

@@ -11,6 +11,7 @@ from helpers import interrupt, same, weights
 from gracile.train.config.arguments import NOT_KEPT, RunArguments
 from gracile.train.config.parser import field_names
 from gracile.train.pretrain import main
+from gracile.train.run.history import append
 
 RESUME = ["--resume_from_checkpoint", "true"]
 
@@ -184,3 +185,11 @@ def test_every_key_of_the_trainer_is_known_to_change_or_not():
         "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "trust_remote_code",
         "activation_checkpointing_kwargs",
     }, "names that an older or newer transformers has"  # fmt: skip
+
+
+def test_an_event_after_one_that_a_full_disk_cut_short_has_a_line_of_its_own(tmp_path):
+    (tmp_path / "history.jsonl").write_text('{"time": "2026-01-01T00:00:00Z", "event": "star')
+    for event in ("stopped", "started"):
+        append(tmp_path, event, 3)
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines[1:]] == ["stopped", "started"]

@@ -51,6 +51,33 @@ def test_a_damaged_checkpoint_is_named_and_skipped(run, damage, word):
     assert word in skipped[run / "checkpoint-20"]
 
 
+@pytest.mark.parametrize("damage", [cut, unsealed, garbled])
+def test_what_is_not_whole_never_pushes_out_what_is(run, damage):
+    damage(run / "checkpoint-20")
+    checkpoints.rotate(run, 2)
+    assert [c.name for c in checkpoints.checkpoints(run)] == ["checkpoint-10", "checkpoint-5"]
+    checkpoints.rotate(run, 1)
+    assert [c.name for c in checkpoints.checkpoints(run)] == ["checkpoint-10"]
+    checkpoints.rotate(run, 1)
+    assert checkpoints.newest_whole(run) == (run / "checkpoint-10", {})
+
+
+def test_the_oldest_go_by_when_they_were_sealed_and_the_best_stays(run):
+    checkpoints.seal(run / "checkpoint-5")
+    checkpoints.rotate(run, None)
+    checkpoints.rotate(run, 2, best=str(run / "checkpoint-10"))
+    assert [c.name for c in checkpoints.checkpoints(run)] == ["checkpoint-10", "checkpoint-5"]
+
+
+def test_damage_that_was_seen_is_remembered_until_the_checkpoint_is_written_anew(run):
+    flipped(run / "checkpoint-20")
+    assert checkpoints.fault(run / "checkpoint-20", sizes_only=True) is None
+    checkpoints.distrust(run / "checkpoint-20")
+    assert checkpoints.newest_whole(run, sizes_only=True)[0] == run / "checkpoint-10"
+    checkpoints.seal(run / "checkpoint-20")
+    assert checkpoints.newest_whole(run, sizes_only=True)[0] == run / "checkpoint-20"
+
+
 def test_sealing_again_does_not_count_the_manifest_itself(run):
     checkpoints.seal(run / "checkpoint-5")
     assert checkpoints.fault(run / "checkpoint-5") is None

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from gracile.train import pretrain
 from gracile.train.run.stopping import Interrupted, StopRequests
 
 
@@ -40,3 +41,14 @@ def test_before_training_a_signal_ends_the_run_where_it_is_and_handlers_are_put_
         signal.raise_signal(signal.SIGTERM)
     assert (stop.value.code, str(stop.value)) == (143, "stopped by SIGTERM")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_while_the_configuration_is_read_says_nothing_of_checkpoints(monkeypatch, capsys):
+    """Nobody knows yet which folder it is."""
+
+    def interrupted(arguments):
+        raise Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr(pretrain, "load_config", interrupted)
+    assert pretrain.main(["any.yaml"]) == 130
+    assert capsys.readouterr().err == "gracile pretrain: stopped by SIGINT; nothing had begun\n"
