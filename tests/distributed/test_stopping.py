@@ -6,14 +6,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from helpers import same, weights
 from launched import can_mount, launched, launcher_of, ranks_of
-from pool import free_port
 
 from gracile.train.run import checkpoints
 
