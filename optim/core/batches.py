@@ -54,12 +54,17 @@ def _ended(direction: Direction, found: Found) -> Towards:
     raise RuntimeError("a direction asks the rule once")
 
 
+def launches_cost(device: torch.device) -> bool:
+    """Whether to launch a kernel takes as long as to run it on a small matrix."""
+    return device.type != "cpu"
+
+
 def batches(portion: Sequence[ParamStep], may: Callable[[ParamStep], bool]) -> Iterator[list[ParamStep]]:
     """The parameters of a portion, those together that ``may`` be and are alike in group, clock, dtype and device, on
     every process in the same order."""
     waiting: dict[tuple[object, ...], list[ParamStep]] = {}
     for item in portion:
-        if item.shard.device.type == "cpu" or not may(item):
+        if not (launches_cost(item.shard.device) and may(item)):
             yield [item]
             continue
         held = [state.dtype for key, state in item.state.items() if key != "step"]
