@@ -26,13 +26,20 @@ _gracile() {{
         COMPREPLY=($(compgen -W "{layers}" -- "$word"))
     elif [[ $word == --* ]]; then
         COMPREPLY=($(compgen -W "{keys}" -- "$word"))
+    elif [[ $word == */* ]]; then
+        COMPREPLY=($(compgen -f -- "$word"))
     else
         COMPREPLY=($(compgen -W "{recipes}" -- "$word") $(compgen -f -- "$word"))
     fi
 }}
 complete -o filenames -F _gracile gracile
 """
-SHELLS = {"bash": SCRIPT, "zsh": "autoload -U +X bashcompinit && bashcompinit\n" + SCRIPT}
+# bash's way in zsh; its own comes first, which a ~/.zshrc may not have begun
+ZSH = """\
+(( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit -i }}
+autoload -U +X bashcompinit && bashcompinit
+"""
+SHELLS = {"bash": SCRIPT, "zsh": ZSH + SCRIPT}
 
 
 def script(shell: str) -> str:

@@ -43,7 +43,7 @@ from .engines.main_process import on_main
 from .engines.process_exit import leave
 from .errors import BadInput, RunStopped
 from .run import faults, history, lock, report
-from .run.changes import Change, step_of
+from .run.changes import BATCH, Change, size_of_steps, step_of
 from .run.preflight import check_buildable
 from .run.resume import RUN_FILE, check_same_run, resuming, starting_point
 from .run.stopping import Interrupted, StopRequests, StopTogether
@@ -95,7 +95,7 @@ def _pretrain(config: Config, requests: StopRequests | None) -> dict[str, Any]:
         write_atomically(output_dir / DATA_FILE, data.record())
         _announce(config, model, corpus, blocks)
         if checkpoint is not None:
-            _announce_checkpoint(checkpoint, layout, resharded, config.optimizer.optimizer)
+            _announce_checkpoint(config, checkpoint, layout, resharded, trainer.changed_keys)
         _record_start(output_dir, checkpoint, layout, data.now, changes)
     if isinstance(blocks.train, BlockStream):
         blocks.train.begin(data.now, trainer.get_total_train_batch_size(run), checkpoint)
@@ -253,17 +253,18 @@ def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks) 
         print(f"no effect with {config.optimizer.optimizer}: {', '.join(idle)}")
 
 
-def _announce_checkpoint(checkpoint: Path, layout: layouts.Layout, resharded: bool, optimizer: str) -> None:
+def _announce_checkpoint(
+    config: Config, checkpoint: Path, layout: layouts.Layout, resharded: bool, changed: set[str]
+) -> None:
     before = layouts.saved(checkpoint)
     change = f", made by {before}; its state is split anew for {layout}" if resharded else ""
     print(f"continuing from {checkpoint}{change}")
-    if resharded and optimizer.endswith("8bit"):
+    if resharded and config.optimizer.optimizer.endswith("8bit"):
         print("moments in 8 bits are rounded once more, in other blocks: weights come to differ by some 2e-3")
-    if before is not None and before.examples_per_step != layout.examples_per_step:
-        print(
-            f"a step takes {layout.examples_per_step} examples now, {before.examples_per_step} before; "
-            "gradient_accumulation_steps or per_device_train_batch_size can make it the same run"
-        )
+    if before is None or before.examples_per_step == layout.examples_per_step or changed & BATCH:
+        return  # or it is told where the key is that has changed
+    size = size_of_steps(config.run, checkpoint, before.examples_per_step)
+    print(f"{size}; gradient_accumulation_steps or per_device_train_batch_size can make it the same run")
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def alone(cell):
     net = build(cell)
     before, optimizer = weights_of(net), make_optimizer(net, cell, together=False)
     parts = cell.get("accumulation", 1)
-    for step in range(STEPS):
+    for step in range(steps_of(cell).stop):
         for micro in range(parts):
             (net(*batch(step, micro)) / parts).backward()
         if cell.get("clip"):
@@ -422,7 +422,7 @@ def run(cell, reference):
         return None
     held = torch.tensor(float(optim.state_bytes(optimizer)))
     dist.all_reduce(held, dist.ReduceOp.MAX)
-    if dist.get_rank() != 0:
+    if dist.get_rank() != 0 or reference is None:
         return None
     before, after, whole = reference
     gaps = {name: torch.linalg.vector_norm(full[name] - after[name]).item() for name in after}
@@ -467,7 +467,7 @@ def measure(cells):
         # as on a machine with GPUs, where the engine's processes speak through NCCL and offloaded tensors cannot
         dist.get_backend = (lambda group=None: "nccl") if cell.get("nccl") else BACKEND_OF
         reference = None
-        if dist.get_rank() == 0 and dist.get_world_size() > 1:
+        if dist.get_rank() == 0 and dist.get_world_size() > 1 and "save" not in cell:  # which goes on elsewhere
             reference = torch.load(cell["alone"]) if "alone" in cell else alone(cell)
         result = run(cell, reference)
         told.append({**cell, **(result or {})})

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-END = HALF + 4  # refreshes at 9 and 10
+END = HALF + 3  # refreshes at 5 and 6
 FORMS = {
     "nested": StateDictOptions(),
     "flattened": StateDictOptions(flatten_optimizer_state_dict=True),

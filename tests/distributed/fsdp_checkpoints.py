@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from gracile import optim
 
-HALF, STEPS = 7, 12  # refreshes at 0, 3, 5, 6 and 9, 10
+HALF, STEPS = 4, 8  # refreshes at 0, 3 and 5, 6
 
 
 class Large(nn.Module):

@@ -17,6 +17,7 @@ def test_two_ranks_train_the_run_of_one(tiny, tmp_path, metrics, torchrun, pool)
     assert result.returncode == 0, result.stdout[-3000:]
     one, other = metrics(tmp_path / "run"), metrics(two)
     assert other["tokens"] == one["tokens"]
+    assert (two / "loss.png").stat().st_size > 0
     losses = [[entry["loss"] for entry in told["history"] if "loss" in entry] for told in (one, other)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for (name, a), b in zip(

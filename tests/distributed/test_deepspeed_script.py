@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 SCRIPT = Path(__file__).parent / "scripts" / "deepspeed_engine.py"
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 MARK = "# the line to change"
-BATCH, STEPS, SAVE_STEPS, LR = 8, 30, 9, 0.01
+BATCH, STEPS, SAVE_STEPS, LR = 8, 20, 6, 0.01
 
 RANKED = "g.param_groups(model, rank=8, update_proj_gap=5, scale=0.5)"
 # For each stage of ZeRO what stands in place of torch.optim.AdamW.

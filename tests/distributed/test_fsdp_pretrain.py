@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import interrupt
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -24,16 +25,27 @@ def assert_close(whole, split):
         assert torch.linalg.vector_norm(value - split[key]) <= 1e-4 * torch.linalg.vector_norm(value), key
 
 
+@pytest.fixture(scope="module")
+def ran(tiny_in, tmp_path_factory, pool):
+    """The folder of a run of two processes, by the form of its checkpoints, and its command but for the folder."""
+    folders = {}
+
+    def of(form):
+        if form not in folders:
+            folder = folders[form] = tmp_path_factory.mktemp(form)
+            config = tiny_in(folder, max_steps=12, gradient_accumulation_steps=1)
+            done = pool.run(2, ON_CPU, config, *fsdp(state_dict_type=form))
+            assert done.returncode == 0, done.stdout[-3000:]
+        return folders[form] / "run", [ON_CPU, str(folders[form] / "tiny.yaml"), *fsdp(state_dict_type=form)]
+
+    return of
+
+
 @pytest.mark.parametrize("form", [pytest.param("FULL_STATE_DICT", marks=pytest.mark.thorough), "SHARDED_STATE_DICT"])
-def test_two_processes_train_the_run_of_one(form, tiny, tmp_path, metrics, pool):
+def test_two_processes_train_the_run_of_one(form, ran, tiny, tmp_path, metrics, pool):
     """And stopped after a checkpoint, they go on to the same bits; what is saved is whole."""
-    config = tiny(max_steps=12)
-    assert main([config]) == 0
-    two = tmp_path / "two"
-    command = [ON_CPU, config, "--gradient_accumulation_steps", "1", "--output_dir", str(two)]
-    command += fsdp(state_dict_type=form)
-    done = pool.run(2, *command)
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert main([tiny(max_steps=12)]) == 0
+    two, command = ran(form)
     one, other = metrics(tmp_path / "run"), metrics(two)
     assert (other["tokens"], other["parameters"]) == (one["tokens"], one["parameters"])
     split = load_file(two / "model.safetensors")
@@ -49,24 +61,22 @@ def test_two_processes_train_the_run_of_one(form, tiny, tmp_path, metrics, pool)
         assert 0.5 * one[key] <= other[key] <= 0.51 * one[key], key
     assert other["optimizer_state_bytes"] < 0.6 * one["optimizer_state_bytes"]
 
-    again = pool.run(2, *command, "--resume_from_checkpoint", str(two / "checkpoint-5"))
+    onward = interrupt(two, tmp_path / "onward", keep="checkpoint-5")
+    again = pool.run(2, *command, "--output_dir", str(onward), "--resume_from_checkpoint", "true")
     assert again.returncode == 0, again.stdout[-3000:]
-    resumed = load_file(two / "model.safetensors")
+    resumed = load_file(onward / "model.safetensors")
     assert all(torch.equal(split[key], value) for key, value in resumed.items())
-    assert metrics(two)["history"] == other["history"]
+    assert metrics(onward)["history"] == other["history"]
 
 
-def test_on_four_processes_it_goes_on_from_the_checkpoint_of_two(tiny, tmp_path, pool):
-    command = [ON_CPU, tiny(max_steps=12, gradient_accumulation_steps=1), *fsdp(state_dict_type="SHARDED_STATE_DICT")]
-    done = pool.run(2, *command)
+def test_on_four_processes_it_goes_on_from_the_checkpoint_of_two(ran, tmp_path, pool):
+    two, command = ran("SHARDED_STATE_DICT")
+    onward = interrupt(two, tmp_path / "onward", keep="checkpoint-10")
+    more = ["--output_dir", str(onward), "--resume_from_checkpoint", "true", "--per_device_train_batch_size", "2"]
+    done = pool.run(4, *command, *more)
     assert done.returncode == 0, done.stdout[-3000:]
-    run = tmp_path / "run"
-    whole = load_file(run / "model.safetensors")
-    four = ["--resume_from_checkpoint", str(run / "checkpoint-5"), "--per_device_train_batch_size", "2"]
-    onward = pool.run(4, *command, *four)
-    assert onward.returncode == 0, onward.stdout[-3000:]
-    assert "continuing from" in onward.stdout
-    assert_close(whole, load_file(run / "model.safetensors"))
+    assert "continuing from" in done.stdout
+    assert_close(load_file(two / "model.safetensors"), load_file(onward / "model.safetensors"))
 
 
 def test_a_finished_run_is_evaluated_again_and_not_trained(tiny, tmp_path, metrics, pool):

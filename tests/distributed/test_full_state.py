@@ -6,7 +6,7 @@ from torch import nn
 
 from gracile.optim import GaLoreAdamW, LDAdamW, full_state, load_full_state
 
-STEPS = 12  # of cells.py: refreshes at 5 and 10, and at 3, 6 and 9
+BEFORE, STEPS = 4, 8  # refreshes at 5, and at 3 and 6
 
 SPLIT = " with a split basis"
 # optimizer, layout on four processes, layout on two
@@ -56,8 +56,8 @@ def moved_once(pool, folder, moves):
         cell = {"optimizer": optimizer.removesuffix(SPLIT), "proj_type": side, "watched": False}
         cell["keys"] = {"shard_basis": True} if optimizer.endswith(SPLIT) else {}
         state = str(folder / f"{number}.pt")
-        first.append({**cell, "layout": before, "steps": [0, 8], "save": state})
-        second.append({**cell, "layout": after, "steps": [8, STEPS], "load": state})
+        first.append({**cell, "layout": before, "steps": [0, BEFORE], "save": state})
+        second.append({**cell, "layout": after, "steps": [BEFORE, STEPS], "load": state})
     pool.call(4, "cells:measure", first, timeout=600)
     return pool.call(2, "cells:measure", second, timeout=600)
 

@@ -24,7 +24,7 @@ ON = {
 
 def written(tiny, tmp_path, layer, start):
     """The file of a run that everything happens in."""
-    changes = {"model": start, "model_overrides": None, "max_steps": 12, "learning_rate": 0.003}
+    changes = {"model": start, "model_overrides": None, "max_steps": 8, "learning_rate": 0.003}
     if layer == "relora":
         changes["layer_args"] = {"alpha": 8.0}
     text = Path(tiny(**settings(layer, **changes))).read_text()

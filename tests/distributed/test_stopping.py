@@ -96,39 +96,21 @@ def can_mount(folder):
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.thorough)])
-def test_a_full_disk_is_one_line_on_every_rank_and_older_checkpoints_stay_whole(tiny, tmp_path, ranks):
+def test_a_full_disk_is_one_line_on_every_rank_and_older_checkpoints_stay_whole(pool, tiny, tmp_path, ranks):
     """The run's folder is a file system of its own, in which there is room for some checkpoints."""
-    folder = tmp_path / "small"
+    folder, left = tmp_path / "small", tmp_path / "left"
     folder.mkdir()
     if not can_mount(folder):
         pytest.skip("file systems cannot be mounted here")
     config = tiny(max_steps=60, save_steps=5, output_dir=str(folder / "run"), report_to="none")
-    # after the run it is said what is left, for the file system goes with the processes
-    check = (
-        "import sys; from pathlib import Path; from gracile.train.run import checkpoints as c; "
-        "print('left:', *sorted(p.name for p in c.checkpoints(Path(sys.argv[1])) if c.fault(p) is None))"
-    )
-    program = (
-        f"mount -t tmpfs -o size=1300k none {folder}; "
-        + "".join(
-            f"RANK={rank} LOCAL_RANK={rank} {sys.executable} -m gracile.train.pretrain {config} & "
-            for rank in range(ranks)
-        )
-        + "for job in $(jobs -p); do wait $job; echo code: $?; done; "
-        + f'{sys.executable} -c "{check}" {folder / "run"}'
-    )
-    environment = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    done = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", program],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280,
-    )  # fmt: skip
-    assert "Traceback" not in done.stdout, done.stdout[-4000:]
-    assert done.stdout.count("code: 1") == ranks, done.stdout[-4000:]
-    said = lines_of(done.stdout)
+    job = pool.start(ranks, str(Path(__file__).with_name("small_disk.py")), str(folder), str(left), config)
+    assert job.wait() == 1, job.output()[-4000:]
+    assert job.codes == dict.fromkeys(range(ranks), 1)
+    assert "Traceback" not in job.output(), job.output()[-4000:]
+    said = lines_of(job.output())
     assert len(said) == ranks
     assert any("No space left" in line or "is the disk full?" in line for line in said), said
-    kept = done.stdout.split("left: ")[1].split()
+    kept = [path.name for path in checkpoints.checkpoints(left) if checkpoints.fault(path) is None]
     assert len(kept) >= 2
     newest = max(kept, key=lambda name: int(name.split("-")[1]))
     assert all(f"{newest} is whole" in line for line in said), (said, kept)

@@ -14,7 +14,8 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 
 @pytest.mark.parametrize("name", [pytest.param("zero2", marks=pytest.mark.thorough), "zero3"])
 def test_two_processes_train_the_run_of_one(name, tiny, tmp_path, metrics, pool, monkeypatch):
-    """And stopped after a checkpoint, they go on to the same bits; the saved model is whole. Nothing is compiled.
+    """And stopped after a checkpoint, they go on to the same bits; the saved model is whole. Nothing is compiled. At
+    the end there is nothing left to train.
 
     From a saved model: ZeRO 3 draws the weights of a new one in another order.
     """
@@ -44,3 +45,10 @@ def test_two_processes_train_the_run_of_one(name, tiny, tmp_path, metrics, pool,
     resumed = load_file(two / "model.safetensors")
     assert all(torch.equal(split[key], value) for key, value in resumed.items())
     assert json.loads((two / "metrics.json").read_text())["history"] == other["history"]
+
+    finished = pool.run(2, *command, "--resume_from_checkpoint", "true")
+    assert finished.returncode == 0, finished.stdout[-3000:]
+    for key in ("history", "validation_loss", "optimizer_state_bytes", "weight_bytes"):
+        assert metrics(two)[key] == other[key], key
+    resumed = load_file(two / "model.safetensors")
+    assert all(torch.equal(split[key], value) for key, value in resumed.items())

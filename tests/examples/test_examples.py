@@ -62,9 +62,19 @@ def test_an_example_of_one_process_runs(name, tmp_path, capsys, monkeypatch):
     assert_fell(printed)
 
 
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_an_example_of_two_processes_runs(name, tmp_path, pool, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = pool.run(2, str(EXAMPLES / f"{name}.py"), str(tmp_path))
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert LAUNCHED[name][1] in done.stdout
+    assert_fell(done.stdout)
+
+
+@pytest.mark.thorough  # other tests have these launchers
 @pytest.mark.timeout(SECONDS + 60)
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_an_example_of_two_processes_runs(name, tmp_path):
+def test_so_it_does_under_its_launcher(name, tmp_path):
     (program, *options), printed_part = LAUNCHED[name]
     command = [str(Path(sys.executable).with_name(program)), *options, str(free_port())]
     process = subprocess.Popen(

@@ -90,11 +90,11 @@ def test_the_saved_model_computes_what_the_trained_one_did(layer, trained, tiny,
     assert metrics(tmp_path / "again")["validation_loss"] == pytest.approx(told["validation_loss"], rel=1e-5)
 
 
-def test_relora_begins_with_a_saved_model(tiny, tmp_path, metrics):
+def test_relora_begins_with_a_saved_model(trained, tiny, tmp_path, metrics):
     """A warm start: before the first step it computes what the saved model does."""
-    assert main([tiny(optimizer="adamw", output_dir=str(tmp_path / "full"))]) == 0
-    told = metrics(tmp_path / "full")
-    start = {"model": str(tmp_path / "full"), "model_overrides": None}
+    full = trained("low_rank")[1]
+    told = metrics(full)
+    start = {"model": str(full), "model_overrides": None}
     assert main([tiny(**settings("relora", **start, learning_rate=0.0, max_steps=1))]) == 0
     assert metrics(tmp_path / "run")["validation_loss"] == pytest.approx(told["validation_loss"], rel=1e-5)
 
@@ -109,22 +109,18 @@ def test_maestro_loses_components(tiny, tmp_path):
     assert sorted(ranks) == sorted(widths)
 
 
-def test_memory_counts_places_and_what_is_frozen(tiny, tmp_path, metrics):
-    assert main([tiny(**settings("sltrain", max_steps=1))]) == 0
-    told = metrics(tmp_path / "run")
+def test_memory_counts_places_and_what_is_frozen(trained, metrics):
+    told = metrics(trained("sltrain")[1])
     places = sum(int(0.1 * m * n) for m, n in [(32, 32)] * 8 + [(88, 32)] * 6)
     assert told["weight_bytes"] == 4 * told["parameters"] + 4 * places
-    assert main([tiny(**settings("sst", max_steps=1, output_dir=str(tmp_path / "sst")))]) == 0
-    told = metrics(tmp_path / "sst")
+    told = metrics(trained("sst")[1])
     frozen = sum(28 * (m + n) for m, n in [(32, 32)] * 8 + [(88, 32)] * 6)
     assert told["weight_bytes"] - told["gradient_bytes"] == 4 * frozen
 
 
-def test_trained_with_a_pattern_a_model_has_it(tiny, tmp_path):
-    for layer, optimizer in (("nm", "adamw"), ("nm", "sr_ste_adamw"), ("cast", "cast_adams")):
-        run = tmp_path / optimizer
-        changed = {"optimizer": optimizer, "optimizer_args": None, "max_steps": 3, "output_dir": str(run)}
-        assert main([tiny(**settings(layer, **changed))]) == 0
+def test_trained_with_a_pattern_a_model_has_it(trained, tiny, tmp_path):
+    assert main([tiny(**settings("nm", optimizer="adamw", optimizer_args=None, max_steps=3))]) == 0
+    for run in (tmp_path / "run", trained("nm")[1], trained("cast")[1]):
         held = {name: p for name, p in weights(run).items() if "_proj" in name}
         assert len(held) == 14
         for p in held.values():
@@ -176,11 +172,8 @@ def test_every_layer_is_tried_and_named_in_the_help():
     assert all(name in fields["layer"].metadata["help"] for name in LAYERS)
 
 
-def test_widths_are_drawn_for_a_pass_and_not_by_it(tiny, tmp_path):
+def test_widths_are_drawn_for_a_pass_and_not_by_it(trained, tiny, tmp_path):
     """With activations checkpointed, each pass is done twice, and is the same run."""
-    kept = settings("maestro", activation_checkpointing=False)
-    assert main([tiny(**kept)]) == 0
-    again = settings("maestro", activation_checkpointing=True, output_dir=str(tmp_path / "again"))
-    assert main([tiny(**again)]) == 0
-    one, other = weights(tmp_path / "run"), weights(tmp_path / "again")
+    assert main([tiny(**settings("maestro", activation_checkpointing=True))]) == 0
+    one, other = weights(trained("maestro")[1]), weights(tmp_path / "run")
     assert all(torch.allclose(one[key], other[key], rtol=1e-5, atol=1e-6) for key in one)

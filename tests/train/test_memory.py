@@ -48,7 +48,8 @@ def trained():
         key = (config.model.model, config.model.layer)
         if key not in models:
             models.clear()
-            model = models[key] = converted(build_llama(config.model.model), config)
+            plain = build_llama(config.model.model, **(config.model.model_overrides or {}))
+            model = models[key] = converted(plain, config)
             for p in model.parameters():
                 if p.requires_grad:
                     p.grad = torch.full_like(p, 1e-3).add_(p.detach(), alpha=0.1)
@@ -57,6 +58,7 @@ def trained():
     return of
 
 
+TWO_LAYERS = ["--model_overrides", '{"num_hidden_layers": 2}']
 NAMES = [*OPTIMIZERS, "adamw on low_rank", "adamw on maestro", "adamw on autosparse"]
 # Every class plans the shapes of the smallest model; those of another, one class of each kind of state.
 KINDS = ("galore_adamw_8bit", "galore_adafactor", "dct_adamw", "sltrain_adamw_8bit", "srigl_adamw", "adamw on maestro")
@@ -74,6 +76,7 @@ def test_weights_gradients_and_state_to_the_byte(trained, size, name):
     chosen = [] if layer is None else ["--layer", layer]
     chosen += ["--sparsity", "0.5"] if OPTIMIZERS[name].accepts() & {"sparsity", "keep"} else []
     chosen += ["--optimizer_args", '{"block_size": 16}'] if "block" in name else []
+    chosen += TWO_LAYERS if size == "2m" else []
     config = config_of("--model", size, "--optimizer", name, "--rank", "32", *chosen)
     model = trained(config)
     optimizer = build_optimizer(model, config.optimizer, config.run)
@@ -249,11 +252,11 @@ def test_checkpointing_by_the_configuration_is_planned_as_the_trainer_does_it():
 @pytest.fixture(scope="module")
 def planner():
     """It remembers the passes that it has planned."""
-    return Planner(config_of())
+    return Planner(config_of(*TWO_LAYERS))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("budget", [GIB // 8, GIB // 2, 3 * GIB])
+@pytest.mark.parametrize("budget", [GIB // 8, 3 * GIB])
 def test_the_largest_micro_batch_fits_and_the_next_does_not(planner, checkpointing, budget):
     found = planner.largest_micro_batch("galore_adamw", checkpointing, budget)
     assert found == 0 or planner.plan("galore_adamw", found, checkpointing).peak <= budget
@@ -264,18 +267,18 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(planner, checkpointi
 # ---- processes ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_splits_what_its_stage_splits(stage, capsys):
+def test_zero_splits_what_its_stage_splits(capsys):
     """In bf16, 64 processes: parts are rounded up, by a few elements of each matrix."""
-    keys = ("llama_130m_galore", "--bf16", "true", "--compare", "adamw")
+    keys = ("llama_130m_galore", *TWO_LAYERS, "--bf16", "true", "--compare", "adamw")
     whole = told(capsys, *keys)["optimizers"]["adamw"]
     elements = whole["held"]["weights"] // 2
-    split = told(capsys, *keys, "--zero", str(stage), "--world_size", "64")["optimizers"]["adamw"]["held"]
-    assert split["weights"] == pytest.approx(2 * elements / (64 if stage == 3 else 1), rel=0.02)
-    assert split["master weights"] == pytest.approx(4 * elements / 64, rel=1e-4)
-    assert split["gradients"] == pytest.approx(2 * elements / (64 if stage >= 2 else 1), rel=1e-4)
-    assert split["moments"] == pytest.approx(8 * elements / 64, rel=1e-4)
-    assert split["activations"] == whole["held"]["activations"]
+    for stage in (1, 2, 3):
+        split = told(capsys, *keys, "--zero", str(stage), "--world_size", "64")["optimizers"]["adamw"]["held"]
+        assert split["weights"] == pytest.approx(2 * elements / (64 if stage == 3 else 1), rel=0.02)
+        assert split["master weights"] == pytest.approx(4 * elements / 64, rel=1e-4)
+        assert split["gradients"] == pytest.approx(2 * elements / (64 if stage >= 2 else 1), rel=1e-4)
+        assert split["moments"] == pytest.approx(8 * elements / 64, rel=1e-4)
+        assert split["activations"] == whole["held"]["activations"]
 
 
 def test_what_is_offloaded_is_on_the_host(capsys):
@@ -304,12 +307,12 @@ def test_a_deepspeed_file_says_how(tmp_path):
 
 def test_the_table_and_the_picture(tmp_path, capsys):
     picture = tmp_path / "plan.png"
-    arguments = ["quickstart", "--compare", "adamw, galore_adamw", "--budget", "2GiB", "--gpu", "h100,24", "--plot"]
+    arguments = [*ONE_LAYER, "--compare", "adamw, galore_adamw", "--budget", "2GiB", "--gpu", "h100,24", "--plot"]
     assert main([*arguments, str(picture)]) == 0
     out = capsys.readouterr().out
     lines = {line.strip().split("  ")[0]: line for line in out.splitlines()}
-    assert out.startswith("2m, 1,852,544 parameters in float32; 16 x 128 tokens a pass; 1 process\n")
-    assert lines["moments"].split() == ["moments", "14.1", "MiB", "9.5", "MiB"]
+    assert out.startswith("2m, 1,249,664 parameters in float32; 16 x 128 tokens a pass; 1 process\n")
+    assert lines["moments"].split() == ["moments", "9.5", "MiB", "8.4", "MiB"]
     assert lines["dtype of moments"].split()[-2:] == ["fp32", "fp32"]
     assert lines["fits 24GB (RTX3090, RTX4090)"].split()[-2:] == ["yes", "yes"]
     assert "fits 80GB (A100-80GB, H100)" in lines

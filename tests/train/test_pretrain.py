@@ -23,6 +23,15 @@ from gracile.train.pretrain import main
 from gracile.train.run import checkpoints, trainer
 
 
+@pytest.fixture(scope="module")
+def base(tiny_in, tmp_path_factory):
+    """A run of 12 steps with checkpoints at 5, 10 and 12, which nobody changes: its configuration and folder."""
+    folder = tmp_path_factory.mktemp("base")
+    config = tiny_in(folder)
+    assert main([config]) == 0
+    return config, folder / "run"
+
+
 @pytest.mark.draws
 def test_a_run_leaves_what_it_promises(tiny, tmp_path, metrics, capsys):
     assert main([tiny(max_steps=60, gradient_accumulation_steps=1, evaluate_at=[5])]) == 0
@@ -103,19 +112,20 @@ def test_every_other_optimizer_trains(tiny, tmp_path, metrics, optimizer):
     "optimizer", [pytest.param(name, marks=() if name in RESUMED else pytest.mark.thorough) for name in OTHERS]
 )
 def test_one_of_each_kind_resumes_bit_for_bit(tiny, tmp_path, metrics, optimizer):
-    config, told = train(tiny, tmp_path, metrics, optimizer)
+    config, told = train(tiny, tmp_path, metrics, optimizer, save_steps=7)
     broken = interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-7")
     assert main([config, "--output_dir", str(broken), "--resume_from_checkpoint", "true"]) == 0
     assert metrics(broken)["history"] == told["history"]
     assert same(weights(broken), weights(tmp_path / "run"))
 
 
-def train(tiny, tmp_path, metrics, optimizer):
+def train(tiny, tmp_path, metrics, optimizer, save_steps=20):
     rate = {"lion": 0.001, "galore_lion": 0.004}.get(optimizer, 0.01)
     masked = {"sparsity": 0.3} if OPTIMIZERS[optimizer].accepts() & {"sparsity", "keep"} else {}
     masked |= {"optimizer_args": {"block_size": 8}} if optimizer == "block_sparse_adamw" else {}
-    config = tiny(optimizer=optimizer, layer=OPTIMIZERS[optimizer].layer, learning_rate=rate, max_steps=20,
-                  save_steps=7, subspace_method="iterate", **masked)  # fmt: skip
+    own = {"optimizer": optimizer, "layer": OPTIMIZERS[optimizer].layer, "learning_rate": rate, **masked}
+    short = {"max_steps": 20, "save_steps": save_steps, "gradient_accumulation_steps": 1}
+    config = tiny(**own, **short, subspace_method="iterate")
     assert main([config]) == 0
     told = metrics(tmp_path / "run")
     losses = [entry["loss"] for entry in told["history"] if "loss" in entry]
@@ -124,21 +134,20 @@ def train(tiny, tmp_path, metrics, optimizer):
 
 
 def test_resume_crosses_an_epoch(tiny, tmp_path, metrics, corpus):
-    text = (corpus / "argparse.txt").read_text(encoding="utf-8")[:12_000]
+    text = (corpus / "argparse.txt").read_text(encoding="utf-8")[:6_000]
     (tmp_path / "small.txt").write_text(text, encoding="utf-8")
-    config = tiny(dataset=str(tmp_path / "small.txt"), max_steps=70, save_steps=25)
+    config = tiny(dataset=str(tmp_path / "small.txt"), max_steps=30, save_steps=10)
     assert main([config]) == 0
-    broken = interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-25")
+    broken = interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-10")
     assert main([config, "--output_dir", str(broken), "--resume_from_checkpoint", "true"]) == 0
     assert metrics(broken)["history"] == metrics(tmp_path / "run")["history"]
     assert same(weights(broken), weights(tmp_path / "run"))
 
 
-def test_a_checkpoint_cut_short_is_named_and_skipped(tiny, tmp_path, metrics, capsys):
-    config = tiny()
-    assert main([config]) == 0
-    broken = interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-5")
-    shutil.copytree(tmp_path / "run" / "checkpoint-10", broken / "checkpoint-10")
+def test_a_checkpoint_cut_short_is_named_and_skipped(base, tmp_path, capsys):
+    config, run = base
+    broken = interrupt(run, tmp_path / "again", keep="checkpoint-5")
+    shutil.copytree(run / "checkpoint-10", broken / "checkpoint-10")
     with open(broken / "checkpoint-10" / "optimizer.pt", "r+b") as file:
         file.truncate(100)
     capsys.readouterr()
@@ -146,16 +155,15 @@ def test_a_checkpoint_cut_short_is_named_and_skipped(tiny, tmp_path, metrics, ca
     out = capsys.readouterr().out
     assert f"skipping {broken / 'checkpoint-10'}: optimizer.pt has 100 of" in out
     assert f"continuing from {broken / 'checkpoint-5'}" in out
-    assert same(weights(broken), weights(tmp_path / "run"))
+    assert same(weights(broken), weights(run))
     assert checkpoints.fault(broken / "checkpoint-10") is None, "it was written again, whole"
 
 
-def test_flipped_bytes_are_named_and_the_run_goes_on_from_the_checkpoint_before(tiny, tmp_path, metrics, capsys):
-    config = tiny()
-    assert main([config]) == 0
-    broken = interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-5")
+def test_flipped_bytes_are_named_and_the_run_goes_on_from_the_checkpoint_before(base, tmp_path, metrics, capsys):
+    config, run = base
+    broken = interrupt(run, tmp_path / "again", keep="checkpoint-5")
     damaged = broken / "checkpoint-10"
-    shutil.copytree(tmp_path / "run" / "checkpoint-10", damaged)
+    shutil.copytree(run / "checkpoint-10", damaged)
     for file in damaged.iterdir():  # any of them: sizes stay
         data = file.read_bytes()
         file.write_bytes(data[:-64] + bytes(255 - byte for byte in data[-64:]))
@@ -172,19 +180,19 @@ def test_flipped_bytes_are_named_and_the_run_goes_on_from_the_checkpoint_before(
     out = capsys.readouterr().out
     assert f"skipping {damaged}: model.safetensors is not what was written (its checksum differs)" in out
     assert f"continuing from {broken / 'checkpoint-5'}" in out
-    assert metrics(broken)["history"] == metrics(tmp_path / "run")["history"]
-    assert same(weights(broken), weights(tmp_path / "run"))
+    assert metrics(broken)["history"] == metrics(run)["history"]
+    assert same(weights(broken), weights(run))
 
 
-def test_a_checkpoint_of_before_checksums_is_resumed_and_said_to_have_none(tiny, tmp_path, capsys):
-    assert main([tiny()]) == 0
-    broken = interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-10")
+def test_a_checkpoint_of_before_checksums_is_resumed_and_said_to_have_none(base, tmp_path, capsys):
+    config, run = base
+    broken = interrupt(run, tmp_path / "again", keep="checkpoint-10")
     manifest = broken / "checkpoint-10" / checkpoints.MANIFEST
     sizes = {name: size for name, (size, _) in json.loads(manifest.read_text())["files"].items()}
     manifest.write_text(json.dumps(sizes))
-    assert main([tiny(), "--output_dir", str(broken), "--resume_from_checkpoint", "true"]) == 0
+    assert main([config, "--output_dir", str(broken), "--resume_from_checkpoint", "true"]) == 0
     assert capsys.readouterr().out.count("has no checksums") == 1
-    assert same(weights(broken), weights(tmp_path / "run"))
+    assert same(weights(broken), weights(run))
 
 
 def test_a_damaged_only_checkpoint_is_not_begun_again_silently(tiny, tmp_path, capsys):
@@ -208,25 +216,23 @@ def test_a_run_file_that_cannot_be_read_is_one_line(tiny, tmp_path, capsys, cont
     assert "run.yaml' does not say what the run began with" in err
 
 
-def test_resuming_a_finished_run_trains_no_step_more(tiny, tmp_path, metrics):
-    config = tiny()
-    assert main([config]) == 0
-    before, told = weights(tmp_path / "run"), metrics(tmp_path / "run")
-    assert main([config, "--resume_from_checkpoint", "true"]) == 0
-    after = metrics(tmp_path / "run")
-    assert same(weights(tmp_path / "run"), before)
+def test_resuming_a_finished_run_trains_no_step_more(base, tmp_path, metrics):
+    config, run = base
+    again = shutil.copytree(run, tmp_path / "again")
+    assert main([config, "--output_dir", str(again), "--resume_from_checkpoint", "true"]) == 0
+    before, after = metrics(run), metrics(again)
+    assert same(weights(again), weights(run))
     assert after["tokens_per_second"] is None
     for key in ("steps", "validation_loss", "history", "optimizer_state_bytes"):
-        assert after[key] == told[key], key
+        assert after[key] == before[key], key
 
 
-def test_a_run_stopped_before_its_first_checkpoint_starts_again(tiny, tmp_path, metrics, capsys):
-    config = tiny()
-    assert main([config]) == 0
-    broken = interrupt(tmp_path / "run", tmp_path / "again", keep="none")
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(base, tmp_path, metrics, capsys):
+    config, run = base
+    broken = interrupt(run, tmp_path / "again", keep="none")
     assert main([config, "--output_dir", str(broken), "--resume_from_checkpoint", "true"]) == 0
     assert "starting it again" in capsys.readouterr().out
-    assert metrics(broken)["history"] == metrics(tmp_path / "run")["history"]
+    assert metrics(broken)["history"] == metrics(run)["history"]
 
 
 def test_older_checkpoints_go_only_after_the_new_one_is_sealed(tiny, tmp_path, monkeypatch):
@@ -285,18 +291,16 @@ def explode_at_step(step):
     return hook
 
 
-def test_a_saved_model_trains_on(tiny, tmp_path, metrics):
-    assert main([tiny()]) == 0
-    start = metrics(tmp_path / "run")["validation_loss"]
-    config = tiny(model=str(tmp_path / "run"), model_overrides=None, output_dir=str(tmp_path / "more"), max_steps=20)
-    assert main([config]) == 0
-    assert metrics(tmp_path / "more")["validation_loss"] < start
+def test_a_saved_model_trains_on(base, tiny, tmp_path, metrics):
+    _, run = base
+    assert main([tiny(model=str(run), model_overrides=None)]) == 0
+    assert metrics(tmp_path / "run")["validation_loss"] < metrics(run)["validation_loss"]
 
 
 def test_the_seed_decides_the_run(tiny, tmp_path, metrics):
     losses = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert main([tiny(seed=seed, output_dir=str(tmp_path / name))]) == 0
+        assert main([tiny(seed=seed, max_steps=3, logging_steps=1, output_dir=str(tmp_path / name))]) == 0
         losses.append([entry.get("loss") for entry in metrics(tmp_path / name)["history"]])
     assert losses[0] == losses[1] != losses[2]
 

@@ -97,12 +97,13 @@ class DataArguments:
     text_column: str = field(
         default="text",
         metadata={
-            "help": "Column of what is no text file: of texts, lists of texts, or messages with role and content."
+            "help": "Column that is read where data has columns: texts, lists of texts, or messages with role and "
+            "content."
         },
     )
     encoding: str | None = field(
         default=None,
-        metadata={"help": "Of text, JSON and CSV files; by default what a byte order mark says, or UTF-8."},
+        metadata={"help": "Encoding of text, JSON and CSV files; by default what a byte order mark says, or UTF-8."},
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read local files as a stream instead of packing them first."}
@@ -116,7 +117,8 @@ class DataArguments:
     tokenizer: str | None = field(
         default=None,
         metadata={
-            "help": "Path or hub:org/name; by default the saved model's, else a BPE trained on the data and cached."
+            "help": "Path or hub:org/name of a tokenizer; by default the saved model's, else a BPE trained on the data "
+            "and cached."
         },
     )
     block_size: int = field(default=256, metadata={"help": "Tokens per training example."})
@@ -145,9 +147,14 @@ class OptimizerArguments:
         default=None,
         metadata={"help": "How the subspace is found: iterate, one cheap warm iteration, or svd, exact."},
     )
-    proj_type: str = field(default="std", metadata={"help": "Side projected: std, reverse_std, left or right."})
+    proj_type: str = field(
+        default="std",
+        metadata={
+            "help": "Side of a matrix that is projected: std, the shorter; reverse_std, the longer; left or right."
+        },
+    )
     sparsity: float | None = field(
-        default=None, metadata={"help": "Share of the target matrices' weights that is zero, of an optimizer of masks."}
+        default=None, metadata={"help": "Share of zeros in the target matrices, of optimizers and layers with masks."}
     )
     update_every: int | None = field(
         default=None, metadata={"help": "Steps between changes of the masks; by default the optimizer's own."}
@@ -161,8 +168,8 @@ class OptimizerArguments:
     art_every: int | None = field(
         default=None,
         metadata={
-            "help": "Steps between looks at the model without its smallest weights, of hyper_sparse_adamw: they go "
-            "when it is as good without them, or at prune_at."
+            "help": "Of hyper_sparse_adamw, steps between measurements without the smallest weights: they are pruned "
+            "when the loss is as low without them, or at its prune_at."
         },
     )
     target_modules: list[str] = field(
@@ -175,11 +182,13 @@ class OptimizerArguments:
     lr_restart_every: int | None = field(
         default=None,
         metadata={
-            "help": "Steps between restarts of a cosine, as ReLoRA merges; in place of lr_scheduler_type, of whose "
-            "lr_scheduler_kwargs min_lr_rate counts."
+            "help": "Steps between restarts of a cosine schedule, for ReLoRA as many as between its merges; replaces "
+            "lr_scheduler_type, and reads min_lr_rate of lr_scheduler_kwargs."
         },
     )
-    lr_restart_warmup: int = field(default=100, metadata={"help": "Steps of the rise after each restart."})
+    lr_restart_warmup: int = field(
+        default=100, metadata={"help": "Steps in which the learning rate rises again after each restart."}
+    )
     teacher: str | None = field(
         default=None,
         metadata={"help": "A saved model whose predictions are imitated: for cast, the dense one that it begins with."},
@@ -197,7 +206,7 @@ class RunArguments(TrainingArguments):
 
     # HfArgumentParser reads unions by position: None must come first here.
     report_to: None | str | list[str] = field(  # noqa: RUF036
-        default="tensorboard", metadata={"help": "Where metrics are logged."}
+        default="tensorboard", metadata={"help": "Where metrics are logged: tensorboard, wandb, none, ..."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between logged losses."})
     logging_nan_inf_filter: bool = field(
@@ -250,7 +259,7 @@ class Config:
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, flat, as YAML can hold it: a configuration that runs again. Paths are absolute."""
-        kept = {key: _plain(value) for key, value in self.values.items() if key not in NOT_KEPT}
+        kept = {key: plain(value) for key, value in self.values.items() if key not in NOT_KEPT}
         for key in PATH_KEYS:
             value = kept[key]
             kept[key] = [_from_anywhere(one) for one in value] if isinstance(value, list) else _from_anywhere(value)
@@ -264,7 +273,7 @@ def _from_anywhere(path: Any) -> Any:
     return path
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value in a form that YAML can hold; mappings as JSON text."""
     value = getattr(value, "value", value)  # of a choice
     if isinstance(value, dict):

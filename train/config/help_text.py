@@ -32,7 +32,7 @@ beside the file, then in the working directory. Single keys of a mapping can be 
 # The keys of TrainingArguments that nearly every run sets, with help of our own.
 COMMON = {
     "output_dir": "Folder of the run: model, checkpoints, logs, report.",
-    "max_steps": "Optimizer steps; or num_train_epochs.",
+    "max_steps": "Optimizer steps; -1 for num_train_epochs in their place.",
     "per_device_train_batch_size": "Examples per process and forward pass.",
     "gradient_accumulation_steps": "Forward passes per step.",
     "learning_rate": "Peak learning rate.",
@@ -40,13 +40,29 @@ COMMON = {
     "warmup_steps": "Steps of linear warm-up; below 1, a share of all steps.",
     "weight_decay": "Decoupled decay of weights, not of norms and biases.",
     "max_grad_norm": "Gradients are clipped to this norm; 0 for never.",
-    "bf16": "Mixed precision (weights stay as dtype says).",
+    "bf16": "Mixed precision with bfloat16; the weights stay as dtype says.",
     "eval_steps": "Steps between evaluations, with eval_strategy: steps.",
     "save_steps": "Steps between checkpoints; save_total_limit keeps the newest few.",
-    "resume_from_checkpoint": "true, auto (begin where there is nothing yet), or a checkpoint's folder.",
-    "seed": "Of the weights and the order of the data.",
+    "resume_from_checkpoint": "true, for the newest whole checkpoint in output_dir; auto, which begins where there is "
+    "no run yet; or a checkpoint's folder.",
+    "seed": "What the first weights and the order of the data are drawn from.",
     "deepspeed": "A DeepSpeed configuration file.",
 }
+# Further keys of TrainingArguments whose own help does not say what they do here.
+HERE = {
+    "adam_beta1": "The optimizer's first beta; by default the one of its constructor.",
+    "adam_beta2": "The optimizer's second beta; by default the one of its constructor.",
+    "adam_epsilon": "The optimizer's eps; by default the one of its constructor.",
+    "disable_tqdm": "Lines in place of progress bars; by default where there is no terminal.",
+    "do_eval": "Of scripts: a run measures its validation loss at the end whatever this says.",
+    "do_predict": "Of scripts: a run predicts nothing.",
+    "do_train": "Of scripts: a run trains whatever this says.",
+    "eval_strategy": "When the validation loss is measured before the end: no, steps or epoch.",
+    "logging_strategy": "When losses are logged: steps, epoch or no.",
+    "num_train_epochs": "Passes over the data, where max_steps is -1.",
+    "save_strategy": "When checkpoints are written: steps, epoch or no.",
+}
+NO_DEFAULT = ("adam_beta1", "adam_beta2", "adam_epsilon")  # they are the optimizer's, not those of the Trainer
 
 
 def usage(everything: bool = False) -> str:
@@ -62,7 +78,8 @@ def usage(everything: bool = False) -> str:
     rest = sorted(f.name for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in COMMON)
     if everything:
         parts += ["every other key of transformers.TrainingArguments, with its default:"]
-        parts += [_line(fields[name], _first_sentence(fields[name])) for name in rest if name not in NOT_READ]
+        told = {name: HERE.get(name) or _first_sentence(fields[name]) for name in rest if name not in NOT_READ}
+        parts += [_line(fields[name], text) for name, text in told.items()]
     else:
         parts += [f"and the other {len(rest)} keys of transformers.TrainingArguments: gracile pretrain --help-all"]
     parts += ["", "optimizers:", *methods(OPTIMIZERS.values()), "", "layers:", *methods(LAYERS.values())]
@@ -75,7 +92,7 @@ def _first_sentence(field: dataclasses.Field[Any]) -> str:
 
 
 def _line(field: dataclasses.Field[Any], text: str) -> str:
-    default = _default(field)
+    default = "" if field.name in NO_DEFAULT else _default(field)
     return row(f"--{field.name}", f"{text} [{default}]" if default else text)
 
 

@@ -22,7 +22,16 @@ from ...models.llama import SIZES
 from ...registry import LAYERS, OPTIMIZERS, recipes
 from ...validation import nearest
 from ..errors import BadInput
-from .arguments import PATH_KEYS, Config, DataArguments, Keywords, ModelArguments, OptimizerArguments, RunArguments
+from .arguments import (
+    PATH_KEYS,
+    Config,
+    DataArguments,
+    Keywords,
+    ModelArguments,
+    OptimizerArguments,
+    RunArguments,
+    plain,
+)
 
 GROUPS: Any = (ModelArguments, DataArguments, OptimizerArguments, RunArguments)
 # Keys that an optimizer has defaults of its own for.
@@ -235,6 +244,12 @@ def _adam_defaults(optimizer: str) -> dict[str, float]:
     own = inspect.signature(entry.cls).parameters
     beta1, beta2 = own["betas"].default
     return {"adam_beta1": beta1, "adam_beta2": beta2} | ({"adam_epsilon": own["eps"].default} if "eps" in own else {})
+
+
+def defaults(optimizer: str) -> dict[str, Any]:
+    """Every key as run.yaml would hold it where nothing but the optimizer is given."""
+    namespace = _Parser(GROUPS, allow_abbrev=False, add_help=False).parse_args([])
+    return {key: plain(value) for key, value in (vars(namespace) | _adam_defaults(optimizer)).items()}
 
 
 def _filled(group: Any, namespace: argparse.Namespace) -> Any:

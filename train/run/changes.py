@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import OPTIMIZERS
-from ..config.arguments import PATH_KEYS, Config
+from ..config.arguments import PATH_KEYS, Config, RunArguments
+from ..config.parser import defaults
 from ..data.identity import PLACES
+from ..data.stream import STREAM_FILE
+from ..engines import layout as layouts
 from ..errors import BadInput
 
 # Keys of the learning rate's schedule, which is made anew and taken up at the step of the checkpoint.
@@ -58,17 +61,19 @@ class Change:
 
 
 def between(saved: Mapping[str, Any], config: Config, output_dir: Path, checkpoint: Path | None) -> list[Change]:
-    """The keys of ``config`` that differ from a run's, as its run.yaml has them.
+    """The keys of ``config`` that differ from a run's, as its run.yaml has them. What an older one does not name was at
+    its default.
 
     Raises:
         BadInput: for one that cannot change within a run.
     """
     step = 0 if checkpoint is None else step_of(checkpoint)
-    now = config.resolved()
+    saved = {**defaults(config.optimizer.optimizer), **saved}
     found = []
-    for key, value in now.items():
-        if key in saved and key not in OF_A_START and not _same(key, saved[key], value):
-            effect = _effect(key, config, step)
+    size = None if checkpoint is None else _size_of(saved, config, checkpoint)
+    for key, value in config.resolved().items():
+        if key not in OF_A_START and not _same(key, saved[key], value):
+            effect = size if key in BATCH and size is not None else _effect(key, config, step)
             if effect is None:
                 raise BadInput(
                     f"{key} is {value!r} but the run in {str(output_dir)!r} has {saved[key]!r}; "
@@ -86,13 +91,32 @@ def _effect(key: str, config: Config, step: int) -> str | None:
         kept = [name for name in clocks if key == "max_steps" and getattr(config.optimizer, name, None) is None]
         more = f"; {', '.join(kept)} stays as it was" if kept and step else ""
         return f"the learning rate is that of the new schedule from step {step + 1} on{more}"
-    if key in BATCH:
-        return f"steps are of another size from step {step + 1} on, and the data is taken up as if all had been so"
-    if key in STEP:
+    if key in STEP or key in BATCH:
         return f"from step {step + 1} on"
     if key in DATA:
         return "the same data under another name"
     return f"from step {step + 1} on; no step computes anything else" if key in AROUND else None
+
+
+def _size_of(saved: Mapping[str, Any], config: Config, checkpoint: Path) -> str:
+    layout, run = layouts.saved(checkpoint), config.run
+    told = int(saved["per_device_train_batch_size"]) * int(saved["gradient_accumulation_steps"]) * run.world_size
+    return size_of_steps(run, checkpoint, told if layout is None else layout.examples_per_step)
+
+
+def size_of_steps(run: RunArguments, checkpoint: Path, before: int) -> str:
+    """How many examples a step takes after a checkpoint whose steps took ``before``, and where the data goes on."""
+    now, step = layouts.Layout.of(run).examples_per_step, step_of(checkpoint)
+    if now == before:
+        return f"a step takes {now:,} examples as before"
+    steps = f"a step takes {now:,} examples from step {step + 1} on, {before:,} before"
+    if run.ignore_data_skip:
+        return steps
+    if (checkpoint / STREAM_FILE).is_file():
+        return f"{steps}; the data goes on where it was"
+    # the Trainer skips batches of the new size, by which its epochs and the run have their ends
+    apart = f"{abs(now - before) * step:,} {'are left out' if now > before else 'come again'}"
+    return f"{steps}; the data goes on at example {now * step:,} in place of {before * step:,}: {apart}"
 
 
 def _refuse_impossible(

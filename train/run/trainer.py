@@ -312,7 +312,7 @@ class PretrainTrainer(Trainer):
 
     def _load_finished(self, checkpoint: Path) -> None:
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if self.is_fsdp_enabled:  # loads into a model that is split already
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # loads into a model that is split already
             self._prepare_for_training(self.state.max_steps, None, str(checkpoint))
             return
         self._load_from_checkpoint(str(checkpoint))

@@ -1,8 +1,12 @@
 """How the commands are given their keys, and how they speak."""
 
 import json
+import os
 import re
+import select
+import shutil
 import subprocess
+import time
 
 import pytest
 import yaml
@@ -129,19 +133,62 @@ def test_memory_marks_the_peak_of_the_run(tiny, capsys, more, row):
     assert len(rows) == 2
 
 
-def test_bash_completes_commands_keys_and_names():
-    script = completion.script("bash")
+SHELLS = {"bash": ["--norc", "-i"], "zsh": ["-f", "-i"]}
 
-    def completed(*words):
-        line = " ".join(words)
-        probe = f"{script}\nCOMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _gracile; echo ${{COMPREPLY[@]}}"
-        return subprocess.run(["bash", "-c", probe], capture_output=True, text=True, check=True).stdout.split()
 
-    assert completed("gracile", "pre") == ["pretrain"]
-    assert completed("gracile", "pretrain", "--learn") == ["--learning_rate"]
-    assert completed("gracile", "pretrain", "quickstart_2") == ["quickstart_2_4_cast", "quickstart_2_4_sr_ste"]
-    assert completed("gracile", "pretrain", "--optimizer", "rig") == ["rigl_adamw"]
+@pytest.fixture(params=SHELLS)
+def typed(request, tmp_path):
+    """What stands on the line of a shell after a text and a tab, and what it lists; each in a terminal of its own."""
+    shell = request.param
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell} here")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine.yaml").touch()
+    (tmp_path / "script").write_text(completion.script(shell))
+    ours, theirs = os.openpty()
+    terminal = ["sh", "-c", 'exec "$@" <>"$0" >&0 2>&1', os.ttyname(theirs)]  # whoever opens it first has it
+    environment = {**os.environ, "HOME": str(tmp_path), "TERM": "dumb", "PS1": "<ready>", "COLUMNS": "1000"}
+    process = subprocess.Popen(
+        [*terminal, shell, *SHELLS[shell]], env=environment, cwd=tmp_path, start_new_session=True
+    )
+
+    def until(end, text=""):
+        deadline = time.monotonic() + 60
+        while end not in text:
+            assert select.select([ours], [], [], deadline - time.monotonic())[0], text
+            text += os.read(ours, 65536).decode()
+        return text
+
+    def type_in(line):
+        os.write(ours, f"{line}echo end\r".encode())
+        found = until("\nend")
+        until("<ready>", found[found.index("\nend") :])
+        return found
+
+    until("<ready>")
+    assert "not found" not in type_in("stty cols 1000; . ./script; ")
+    yield lambda line: type_in(f"{line}\t\t\x15")  # a second tab lists; ^U takes the line away
+    process.kill()
+    process.wait()
+    os.close(theirs)
+    os.close(ours)
+
+
+def test_a_shell_completes_commands_keys_and_names(typed):
+    assert "gracile pretrain" in typed("gracile pre")
+    assert "--learning_rate" in typed("gracile pretrain --learn")
+    assert "rigl_adamw" in typed("gracile pretrain --optimizer rig")
+    assert "sltrain" in typed("gracile pretrain --layer slt")
+    found = typed("gracile pretrain quickstart_2_4_")
+    assert re.search(r"quickstart_2_4_cast\s+quickstart_2_4_sr_ste\s", found), found
+    found = typed("gracile pretrain runs/m")
+    assert "runs/mine.yaml" in found
+    assert "maestro" not in found
+
+
+def test_completion_knows_two_shells(capsys):
     assert completion.main(["fish"]) == 2
+    assert "fish" in capsys.readouterr().err
 
 
 def test_ctrl_c_in_a_command_without_a_run_is_one_line(monkeypatch, capsys):

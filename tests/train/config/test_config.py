@@ -13,7 +13,7 @@ from gracile.train.config.arguments import (
     OptimizerArguments,
     RunArguments,
 )
-from gracile.train.config.help_text import COMMON, usage
+from gracile.train.config.help_text import COMMON, HERE, usage
 from gracile.train.config.parser import NOT_READ, load_config
 from gracile.train.errors import BadInput
 
@@ -175,7 +175,9 @@ def test_help_names_every_key_of_ours_and_the_common_ones():
     told = dict(re.findall(r"^  --(\w+)\s+(\S.+)", everything, re.MULTILINE))
     assert {f.name for f in dataclasses.fields(RunArguments) if f.init} - NOT_READ.keys() == told.keys() - set(ours)
     assert all(re.search(r"[A-Za-z]{3}", text) for text in told.values()), "a word for each"
+    assert told["adam_beta2"].endswith("of its constructor."), "and not the Trainer's default"
     assert max(len(line) for line in everything.splitlines()) <= 110
+    assert HERE.keys() <= {f.name for f in dataclasses.fields(RunArguments) if f.init} - COMMON.keys()
 
 
 def test_the_help_of_optimizer_names_every_one_of_them():

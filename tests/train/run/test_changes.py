@@ -109,6 +109,73 @@ def test_what_cannot_change_is_refused_and_run_yaml_stays(base, capsys, more, wo
     assert {p: p.read_bytes() for p in before} == before
 
 
+@pytest.fixture
+def read(monkeypatch):
+    """The examples that runs train on from here on, in their order."""
+    from gracile.train.run.trainer import PretrainTrainer
+
+    found, step = [], PretrainTrainer.training_step
+
+    def spy(self, model, inputs, *rest, **keywords):
+        found.extend(tuple(row) for row in inputs["input_ids"].tolist())
+        return step(self, model, inputs, *rest, **keywords)
+
+    monkeypatch.setattr(PretrainTrainer, "training_step", spy)
+    return found
+
+
+def test_steps_of_another_size_go_on_with_the_data_that_is_told(tiny, tmp_path, read, capsys):
+    config = tiny(max_steps=10, report_to="none")
+    assert main([config]) == 0
+    data, run = list(read), tmp_path / "run"
+    assert len(set(data)) == 80, "steps of 2 x 4"
+
+    def goes_on(name, *more):
+        again = interrupt(run, tmp_path / name, keep="checkpoint-5")
+        read.clear()
+        assert main([config, "--output_dir", str(again), *RESUME, "--max_steps", "6", *more]) == 0
+        return capsys.readouterr().out
+
+    told = goes_on("smaller", "--per_device_train_batch_size", "2")
+    assert "4 -> 2; a step takes 4 examples from step 6 on, 8 before; the data goes on at example 20 in place " in told
+    assert " in place of 40: 20 come again\n" in told
+    assert read == data[20:24]
+    told = goes_on("larger", "--gradient_accumulation_steps", "3")
+    assert "2 -> 3; a step takes 12 examples from step 6 on, 8 before; the data goes on at example 60 in place " in told
+    assert " in place of 40: 20 are left out\n" in told
+    assert read == data[60:72]
+    told = goes_on("same", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4")
+    assert "gradient_accumulation_steps: 2 -> 4; a step takes 8 examples as before\n" in told
+    assert read == data[40:48]
+
+
+def test_a_stream_goes_on_where_it_was_also_with_steps_of_another_size(tiny, tmp_path, read, capsys):
+    config = tiny(streaming=True, max_steps=6, report_to="none")
+    assert main([config]) == 0
+    data, again = list(read), interrupt(tmp_path / "run", tmp_path / "again", keep="checkpoint-5")
+    read.clear()
+    assert main([config, "--output_dir", str(again), *RESUME, "--per_device_train_batch_size", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "4 -> 2; a step takes 4 examples from step 6 on, 8 before; the data goes on where it was\n" in told
+    assert read == data[40:44]
+
+
+def test_a_key_that_run_yaml_does_not_hold_is_at_its_default(base, tmp_path, capsys):
+    """It is of an older gracile, which had no such key."""
+    config, run = base
+    older = interrupt(run, tmp_path / "older", keep="checkpoint-10")
+    told = yaml.safe_load((older / "run.yaml").read_text())
+    del told["config"]["packing"], told["config"]["trust_remote_code"]
+    (older / "run.yaml").write_text(yaml.safe_dump(told))
+    again = [config, "--output_dir", str(older), *RESUME]
+    assert main([*again, "--packing", "false", "--ignore_data_changes", "true"]) == 2
+    assert "packing is False but the run in" in capsys.readouterr().err
+    assert main([*again, "--trust_remote_code", "true"]) == 0
+    out = capsys.readouterr().out
+    assert "trust_remote_code: False -> True; " in out
+    assert "packing" not in out
+
+
 def test_every_key_of_the_trainer_is_known_to_change_or_not():
     from gracile.train.run import changes
 
