@@ -26,10 +26,11 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from ..validation import Check, number, one_of
+from .core.batches import Direction
 from .core.optimizer import ShardedOptimizer
 from .core.rules import TORCH_ADAM
 from .core.types import Group, State
-from .distributed import FullShard, Update
+from .distributed import FullShard
 from .state.spec import Coordinates, StateSpec, moment_dtype, wide_dtype
 
 NORMALIZED_OVER = {"linear": -1, "transposed": -2, "embedding": -2, "head": -1}  # by role, the dimension of a mean
@@ -89,9 +90,9 @@ class SCALE(ShardedOptimizer):
         moment = Coordinates.of(shard, in_rows=True).spec("exp_avg", moment_dtype(shard, group))
         return {None: super().state_specs(shard, group), "head": [moment]}.get(group["role"], [])
 
-    def direction(self, G: torch.Tensor, shard: FullShard, group: Group, state: State) -> tuple[Update, float]:
+    def direction(self, G: torch.Tensor, shard: FullShard, group: Group, state: State) -> Direction:
         if group["role"] is None:
-            N, correction = self.rule.direction(G, state, group)
+            N, correction = yield G, state
             return N, correction * group["adam_scale"]
         beta, dim = group["momentum"], NORMALIZED_OVER[group["role"]]
         X = G if group["role"] != "head" else state["exp_avg"].mul_(beta).add_(G, alpha=1 - beta)

@@ -97,6 +97,10 @@ class DeclaredState(FaithfulLoading):
         """Whether each element of a parameter moves by itself, by the plain rule."""
         return not self.is_for_matrices(group) and not self.rule.needs_rows
 
+    def moves_by_direction(self, shard: FullShard, group: Group) -> bool:
+        """Whether ``direction`` is all that moves a parameter, and may be asked for many before any of them moves."""
+        return self.moves_by_element(shard, group)
+
     def state_specs(self, shard: FullShard, group: Group) -> list[StateSpec]:
         """The tensors of a parameter's state beside ``step``, declared for the whole parameter: of the shard, only
         ``shape``, ``side``, ``dtype`` and ``position`` count."""

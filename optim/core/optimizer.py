@@ -28,7 +28,6 @@ from ..distributed import (
     MatrixShard,
     ParamRegistry,
     UnsupportedLayout,
-    Update,
     Workspace,
     at_once,
     complete_gradients,
@@ -37,6 +36,7 @@ from ..distributed import (
     wrapped_group,
 )
 from ..state.spec import PLAIN, to_portable
+from .batches import Direction, batches, found_alone, found_together, write_together
 from .clock import steps_of
 from .declared_state import DeclaredState
 from .group_checks import COMMON_CHECKS, check_declared, check_rounding, check_tensors, parameters_in
@@ -114,13 +114,17 @@ class ShardedOptimizer(DeclaredState):
     def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         """Move one parameter of which ``G`` is the gathered gradient. Its counter has counted this step. Collective."""
         with self._dequantized(shard, group, state) as wide:
-            direction, correction = self.direction(G, shard, group, wide)
+            direction, correction = found_alone(self.direction(G, shard, group, wide), self.rule, group)
         decay = group["lr"] * group["weight_decay"]
         shard.write(direction, group["lr"] * correction, decay, self.rule.decay_first)
 
-    def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> tuple[Update, float]:
-        """Where a parameter goes, laid out as ``G``, and the factor on the learning rate. Collective."""
-        return self.rule.direction(G, state, group)
+    def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> Direction:
+        """Where a parameter goes, laid out as ``G``, and the factor on the learning rate. Collective.
+
+        It yields coordinates and their state to the rule, and gets their direction and that factor: with those of other
+        parameters at once, where launches cost more than memory does.
+        """
+        return (yield G, state)
 
     def after_step(self, work: list[ParamStep]) -> None:
         """What is done to several parameters together, when every one has moved. Collective."""
@@ -211,12 +215,32 @@ class ShardedOptimizer(DeclaredState):
             with self.phase(UPDATE):
                 for item in portion:
                     item.state["step"] += 1
-                    for part in self._in_pieces(item):
-                        G = part.take_grad()
-                        with self._rounded(part) as state:
-                            self.update(G, part.shard, part.group, state)
+                for batch in batches(portion, self._is_batched):
+                    self._update_together(batch) if len(batch) > 1 else self._update_alone(batch[0])
         with self.phase(AFTER):
             self.after_step(work)
+
+    def _update_alone(self, item: ParamStep) -> None:
+        for part in self._in_pieces(item):
+            G = part.take_grad()
+            with self._rounded(part) as state:
+                self.update(G, part.shard, part.group, state)
+
+    def _update_together(self, batch: list[ParamStep]) -> None:
+        """``update`` of several parameters that are alike, by one call of the rule."""
+        group = batch[0].group
+        directions = [self.direction(item.take_grad(), item.shard, group, item.state) for item in batch]
+        towards = found_together(directions, self.rule, group)
+        write_together([item.shard for item in batch], towards, group, self.rule.decay_first)
+
+    def _is_batched(self, item: ParamStep) -> bool:
+        """Whether a parameter may be moved with others: where its moments and weights are written as they are."""
+        return (
+            self.rule.together is not None
+            and self.moment_codec is PLAIN
+            and not item.group["stochastic_rounding"]
+            and self.moves_by_direction(item.shard, item.group)
+        )
 
     def _in_pieces(self, item: ParamStep) -> Iterator[ParamStep]:
         """A parameter, in pieces where it is large and each element moves by itself: a step's memory is then theirs."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...validation import flag, is_real, number, require
 from ..state.spec import Coordinates, StateSpec
+from .rules_together import adam_together, lion_together
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, in one order on every process
 
@@ -25,13 +26,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, in one order on every process
 @dataclass(frozen=True)
 class Rule:
     """``check`` refuses bad group values, ``specs`` declares the moments, ``direction`` updates them in place and gives
-    the direction with the factor on the learning rate. ``decay_first``: weights decay before the step, not after."""
+    the direction with the factor on the learning rate; ``together`` does it for many tensors with the same clock.
+    ``decay_first``: weights decay before the step, not after."""
 
     check: Callable[[dict[str, Any]], None]
     specs: Callable[[Coordinates, torch.dtype, dict[str, Any]], list[StateSpec]]
     direction: Callable[..., tuple[Tensor, float]]  # of (gradient, state, group); Adafactor's asks for the shard too
     decay_first: bool = False
     needs_rows: bool = False  # a part of a matrix must come in whole rows
+    together: Callable[..., tuple[list[Tensor], float]] | None = None  # of lists of gradients and states, and the group
 
 
 def plain(value: Any) -> Any:
@@ -179,7 +182,13 @@ def adafactor(
     return N.div_((over.rms(N) / group["clip_threshold"]).clamp_(min=1.0)), 1.0
 
 
-ADAM = Rule(check_adam, adam_specs, adam)
-TORCH_ADAM = Rule(check_adam, adam_specs, partial(adam, torch_eps=True), decay_first=True)
-LION = Rule(check_lion, lion_specs, lion, decay_first=True)
+ADAM = Rule(check_adam, adam_specs, adam, together=adam_together)
+TORCH_ADAM = Rule(
+    check_adam,
+    adam_specs,
+    partial(adam, torch_eps=True),
+    decay_first=True,
+    together=partial(adam_together, torch_eps=True),
+)
+LION = Rule(check_lion, lion_specs, lion, decay_first=True, together=lion_together)
 ADAFACTOR = Rule(check_adafactor, adafactor_specs, adafactor, decay_first=True, needs_rows=True)

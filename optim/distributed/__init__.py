@@ -5,7 +5,7 @@ are slices of one: DeepSpeed ZeRO and FSDP2. ``param_registry`` finds out which.
 """
 
 from .flat import FlatShard, all_reduce_shares_
-from .full import FullMatrix, FullShard, PendingSolve, Update, has_subspace
+from .full import FullMatrix, FullShard, PendingSolve, Update, WrittenUpdate, has_subspace
 from .layout import ParamRef, UnsupportedLayout, full_shape, held_shard, is_dtensor, local_flat
 from .matrix import MatrixShard, RowShard, complete_gradients
 from .param_registry import ParamRegistry, PrefixedState
@@ -39,6 +39,7 @@ __all__ = [
     "UnsupportedLayout",
     "Update",
     "Workspace",
+    "WrittenUpdate",
     "all_reduce_shares_",
     "as_one_buffer",
     "at_once",

@@ -22,7 +22,16 @@ from .projection import LowRankUpdate, ProjectionSide
 from .shard_range import Runs
 from .workspace import Workspace
 
-Update = Tensor | LowRankUpdate
+
+class WrittenUpdate:
+    """An update that writes itself into weights."""
+
+    def add_to_weights_(self, weights: Tensor, alpha: float) -> None:
+        """weights += alpha * this."""
+        raise NotImplementedError
+
+
+Update = Tensor | LowRankUpdate | WrittenUpdate
 
 
 class PendingSolve:
@@ -201,6 +210,8 @@ class FullShard:
     def _add_to(self, weights: Tensor, update: Update, alpha: float) -> None:
         if isinstance(update, LowRankUpdate):
             self._add_product(weights, update, alpha)
+        elif isinstance(update, WrittenUpdate):
+            update.add_to_weights_(weights, alpha)
         else:
             weights.add_(update, alpha=alpha)
 

@@ -168,6 +168,7 @@ class MatrixShard(FullMatrix):
             self._add_to(self.parameter.view(self.block_shape), update, alpha)
         else:
             dense = update.dense() if isinstance(update, LowRankUpdate) else update
+            assert isinstance(dense, Tensor), "of a matrix that is worked on in lines"
             self.parameter.add_(self._flat(dense).to(self.parameter.dtype), alpha=alpha)
 
     def rewrite(self, weights: Tensor) -> None:

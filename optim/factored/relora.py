@@ -27,11 +27,12 @@ from torch.optim.optimizer import ParamsT
 
 from ...rng import generator_of
 from ...validation import Check, flag, number, one_of, whole
+from ..core.batches import Direction
 from ..core.clock import since, steps_of, with_age
 from ..core.optimizer import FIND
 from ..core.rules import MOMENTS
 from ..core.types import Group, State
-from ..distributed import FullShard, Update
+from ..distributed import FullShard
 from .optimizer import FactoredOptimizer, LayerStep
 
 RESETS = ("zero", "random", "magnitude")
@@ -111,7 +112,7 @@ class ReLoRAAdamW(FactoredOptimizer):
     ) -> None:
         super().__init__(params, locals())
 
-    def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> tuple[Update, float]:
+    def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> Direction:
         if self.part_of(shard) is not None and group["reset_step"]:
             state = with_age(state, since(steps_of(state), _reset_every(group)))
         return super().direction(G, shard, group, state)

@@ -34,11 +34,12 @@ from torch.optim.optimizer import ParamsT
 
 from ...rng import generator_of
 from ...validation import Check, flag, whole
+from ..core.batches import Direction
 from ..core.clock import since, steps_of, with_age
 from ..core.optimizer import FIND
 from ..core.rules import MOMENTS
 from ..core.types import Group, State
-from ..distributed import FullShard, ProcessGroup, Update, all_reduce_shares_
+from ..distributed import FullShard, ProcessGroup, all_reduce_shares_
 from .optimizer import FactoredOptimizer, LayerStep, Parts
 
 
@@ -125,16 +126,16 @@ class SSTAdamW(FactoredOptimizer):
         vectors = self.part_of(shard) in ("U", "V")
         super().update(G, shard, {**group, "weight_decay": 0.0} if vectors else group, state)
 
-    def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> tuple[Update, float]:
+    def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> Direction:
         name, t = self.part_of(shard), steps_of(state)
         if name is None:
-            return super().direction(G, shard, group, state)
+            return (yield from super().direction(G, shard, group, state))
         if name == "sigma":
             period = self._round(self._parts[shard.position].layer, group)
             age = since(t, group["swap_every"] if group["reset_sigma"] else period)
-            return super().direction(G, shard, group, with_age(state, age))
+            return (yield from super().direction(G, shard, group, with_age(state, age)))
         age = since(t, group["swap_every"])
-        N, correction = super().direction(G, shard, group, with_age(state, age))
+        N, correction = yield from super().direction(G, shard, group, with_age(state, age))
         rising = age < min(t, group["warmup_steps"])  # not at first: that is the schedule's business
         return N, correction * (age / group["warmup_steps"] if rising else 1.0)
 

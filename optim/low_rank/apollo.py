@@ -35,10 +35,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, flag, is_whole, number, one_of, require
+from ..core.batches import Direction
 from ..core.clock import steps_of
-from ..core.rules import adam
 from ..core.types import Group, ParamStep, State
-from ..distributed import FullMatrix, PendingSolve, Update
+from ..distributed import FullMatrix, FullShard, PendingSolve, has_subspace
 from ..state.spec import StateSpec, wide_dtype
 from .gaussian import following, gaussian_columns
 from .growth_limiter import limit_growth_
@@ -161,10 +161,13 @@ class APOLLOAdamW(LowRankOptimizer):
     def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor | PendingSolve:
         return shard.solve(G, partial(leading_singular_vectors, side=shard.side))
 
-    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
+    def moves_by_direction(self, shard: FullShard, group: Group) -> bool:
+        return not shard.split if has_subspace(shard) else super().moves_by_direction(shard, group)
+
+    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         P = self.basis(shard, group, state)
         R = P.project(G)
-        N, correction = adam(R, state, group)
+        N, correction = yield R, state
         if group["scale_type"] == "channel":
             s = P.line_norms(N) / (P.line_norms(R) + 1e-8)
         else:

@@ -39,11 +39,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, flag, is_whole, one_of, require
+from ..core.batches import Direction
 from ..core.clock import steps_of
 from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, ParamStep, State
-from ..distributed import FullMatrix, FullShard, Update, has_subspace
+from ..distributed import FullMatrix, FullShard, has_subspace
 from ..state.packed_rows import pack_, packed_specs, unpacked
 from ..state.spec import ERRORS, INDICES, Placement, StateSpec
 from .basis import Basis
@@ -149,7 +150,7 @@ class DCTAdamW(LowRankOptimizer):
         Q = cosine_basis(shard.side.basis_shape[0], shard.device)
         return Q.index_select(1, state["indices"])
 
-    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
+    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         A = self._with_error(G, shard, group, state)
         t, gap = steps_of(state), group["update_proj_gap"]
         if t == 1 or t % gap == 0 or (gap > 1 and self.waited_for_gradient(shard)):
@@ -158,7 +159,7 @@ class DCTAdamW(LowRankOptimizer):
         P = self.basis(shard, group, state)
         R = P.project(A)
         self._keep_error(A, R, P, shard, group, state)
-        N, correction = self.rule.direction(R, state, group)
+        N, correction = yield R, state
         return P.lift(N), correction
 
     def _choose_columns(self, A: Tensor, shard: FullMatrix, group: Group, state: State) -> None:

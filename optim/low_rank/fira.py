@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, flag, number, one_of
-from ..core.rules import adam
+from ..core.batches import Direction
 from ..core.types import Group, State
-from ..distributed import FullMatrix, Update
+from ..distributed import FullMatrix, FullShard, has_subspace
 from ..state.spec import StateSpec, wide_dtype
 from .growth_limiter import limit_growth_
 from .optimizer import LowRankOptimizer
@@ -108,10 +108,13 @@ class FiraAdamW(LowRankOptimizer):
         norm = StateSpec("residual_norm", (), wide_dtype(shard))  # one number: never worth rounding
         return [*super().basis_specs(shard, group), norm]
 
-    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
+    def moves_by_direction(self, shard: FullShard, group: Group) -> bool:
+        return not shard.split if has_subspace(shard) else super().moves_by_direction(shard, group)
+
+    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         P = self.basis(shard, group, state)
         R = P.project(G)
-        N, correction = adam(R, state, group)
+        N, correction = yield R, state
         f = P.line_norms(N) / (P.line_norms(R) + 1e-8)
         subtracted = group["scale"] if group["residual"] == "reference" else 1.0
         S = (-subtracted * P.lift(R)).added_to(G).mul_(f)

@@ -34,11 +34,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..core.batches import Direction
 from ..core.clock import steps_of
 from ..core.keywords import ACCEPTED, OF_Q_GALORE, Accepted
 from ..core.rules import ADAFACTOR, LION
 from ..core.types import Group, State
-from ..distributed import FullMatrix, FullShard, Update, has_subspace
+from ..distributed import FullMatrix, FullShard, MatrixShard, has_subspace
 from .optimizer import LowRankOptimizer
 from .published import Published
 
@@ -48,10 +49,16 @@ class GaLore(LowRankOptimizer):
 
     accepted: ClassVar[Mapping[str, Accepted]] = {**ACCEPTED, **OF_Q_GALORE}
 
-    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
+    def moves_by_direction(self, shard: FullShard, group: Group) -> bool:
+        if not has_subspace(shard):
+            return super().moves_by_direction(shard, group)
+        return not (isinstance(shard, MatrixShard) and shard.shard_basis)  # P would be whole for all at once
+
+    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         P = self.basis(shard, group, state)
         R = P.project(G)
-        N, correction = self.rule.direction(R, state, group)
+        del G  # of a matrix that is split it is a copy
+        N, correction = yield R, state
         return group["scale"] * P.lift(N), correction
 
 

@@ -32,10 +32,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, number, require, whole
+from ..core.batches import Direction
 from ..core.clock import steps_of, with_age
 from ..core.rules import adam
 from ..core.types import Group, State
-from ..distributed import FullMatrix, FullShard, PendingSolve, ProjectionSide, Update, has_subspace
+from ..distributed import FullMatrix, FullShard, PendingSolve, ProjectionSide, has_subspace
 from ..state.spec import INDICES, MOMENTS, Placement, StateSpec, moment_dtype
 from .galore import GaLore
 from .singular import leading_singular_vectors, orthogonal_iteration, randomized_range
@@ -175,12 +176,12 @@ class GaLorePlusAdamW(GaLore):
             places = state["residual_places"]
             places.copy_(first_support(places.shape[0], places.shape[1], places.device))
 
-    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
+    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         if group["residual_fraction"] == 0:
-            return super().low_rank_direction(G, shard, group, state)
+            return (yield from super().low_rank_direction(G, shard, group, state))
         P = self.basis(shard, group, state)
         R = P.project(G)
-        N, correction = self.rule.direction(R, state, group)
+        N, correction = yield R, state
         U = group["scale"] * P.lift(N)
         entries = self._residual((-1.0 * P.lift(R)).added_to(G), shard, group, state)
         if entries is None:

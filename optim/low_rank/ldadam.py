@@ -35,11 +35,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, flag, number
+from ..core.batches import Direction
 from ..core.clock import steps_of
 from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, State
-from ..distributed import FullMatrix, Update
+from ..distributed import FullMatrix
 from ..state.spec import ERRORS, Placement, StateSpec, basis_spec, wide_dtype
 from .basis import Basis
 from .optimizer import LowRankOptimizer
@@ -108,7 +109,7 @@ class LDAdamW(LowRankOptimizer):
     def is_due(self, group: Group, state: State) -> bool:
         return False  # the subspace moves in ``low_rank_direction``, for the gradient and the error together
 
-    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
+    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         previous = self.columns(shard, group, state).clone()
         A = state["error"].add_(G) if group["error_feedback"] else G.to(previous.dtype)
         with self.phase(FIND):
@@ -123,7 +124,7 @@ class LDAdamW(LowRankOptimizer):
             (-1.0 * P.lift(R)).add_to_(A)
         if steps_of(state) > 1:
             _carry(_wide(A, shard) if group["error_feedback"] else None, previous, columns, shard, group, state)
-        N, correction = self.rule.direction(R, state, group)
+        N, correction = yield R, state
         return P.lift(N), correction
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, finite, one_of, require, whole
+from ..core.batches import Direction
 from ..core.clock import every, steps_of
 from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.types import Group, ParamStep, State
@@ -31,7 +32,6 @@ from ..distributed import (
     ParamRef,
     PendingSolve,
     ProjectionSide,
-    Update,
     has_subspace,
     is_dtensor,
 )
@@ -125,8 +125,8 @@ class LowRankOptimizer(ShardedOptimizer):
     def after_refresh(self, work: list[ParamStep]) -> None:
         """Called once a step, when all have moved, with the matrices that got new columns in it."""
 
-    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Update, float]:
-        """The method's direction for one matrix (m x n) and the factor on the learning rate. Collective."""
+    def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
+        """The method's ``direction`` for one matrix (m x n). Collective."""
         raise NotImplementedError
 
     # ---- state that is loaded ---------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ class LowRankOptimizer(ShardedOptimizer):
             self._first_gradients.look_at(item.gathered, item.shard, item.usable)
             self.store_basis(columns, item.usable, item.matrix, item.group, item.state)
 
-    def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> tuple[Update, float]:
+    def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> Direction:
         if has_subspace(shard):
             return self.low_rank_direction(G, shard, group, state)
         return super().direction(G, shard, group, state)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from ..distributed import FullShard
+from ..distributed import FullShard, WrittenUpdate
 
 WORTH_A_RUN = 16  # places side by side
 
@@ -38,3 +39,14 @@ class Places:
             rows = flat.view(-1, self.run)
             held = rows.index_select(0, self.runs).add_(values.view(-1, self.run), alpha=alpha)
             rows.index_copy_(0, self.runs.long(), held)
+
+
+@dataclass(frozen=True)
+class PlacedUpdate(WrittenUpdate):
+    """An update of a mask's weights alone."""
+
+    places: Places
+    values: Tensor
+
+    def add_to_weights_(self, weights: Tensor, alpha: float) -> None:
+        self.places.add_(weights.view(-1), self.values, alpha)

@@ -37,13 +37,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..core.batches import Direction
 from ..core.group_checks import check_contiguous
 from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.rules import MOMENTS, TORCH_ADAM
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard, ProcessGroup, UnsupportedLayout, full_shape, held_shard
 from ..state.spec import INDICES, Coordinates, Placement, StateSpec, moment_dtype
-from .gather_scatter import Places
+from .gather_scatter import PlacedUpdate, Places
 from .grown_weights import BORN, aged_adam, born_spec
 from .layer_budgets import BY_SHAPE, BY_WEIGHT, budgets_by_weight
 from .mask_schedule import (
@@ -191,20 +192,20 @@ class SparseOptimizer(ShardedOptimizer):
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
-    def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
+    def moves_by_direction(self, shard: FullShard, group: Group) -> bool:
+        return group["grown_step"] != "own" if self.is_for_matrices(group) else super().moves_by_direction(shard, group)
+
+    def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> Direction:
         if not self.is_for_matrices(group):
-            super().update(G, shard, group, state)
-            return
-        W, G, M = shard.parameter.view(-1), G.reshape(-1), Places(shard, group, state["indices"])
+            return (yield from super().direction(G, shard, group, state))
+        M = Places(shard, group, state["indices"])
         if "momentum" in state:
-            state["momentum"].lerp_(G.to(state["momentum"].dtype), 1 - group["betas"][0])
+            state["momentum"].lerp_(G.reshape(-1).to(state["momentum"].dtype), 1 - group["betas"][0])
+        R = M.of(G.reshape(-1))
         if group["grown_step"] == "own":
-            N, correction = aged_adam(M.of(G), state, group), 1.0
-        else:
-            N, correction = self.rule.direction(M.of(G), state, group)
-        if group["weight_decay"]:
-            W.mul_(1 - group["lr"] * group["weight_decay"])  # of all places: faster than of some, and zeros stay
-        M.add_(W, N, -group["lr"] * correction)
+            return PlacedUpdate(M, aged_adam(R, state, group)), 1.0
+        N, correction = yield R, state
+        return PlacedUpdate(M, N), correction
 
     def find(self, work: list[ParamStep]) -> None:
         """First masks, for matrices that have none; weights outside of masks are zero from here on."""

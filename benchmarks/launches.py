@@ -1,0 +1,65 @@
+"""Kernels that a step launches on a GPU, and where it waits for one, by a pretended device: no GPU is needed.
+
+python benchmarks/launches.py            # every class, at the matrices of a LLaMA-1B
+python benchmarks/launches.py GaLore     # those with this in their name
+
+The matrices are small: of LLaMA-1B there are the numbers alone, 168 matrices of three shapes and 51 other parameters.
+Work that is cut by size has more launches at full size.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from catalogue import VARIANTS, Variant
+from pretend_device import on_device, pretend
+
+LAYERS = 24
+MATRICES = [(32, 32), (32, 32), (32, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
+OTHERS = [(40, 32), (40, 32), *[(32,)] * (2 * LAYERS + 1)]
+STEPS = 6  # refreshes and changes of masks after 0 and 4
+
+
+def counted(variant: Variant) -> tuple[list[int], list[int]]:
+    """Launches and waits of each step."""
+    use = variant.quadratic
+    assert use is not None
+    generator = torch.Generator().manual_seed(0)
+    launches, waits = [], []
+    with pretend() as record:
+        held = [
+            nn.Parameter(on_device(0.1 * torch.randn(shape, generator=generator)))
+            for shape in MATRICES * LAYERS + OTHERS
+        ]
+        matrices, others = held[: LAYERS * len(MATRICES)], held[LAYERS * len(MATRICES) :]
+        optimizer = variant.cls([{"params": matrices, **(use.matrices or {})}, {"params": others}], **use.keys)
+        for _ in range(STEPS):
+            for p in held:
+                p.grad = on_device(torch.randn(p.shape, generator=generator))
+            record.clear()
+            optimizer.step()
+            launches.append(record.launches)
+            waits.append(record.waits.total() + record.copies.total())
+    return launches, waits
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    print("| class | an ordinary step | waits | the busiest after the first | waits |\n|---|---|---|---|---|")
+    for name, variant in VARIANTS.items():
+        if variant.quadratic is None or not any(word in name for word in sys.argv[1:] or [""]):
+            continue
+        launches, waits = counted(variant)
+        print(
+            f"| {name} | {min(launches[1:])} | {min(waits[1:])} | {max(launches[1:])} | {max(waits[1:])} |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

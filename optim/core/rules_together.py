@@ -1,0 +1,53 @@
+"""The rules for many tensors at once, by torch's kernels that take lists: a launch for some thirty tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .types import Group, State
+
+
+def adam_together(
+    gradients: Sequence[Tensor], states: Sequence[State], group: Group, *, torch_eps: bool = False
+) -> tuple[list[Tensor], float]:
+    """``rules.adam`` of tensors with the same clock, by torch's fused AdamW with zeros for weights: these become
+
+    -M / (1 - b1^t) / (sqrt(V) / sqrt(1 - b2^t) + e)        e = eps, or eps / sqrt(1 - b2^t) as GaLore's code has it
+    """
+    beta1, beta2 = group["betas"]
+    M, V = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+    t = states[0]["step"].item()
+    root = math.sqrt(1 - beta2**t)
+    correction = root / (1 - beta1**t)
+    R = [own.to(moment.dtype) for own, moment in zip(gradients, M, strict=True)]
+    moved = _zeros_like(M)
+    clock = torch.full((), t, dtype=torch.float32, device=M[0].device)
+    torch._fused_adamw_(
+        moved, R, M, V, [], [clock] * len(M),
+        lr=-1 / correction, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=group["eps"] / (1.0 if torch_eps else root),
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
+    return moved, correction
+
+
+def lion_together(gradients: Sequence[Tensor], states: Sequence[State], group: Group) -> tuple[list[Tensor], float]:
+    """``rules.lion`` of several tensors."""
+    beta1, beta2 = group["betas"]
+    M, R = [state["exp_avg"] for state in states], list(gradients)
+    moved = list(torch._foreach_mul(M, beta1))
+    torch._foreach_add_(moved, R, alpha=1 - beta1)
+    torch._foreach_sign_(moved)
+    torch._foreach_mul_(M, beta2)
+    torch._foreach_add_(M, R, alpha=1 - beta2)
+    return moved, 1.0
+
+
+def _zeros_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """In one piece of memory, which is one launch."""
+    flat = torch.zeros(sum(t.numel() for t in tensors), dtype=tensors[0].dtype, device=tensors[0].device)
+    parts = torch.split(flat, [t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]

@@ -1,0 +1,114 @@
+"""Parameters that are moved together go where each goes alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from catalogue import VARIANTS
+from torch import nn
+
+from gracile import optim
+from gracile.optim.core import batches
+from gracile.optim.core.rules import ADAM, LION, TORCH_ADAM
+
+SHAPES = [(24, 16), (16, 24), (24, 16), (32, 32), (24, 16)]
+OTHERS = [(20, 8), (16,), (16,)]
+STEPS = 10
+NAMES = [name for name, variant in VARIANTS.items() if variant.quadratic]
+BATCHED = {  # variants whose matrices are
+    "Lion", "GaLoreAdamW", "GaLoreAdamW iterate", "GaLoreLion", "FiraAdamW", "GaLorePlusAdamW", "GaLorePlusAdamW heads",
+    "APOLLOAdamW", "APOLLOAdamW Mini", "APOLLOAdamW svd", "SETAdamW", "RigLAdamW", "SRigLAdamW", "SparseAdamW",
+    "BlockSparseAdamW",
+}  # fmt: skip
+
+
+def trained(variant, frozen=()):
+    generator = torch.Generator().manual_seed(0)
+    held = [nn.Parameter(0.3 * torch.randn(s, generator=generator)) for s in SHAPES + OTHERS]
+    use, matrices = variant.quadratic, held[: len(SHAPES)]
+    groups = [{"params": matrices, **(use.matrices or {})}, {"params": held[len(SHAPES) :]}]
+    optimizer = variant.cls(groups, **{"weight_decay": 0.1, **use.keys})
+    for t in range(STEPS):
+        for number, p in enumerate(held):
+            G = torch.randn(p.shape, generator=generator)
+            p.grad = None if number in frozen and t < 3 else G  # whose clock is then another
+        optimizer.step()
+    return [p.detach() for p in held] + [v for p in held for v in optimizer.state[p].values()]
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """As on a GPU. The sizes of the batches that were moved."""
+    sizes, write = [], batches.write_together
+
+    def written(shards, *rest):
+        sizes.append(len(shards))
+        write(shards, *rest)
+
+    monkeypatch.setattr(batches, "launches_cost", lambda device: True)
+    monkeypatch.setattr("gracile.optim.core.optimizer.write_together", written)
+    return sizes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_moves_each_as_it_would_move_alone(name, together, monkeypatch):
+    variant = VARIANTS[name]
+    frozen = () if variant.cls.together else (0, 6)
+    moved = trained(variant, frozen)
+    whole = sum(together)
+    with monkeypatch.context() as patch:
+        patch.setattr(batches, "launches_cost", lambda device: False)
+        alone = trained(variant, frozen)
+    assert sum(together) == whole
+    for one, other in zip(moved, alone, strict=True):
+        assert torch.allclose(one.double(), other.double(), rtol=1e-4, atol=2e-6), name
+    others = 2 * STEPS  # those of one dimension, at least
+    assert whole >= others or variant.cls.rule.together is None or "8bit" in name
+    assert (whole > 3 * STEPS) == (name in BATCHED), whole
+
+
+def test_a_batch_is_no_larger_than_its_workspace(together, monkeypatch):
+    monkeypatch.setattr(batches, "AT_ONCE", 150)
+    trained(VARIANTS["GaLoreLion"])
+    assert 1 < max(together) <= 3, "coordinates of 24 x 4 and 32 x 4, and parameters of 16"
+
+
+@pytest.mark.parametrize("rule", [ADAM, TORCH_ADAM, LION], ids=["adam", "torch's", "lion"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_rule_for_many_is_the_rule_for_each(rule, dtype):
+    """At the first step and later, gradients near eps and zeros among them."""
+    keys = {"betas": (0.9, 0.99), "eps": 1e-3}
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 3), (7,), (2, 2, 2)]
+    names = ["exp_avg"] if rule is LION else ["exp_avg", "exp_avg_sq"]
+    alone, many = ([{name: torch.zeros(s, dtype=dtype) for name in names} for s in shapes] for _ in range(2))
+    for t in range(1, 6):
+        R = [1e-3 * torch.randn(s, generator=generator).round(decimals=3).to(dtype) for s in shapes]
+        for state in (*alone, *many):
+            state["step"] = torch.tensor(float(t))
+        moved, correction = rule.together(R, many, keys)
+        for own, state, other, theirs in zip(R, alone, many, moved, strict=True):
+            N, factor = rule.direction(own, state, keys)
+            loose = 0.05 if dtype == torch.bfloat16 else 2e-6
+            pairs = [(theirs, N), *((other[name], state[name]) for name in names)]
+            assert correction == pytest.approx(factor)
+            assert all(float((a - b).float().norm()) <= loose * float(b.float().norm()) for a, b in pairs)
+
+
+def test_a_direction_asks_the_rule_once():
+    def twice():
+        yield torch.zeros(1), {}
+        yield torch.zeros(1), {}
+
+    with pytest.raises(RuntimeError, match="once"):
+        batches.found_alone(twice(), replace(LION, direction=lambda R, state, group: (R, 1.0)), {})
+
+
+def test_plain_parameters_of_every_dtype_are_batched_apart(together):
+    held = [nn.Parameter(torch.ones(4, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16) * 2]
+    optimizer = optim.Lion(held, lr=0.1)
+    for p in held:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert together == [2, 2]
+    assert all(torch.allclose(p.float(), torch.full((4,), 0.9), atol=1e-2) for p in held)
