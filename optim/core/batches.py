@@ -70,16 +70,15 @@ def batches(portion: Sequence[ParamStep], may: Callable[[ParamStep], bool]) -> I
         held = [state.dtype for key, state in item.state.items() if key != "step"]
         kind = id(item.group), steps_of(item.state), item.shard.device, item.shard.dtype, *held
         batch = waiting.setdefault(kind, [])
-        if batch and sum(map(_size, batch)) + _size(item) > AT_ONCE:
+        if batch and sum(coordinates_of(other.shard) for other in [*batch, item]) > AT_ONCE:
             yield waiting.pop(kind)
             batch = waiting.setdefault(kind, [])
         batch.append(item)
     yield from waiting.values()
 
 
-def _size(item: ParamStep) -> int:
-    """Coordinates of all of a parameter: what a process has of them may differ."""
-    shard = item.shard
+def coordinates_of(shard: FullShard) -> int:
+    """How many coordinates all of a parameter has: what a process holds of them may differ."""
     return math.prod(shard.side.projected_shape if has_subspace(shard) else shard.shape)
 
 

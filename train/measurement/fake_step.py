@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...optim.core import optimizer as stepping
 from ...optim.core import rounding
+from ...optim.core.batches import AT_ONCE, coordinates_of, launches_cost
 from ...optim.core.optimizer import ShardedOptimizer
 from ...optim.core.rules import with_numbers
 from ...optim.core.types import Group, ParamStep, State
@@ -87,13 +88,16 @@ class _FakeStep:
 
 
 def _some_of_each(shards: list[tuple[FullShard, Group]]) -> Iterator[tuple[FullShard, Group]]:
-    """Some of those that take the same memory, one after the other."""
+    """Of those that take the same memory, as many as are in memory together: a batch and the next."""
     seen: Counter[Any] = Counter()
     for shard, group in shards:
+        if 0 in shard.shape:
+            continue
         held = getattr(shard, "held", None)
         kind = (group["group_number"], shard.shape, None if held is None else held.bounds)
         seen[kind] += 1
-        if seen[kind] <= ALIKE and 0 not in shard.shape:
+        batch = AT_ONCE // coordinates_of(shard) if launches_cost(shard.device) else 0
+        if seen[kind] <= ALIKE + batch:
             yield shard, group
 
 
