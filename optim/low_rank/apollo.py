@@ -38,13 +38,13 @@ from ...validation import Check, flag, is_whole, number, one_of, require
 from ..core.batches import Direction
 from ..core.clock import steps_of
 from ..core.types import Group, ParamStep, State
-from ..distributed import FullMatrix, FullShard, PendingSolve, has_subspace
+from ..distributed import FullMatrix, FullShard, has_subspace
 from ..state.spec import StateSpec, wide_dtype
 from .gaussian import following, gaussian_columns
 from .growth_limiter import limit_growth_
 from .optimizer import LowRankOptimizer
 from .published import Published
-from .singular import leading_singular_vectors
+from .singular import Columns, leading_singular_vectors
 
 PROJECTIONS = ("random", "svd")
 SCALE_TYPES = ("channel", "tensor")
@@ -158,7 +158,7 @@ class APOLLOAdamW(LowRankOptimizer):
             if item.group["proj"] == "random" and steps_of(item.state) > 0:  # a seed is all there is
                 item.state["seed"].fill_(following(int(item.state["seed"].item())))
 
-    def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor | PendingSolve:
+    def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Columns:
         return shard.solve(G, partial(leading_singular_vectors, side=shard.side))
 
     def moves_by_direction(self, shard: FullShard, group: Group) -> bool:

@@ -36,10 +36,10 @@ from ..core.batches import Direction
 from ..core.clock import steps_of, with_age
 from ..core.rules import adam
 from ..core.types import Group, State
-from ..distributed import FullMatrix, FullShard, PendingSolve, ProjectionSide, has_subspace
+from ..distributed import FullMatrix, FullShard, ProjectionSide, has_subspace
 from ..state.spec import INDICES, MOMENTS, Placement, StateSpec, moment_dtype
 from .galore import GaLore
-from .singular import leading_singular_vectors, orthogonal_iteration, randomized_range
+from .singular import Columns, leading_singular_vectors, orthogonal_iteration, randomized_range
 from .sparse_residual import absorb_, first_support
 
 
@@ -137,7 +137,7 @@ class GaLorePlusAdamW(GaLore):
         m, n = shape
         return ProjectionSide(shape, min(group["rank"], m // group["num_heads"], n), right=True)
 
-    def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor | PendingSolve:
+    def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Columns:
         side, step = shard.side, steps_of(state)
         seed = _mixed(group["seed"], shard.position, step)
         rows = slice(None)

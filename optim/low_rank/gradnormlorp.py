@@ -29,9 +29,10 @@ from torch.optim.optimizer import ParamsT
 
 from ..core.rules import MOMENTS, adam
 from ..core.types import Group, State
-from ..distributed import FullMatrix, FullShard, PendingSolve, has_subspace
+from ..distributed import FullMatrix, FullShard, has_subspace
 from ..state.spec import Placement, StateSpec, wide_dtype
 from .optimizer import LowRankOptimizer
+from .singular import Columns
 
 SHORTEST = 1e-30  # a row of this length or less has no direction
 
@@ -66,6 +67,8 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         (torch.Size([32, 1]), True)
     """
 
+    finds_together = False  # the gradient of directions is a matrix of its own
+
     def __init__(
         self,
         params: ParamsT,
@@ -96,7 +99,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         if has_subspace(shard):
             state["length"].copy_(shard.row_norms(shard.gather_weights().to(wide_dtype(shard))))
 
-    def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor | PendingSolve:
+    def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Columns:
         D, _ = _gradients(G, shard.gather_weights(keep=True), shard, state)
         return self.singular_vectors(D.to(shard.dtype), self.previous_columns(shard, group, state), shard, group)
 

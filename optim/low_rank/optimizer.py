@@ -11,6 +11,7 @@ A matrix's lines are gathered once a step: a new basis is found, and the matrix 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, finite, one_of, require, whole
-from ..core.batches import Direction
+from ..core.batches import Direction, launches_cost
 from ..core.clock import every, steps_of
 from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.types import Group, ParamStep, State
@@ -39,7 +40,16 @@ from ..state.spec import StateSpec, basis_spec
 from .basis import Basis, first_columns
 from .first_gradients import FirstGradients
 from .published import Published, PublishedState, is_foreign
-from .singular import SUBSPACE_METHODS, leading_singular_vectors, orthogonal_iteration
+from .singular import (
+    SUBSPACE_METHODS,
+    Columns,
+    PendingIteration,
+    leading_singular_vectors,
+    orthogonal_iteration,
+    orthogonal_iterations,
+)
+
+FOUND_AT_ONCE = 2**22  # elements of bases that a GPU finds together: 32 MiB for each of the fp64 tensors it takes
 
 
 def _optional_flag(key: str, value: object) -> None:
@@ -55,11 +65,14 @@ class LowRankOptimizer(ShardedOptimizer):
 
     Attributes:
         published: what the published class of the same name keeps in its state; None where there is none.
+        finds_together: whether a GPU may find the subspaces of many matrices before any of them moves: not where each
+            needs a matrix of its own for it.
     """
 
     matrix_key = "rank"
     published: ClassVar[Published | None] = None
     subspace_methods: ClassVar[tuple[str, ...]] = SUBSPACE_METHODS
+    finds_together: ClassVar[bool] = True
     checks: ClassVar[Mapping[str, Check]] = {
         "rank": whole(1, optional=True),
         "proj_type": one_of(*PROJ_TYPES),
@@ -110,7 +123,7 @@ class LowRankOptimizer(ShardedOptimizer):
         """Whether a subspace comes from the gradient: a matrix that had none yet, or none that is finite, stays due."""
         return True
 
-    def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor | PendingSolve:
+    def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Columns:
         """The new columns of one matrix (side x r). Non-finite ones are not taken over. Collective."""
         return self.singular_vectors(G, self.previous_columns(shard, group, state), shard, group)
 
@@ -189,12 +202,12 @@ class LowRankOptimizer(ShardedOptimizer):
             return None
         return self.columns(shard, group, state)
 
-    def singular_vectors(
-        self, dense: Tensor, previous: Tensor | None, shard: FullMatrix, group: Group
-    ) -> Tensor | PendingSolve:
+    def singular_vectors(self, dense: Tensor, previous: Tensor | None, shard: FullMatrix, group: Group) -> Columns:
         """The leading singular vectors of a matrix of which ``dense`` is this process's lines."""
         if group["subspace_method"] == "svd":
             return shard.solve(dense, partial(leading_singular_vectors, side=shard.side))
+        if not shard.split and launches_cost(shard.device):
+            return PendingIteration(dense, shard.side, previous)
         return orthogonal_iteration(shard.own(dense), shard.side, previous, shard.all_reduce_)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
@@ -205,18 +218,26 @@ class LowRankOptimizer(ShardedOptimizer):
         waiting = [item for item in work if has_subspace(item.shard) and self.waits_for_gradient(item.group)]
         self._first_gradients.recall(waiting)
         portion: list[ParamStep] = []
-        due = 0
+        due: list[ParamStep] = []
         for item in work:
-            portion.append(item)
             item.is_due = has_subspace(item.shard) and self._is_due_now(item)
+            if item.is_due and due and not self._fits(item, due):
+                yield portion
+                portion, due = [], []
+            portion.append(item)
             if item.is_due:
-                due += 1
-                solved_apart = "svd" in (item.group.get("subspace_method"), item.group.get("proj"))
-                if due >= (item.matrix.solvers if solved_apart else 1):
-                    yield portion
-                    portion, due = [], 0
+                due.append(item)
         if portion:
             yield portion
+
+    def _fits(self, item: ParamStep, due: list[ParamStep]) -> bool:
+        """Whether a subspace may be found together with those that are due before it."""
+        if "svd" in (item.group.get("subspace_method"), item.group.get("proj")):
+            return len(due) < item.matrix.solvers
+        together = self.finds_together and not item.shard.split and launches_cost(item.shard.device)
+        if not together or item.shard.maximize:  # whose gradient is a copy
+            return False
+        return sum(math.prod(other.matrix.side.basis_shape) for other in [*due, item]) <= FOUND_AT_ONCE
 
     def _is_due_now(self, item: ParamStep) -> bool:
         waits = self.waits_for_gradient(item.group) and self.waited_for_gradient(item.shard)
@@ -235,10 +256,14 @@ class LowRankOptimizer(ShardedOptimizer):
         for columns in found:
             if isinstance(columns, PendingSolve):
                 columns.solve()
+        iterated = _iterated([one for one in found if isinstance(one, PendingIteration)])
         for item, pending in zip(due, found, strict=True):
-            columns = pending.result() if isinstance(pending, PendingSolve) else pending
             # A non-finite gradient has no singular vectors: keep the old ones, without asking the device.
-            item.usable = torch.isfinite(columns).all()
+            if isinstance(pending, PendingIteration):
+                columns, item.usable = iterated[id(pending)]
+            else:
+                columns = pending.result() if isinstance(pending, PendingSolve) else pending
+                item.usable = torch.isfinite(columns).all()
             self._first_gradients.look_at(item.gathered, item.shard, item.usable)
             self.store_basis(columns, item.usable, item.matrix, item.group, item.state)
 
@@ -258,3 +283,17 @@ class LowRankOptimizer(ShardedOptimizer):
         if not torch.stack([flag.to(flags[0].device) for flag in flags]).all():  # one host read for all matrices
             self._warned_non_finite = True
             warnings.warn("a gradient was not finite at a refresh; its matrix keeps its old subspace", stacklevel=6)
+
+
+def _iterated(pending: list[PendingIteration]) -> dict[int, tuple[Tensor, Tensor]]:
+    """By the id of each: its columns, and a flag on the device whether they are finite."""
+    alike: dict[tuple[object, ...], list[PendingIteration]] = {}
+    for one in pending:
+        alike.setdefault(one.kind, []).append(one)
+    found = {}
+    for together in alike.values():
+        columns = orthogonal_iterations(together)
+        usable = torch.isfinite(columns).flatten(1).all(dim=1)
+        for one, own, flag in zip(together, columns, usable, strict=True):
+            found[id(one)] = own, flag
+    return found

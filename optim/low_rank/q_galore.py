@@ -39,14 +39,14 @@ from ..core.clock import steps_of
 from ..core.keywords import ACCEPTED, OF_8_BITS, Accepted
 from ..core.rules import Rule, adam, adam_specs, check_adam
 from ..core.types import Group, ParamStep, State
-from ..distributed import FullMatrix, FullShard, PendingSolve, has_subspace
+from ..distributed import FullMatrix, FullShard, has_subspace
 from ..state.blockwise_8bit import IN_8_BITS, require_bitsandbytes
 from ..state.packed_rows import BITS, packed, packed_specs, unpacked
 from ..state.spec import PROJECTORS, Placement, StateSpec
 from .basis import first_columns
 from .galore import GaLore
 from .published import Published
-from .singular import orthogonal_iteration, orthonormalized
+from .singular import Columns, orthogonal_iteration, orthonormalized
 
 PACKED = ("basis", "basis_scale", "basis_minimum")
 
@@ -165,7 +165,7 @@ class GaLoreAdamW8bit(GaLore):
         rows = unpacked("basis", held, size, group["quant_n_bit"])
         return rows.flatten()[: length * rank].view(length, rank).to(shard.dtype)
 
-    def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor | PendingSolve:
+    def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Columns:
         if group["cos_threshold"] is None or group["subspace_method"] == "svd":
             return super().find_basis(G, shard, group, state)
         seed = (shard.position + 1 << 32) + steps_of(state)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..distributed import ProjectionSide
+from ..distributed import PendingSolve, ProjectionSide
 
 Total = Callable[[Tensor], Tensor]  # in place
 
@@ -72,8 +73,45 @@ def orthogonal_iteration(
     return Q.to(gradient.dtype)
 
 
+@dataclass(frozen=True)
+class PendingIteration:
+    """``orthogonal_iteration`` of a whole matrix, to be run together with those of others."""
+
+    gradient: Tensor
+    side: ProjectionSide
+    previous: Tensor | None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Those that are alike are run together."""
+        return self.side, self.gradient.dtype, self.gradient.device, self.previous is None
+
+
+Columns = Tensor | PendingSolve | PendingIteration  # found, or begun
+
+
+def orthogonal_iterations(pending: Sequence[PendingIteration]) -> Tensor:
+    """``orthogonal_iteration`` of several matrices that are alike (matrices x side x r): products one by one, and all
+    orthonormalized together, where each launch costs."""
+    side, like = pending[0].side, pending[0].gradient
+    wide = torch.promote_types(like.dtype, torch.float32)
+    held = [one.previous for one in pending if one.previous is not None]
+    if held:
+        Q = torch.stack(held).to(wide)
+    else:
+        Q = random_columns(side.basis_shape, 0, like.new_empty(0, dtype=wide)).expand(len(pending), -1, -1)
+    for _ in range(1 if held else COLD_ITERATIONS):
+        Z = []
+        for one, columns in zip(pending, Q, strict=True):
+            G = one.gradient.to(wide)
+            Z.append(G.t() @ (G @ columns) if side.right else G @ (G.t() @ columns))
+        Q = orthonormalized(torch.stack(Z), Q)
+    return Q.to(like.dtype)
+
+
 def orthonormalized(columns: Tensor, previous: Tensor) -> Tensor:
-    """An orthonormal basis of the span of ``columns``, filled up by ``previous`` where they span less than r.
+    """An orthonormal basis of the span of ``columns``, filled up by ``previous`` where they span less than r. Of one
+    matrix (side x r), or of each of several.
 
     One rounding error of the previous columns is added: nothing beside a direction that the new ones have,
     everything where they have none. The result is Q of the QR with a positive diagonal, which has one answer, found
@@ -81,15 +119,17 @@ def orthonormalized(columns: Tensor, previous: Tensor) -> Tensor:
     products of an iteration. In fp64, because rounding in fp32 shows up tenfold in the directions of least energy.
     """
     precision = torch.finfo(columns.dtype)
-    size = torch.linalg.vector_norm(columns, torch.inf).clamp_(min=precision.tiny)  # squares could overflow
+    size = torch.linalg.vector_norm(columns, torch.inf, dim=(-2, -1), keepdim=True)
+    size.clamp_(min=precision.tiny)  # squares could overflow
     Z = (columns / size).add_(previous, alpha=precision.eps)
     if Z.dtype == torch.float64:  # no wider type to square them in
         return positive_qr(Z)
-    X = (Z / torch.linalg.vector_norm(Z, dim=0)).double().t()  # unit columns: what is left is their angles
-    L = _cholesky(X @ X.t())
+    # unit columns: what is left is their angles
+    X = (Z / torch.linalg.vector_norm(Z, dim=-2, keepdim=True)).double().mT
+    L = _cholesky(X @ X.mT)
     X = torch.linalg.solve_triangular(L, X, upper=False).to(Z.dtype)  # r x side, orthonormal to about 1e-3 at worst
-    L = _cholesky((X @ X.t()).double()).to(Z.dtype)
-    orthonormal: Tensor = torch.linalg.solve_triangular(L, X, upper=False).t()
+    L = _cholesky((X @ X.mT).double()).to(Z.dtype)
+    orthonormal: Tensor = torch.linalg.solve_triangular(L, X, upper=False).mT
     return orthonormal
 
 
@@ -99,12 +139,13 @@ def _cholesky(gram: Tensor) -> Tensor:
     They are lifted by r rounding errors, and by more where that was too little: hundreds of nearly parallel vectors, as
     a gradient of rank one makes them, are off by as much. Whether it went well is not asked of the device.
     """
-    r, error = gram.shape[0], torch.finfo(gram.dtype).eps
-    gram.diagonal().add_(r * error)
+    r, error = gram.shape[-1], torch.finfo(gram.dtype).eps
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(r * error)
     lower, failed = torch.linalg.cholesky_ex(gram)
-    gram.diagonal().add_(r * r / 16 * error)
+    diagonal.add_(r * r / 16 * error)
     lifted: Tensor = torch.linalg.cholesky_ex(gram).L
-    return torch.where(failed == 0, lower, lifted)
+    return torch.where(failed[..., None, None] == 0, lower, lifted)
 
 
 def randomized_range(
@@ -162,5 +203,6 @@ def _normal(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
 
 def positive_qr(columns: Tensor) -> Tensor:
     Q, R = torch.linalg.qr(columns)
-    signed: Tensor = Q.mul_(torch.where(torch.diagonal(R) < 0, -1.0, 1.0).to(Q.dtype))
+    signs = torch.where(torch.diagonal(R, dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    signed: Tensor = Q.mul_(signs.to(Q.dtype).unsqueeze(-2))
     return signed

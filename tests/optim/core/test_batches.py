@@ -10,6 +10,9 @@ from torch import nn
 from gracile import optim
 from gracile.optim.core import batches
 from gracile.optim.core.rules import ADAM, LION, TORCH_ADAM
+from gracile.optim.distributed import ProjectionSide
+from gracile.optim.low_rank import optimizer as optimizer_of
+from gracile.optim.low_rank.singular import PendingIteration, orthogonal_iteration, orthogonal_iterations
 
 SHAPES = [(24, 16), (16, 24), (24, 16), (32, 32), (24, 16)]
 OTHERS = [(20, 8), (16,), (16,)]
@@ -45,7 +48,8 @@ def together(monkeypatch):
         sizes.append(len(shards))
         write(shards, *rest)
 
-    monkeypatch.setattr(batches, "launches_cost", lambda device: True)
+    for module in (batches, optimizer_of):
+        monkeypatch.setattr(module, "launches_cost", lambda device: True)
     monkeypatch.setattr("gracile.optim.core.optimizer.write_together", written)
     return sizes
 
@@ -57,7 +61,8 @@ def test_a_batch_moves_each_as_it_would_move_alone(name, together, monkeypatch):
     moved = trained(variant, frozen)
     whole = sum(together)
     with monkeypatch.context() as patch:
-        patch.setattr(batches, "launches_cost", lambda device: False)
+        for module in (batches, optimizer_of):
+            patch.setattr(module, "launches_cost", lambda device: False)
         alone = trained(variant, frozen)
     assert sum(together) == whole
     for one, other in zip(moved, alone, strict=True):
@@ -112,3 +117,62 @@ def test_plain_parameters_of_every_dtype_are_batched_apart(together):
     optimizer.step()
     assert together == [2, 2]
     assert all(torch.allclose(p.float(), torch.full((4,), 0.9), atol=1e-2) for p in held)
+
+
+# ---- subspaces ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cold", [False, True])
+@pytest.mark.parametrize("proj_type", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_iterations_together_are_those_of_each(dtype, proj_type, cold):
+    """Among them a gradient of nothing, one that is not finite, one of rank one."""
+    side = ProjectionSide.of((40, 24), 6, proj_type)
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(40, 24, generator=generator, dtype=torch.float64).to(dtype) for _ in range(5)]
+    gradients[1].zero_()
+    gradients[2][3, 4] = torch.inf
+    gradients[3].copy_(gradients[3][:, :1] @ gradients[3][:1])
+    previous = [torch.linalg.qr(torch.randn(*side.basis_shape, generator=generator))[0].to(dtype) for _ in gradients]
+    pending = [PendingIteration(G, side, None if cold else P) for G, P in zip(gradients, previous, strict=True)]
+    found = orthogonal_iterations(pending)
+    for one, own in zip(pending, found, strict=True):
+        alone = orthogonal_iteration(one.gradient, side, one.previous)
+        assert own.dtype == alone.dtype == dtype
+        assert torch.equal(own.isfinite().all(), alone.isfinite().all())
+        if own.isfinite().all():
+            loose = {torch.float32: 2e-4, torch.float64: 1e-9, torch.bfloat16: 2e-2}[dtype]
+            held = [
+                float(torch.linalg.vector_norm(one.gradient @ P if side.right else P.mT @ one.gradient))
+                for P in (own, alone)
+            ]
+            assert held[0] == pytest.approx(held[1], rel=loose, abs=1e-6), "the same energy"
+            if one.gradient is gradients[0] or one.gradient is gradients[4]:  # of full rank
+                assert float((own @ own.mT - alone @ alone.mT).abs().max()) <= loose, "the same subspace"
+            assert float((own.mT.double() @ own.double() - torch.eye(6)).abs().max()) <= loose
+
+
+@pytest.mark.parametrize(("at_once", "most"), [(10**6, 3), (24 * 4, 1)])
+def test_subspaces_are_found_together_as_far_as_memory_goes(at_once, most, together, monkeypatch):
+    found, iterate = [], optimizer_of.orthogonal_iterations
+    monkeypatch.setattr(optimizer_of, "FOUND_AT_ONCE", at_once)
+    monkeypatch.setattr(
+        optimizer_of, "orthogonal_iterations", lambda pending: (found.append(len(pending)), iterate(pending))[1]
+    )
+    trained(VARIANTS["GaLoreLion"])
+    assert max(found) == most
+    assert sum(found) == 3 * len(SHAPES), "at steps 0, 4 and 8"
+
+
+def test_where_a_subspace_needs_a_matrix_or_gradients_are_copies_each_is_found_alone(together, monkeypatch):
+    found, iterate = [], optimizer_of.orthogonal_iterations
+    monkeypatch.setattr(
+        optimizer_of, "orthogonal_iterations", lambda pending: (found.append(len(pending)), iterate(pending))[1]
+    )
+    trained(VARIANTS["GradNormLoRPAdamW"])
+    held = [nn.Parameter(torch.randn(8, 6)) for _ in range(3)]
+    optimizer = optim.GaLoreAdamW([{"params": held, "rank": 2}], maximize=True)
+    for p in held:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert set(found) == {1}
