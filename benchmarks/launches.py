@@ -3,8 +3,8 @@
 python benchmarks/launches.py            # every class, at the matrices of a LLaMA-1B
 python benchmarks/launches.py GaLore     # those with this in their name
 
-The matrices are small: of LLaMA-1B there are the numbers alone, 168 matrices of three shapes and 51 other parameters.
-Work that is cut by size has more launches at full size.
+Every side of LLaMA-1B's matrices and the rank is a 64th of what it is, and every limit by which work is cut a 64th of a
+64th: as many launches as at full size.
 """
 
 from __future__ import annotations
@@ -20,9 +20,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from catalogue import VARIANTS, Variant
 from pretend_device import on_device, pretend
 
+from gracile.optim.core import batches
+from gracile.optim.distributed import pieces
+from gracile.optim.low_rank import optimizer as low_rank
+from gracile.optim.sparse import top_k
+
+SMALLER = 64
 LAYERS = 24
-MATRICES = [(32, 32), (32, 32), (32, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
-OTHERS = [(40, 32), (40, 32), *[(32,)] * (2 * LAYERS + 1)]
+MATRICES = [(32, 32), (32, 32), (32, 32), (32, 32), (85, 32), (85, 32), (32, 85)]
+OTHERS = [(500, 32), (500, 32), *[(32,)] * (2 * LAYERS + 1)]
+LIMITS = [(batches, "AT_ONCE"), (low_rank, "FOUND_AT_ONCE"), (pieces, "ELSEWHERE"), (top_k, "ON_A_GPU")]
 STEPS = 6  # refreshes and changes of masks after 0 and 4
 
 
@@ -30,6 +37,8 @@ def counted(variant: Variant) -> tuple[list[int], list[int]]:
     """Launches and waits of each step."""
     use = variant.quadratic
     assert use is not None
+    own = dict(use.matrices or {})
+    own |= {"rank": 512 // SMALLER} if own.get("rank", 1) > 1 else {}
     generator = torch.Generator().manual_seed(0)
     launches, waits = [], []
     with pretend() as record:
@@ -38,7 +47,7 @@ def counted(variant: Variant) -> tuple[list[int], list[int]]:
             for shape in MATRICES * LAYERS + OTHERS
         ]
         matrices, others = held[: LAYERS * len(MATRICES)], held[LAYERS * len(MATRICES) :]
-        optimizer = variant.cls([{"params": matrices, **(use.matrices or {})}, {"params": others}], **use.keys)
+        optimizer = variant.cls([{"params": matrices, **own}, {"params": others}], **use.keys)
         for _ in range(STEPS):
             for p in held:
                 p.grad = on_device(torch.randn(p.shape, generator=generator))
@@ -51,6 +60,8 @@ def counted(variant: Variant) -> tuple[list[int], list[int]]:
 
 def main() -> None:
     warnings.simplefilter("ignore")
+    for module, limit in LIMITS:
+        setattr(module, limit, getattr(module, limit) // SMALLER**2)
     print("| class | an ordinary step | waits | the busiest after the first | waits |\n|---|---|---|---|---|")
     for name, variant in VARIANTS.items():
         if variant.quadratic is None or not any(word in name for word in sys.argv[1:] or [""]):

@@ -90,6 +90,9 @@ class SCALE(ShardedOptimizer):
         moment = Coordinates.of(shard, in_rows=True).spec("exp_avg", moment_dtype(shard, group))
         return {None: super().state_specs(shard, group), "head": [moment]}.get(group["role"], [])
 
+    def moves_by_rule(self, shard: FullShard, group: Group) -> bool:
+        return False  # ``adam_scale``
+
     def direction(self, G: torch.Tensor, shard: FullShard, group: Group, state: State) -> Direction:
         if group["role"] is None:
             N, correction = yield G, state

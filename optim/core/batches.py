@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from .clock import steps_of
 from .rules import Rule
 from .types import Group, ParamStep, State
 
-AT_ONCE = 2**24  # coordinates of a batch: 64 MiB in fp32, and as much for what the rule makes of them
+AT_ONCE = 2**25  # numbers that a batch makes: 128 MiB in fp32
 
 Found = tuple[Tensor, float]  # the direction of coordinates, and the factor on the learning rate
 Towards = tuple[Update, float]  # the same of a parameter
@@ -59,35 +60,67 @@ def launches_cost(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def batches(portion: Sequence[ParamStep], may: Callable[[ParamStep], bool]) -> Iterator[list[ParamStep]]:
+class Batch(NamedTuple):
+    """Parameters that move together; ``in_place`` where they need no memory for it."""
+
+    items: list[ParamStep]
+    in_place: bool = False
+
+
+def batches(
+    portion: Sequence[ParamStep], may: Callable[[ParamStep], bool], in_place: Callable[[ParamStep], bool]
+) -> Iterator[Batch]:
     """The parameters of a portion, those together that ``may`` be and are alike in group, clock, dtype and device, on
     every process in the same order."""
     waiting: dict[tuple[object, ...], list[ParamStep]] = {}
     for item in portion:
         if not (launches_cost(item.shard.device) and may(item)):
-            yield [item]
+            yield Batch([item])
             continue
         held = [state.dtype for key, state in item.state.items() if key != "step"]
-        kind = id(item.group), steps_of(item.state), item.shard.device, item.shard.dtype, *held
+        own = in_place(item)
+        kind = own, id(item.group), steps_of(item.state), item.shard.device, item.shard.dtype, *held
         batch = waiting.setdefault(kind, [])
-        if batch and sum(coordinates_of(other.shard) for other in [*batch, item]) > AT_ONCE:
-            yield waiting.pop(kind)
+        if not own and batch and sum(map(numbers_of, [*batch, item])) > AT_ONCE:
+            yield Batch(waiting.pop(kind))
             batch = waiting.setdefault(kind, [])
         batch.append(item)
-    yield from waiting.values()
+    for kind, batch in waiting.items():
+        yield Batch(batch, bool(kind[0]))
 
 
-def coordinates_of(shard: FullShard) -> int:
-    """How many coordinates all of a parameter has: what a process holds of them may differ."""
-    return math.prod(shard.side.projected_shape if has_subspace(shard) else shard.shape)
+def numbers_of(item: ParamStep) -> int:
+    """How many numbers are made to move a parameter: coordinates of all of a matrix, for what a process has of them may
+    differ, and their direction; or the direction alone of what is not gathered."""
+    shard = item.shard
+    if has_subspace(shard):
+        return 2 * math.prod(shard.side.projected_shape)
+    places = item.state.get("indices")
+    return shard.parameter.numel() if places is None else 2 * len(places)
+
+
+def decay_together(weights: Sequence[Tensor], group: Group) -> None:
+    """W <- W - lr * weight_decay * W."""
+    if decay := group["lr"] * group["weight_decay"]:
+        torch._foreach_mul_(list(weights), 1 - decay)
+
+
+def move_in_place(items: Sequence[ParamStep], rule: Rule) -> None:
+    """Parameters that no method has a direction of its own for, moved by one call."""
+    assert rule.in_place is not None
+    group, weights = items[0].group, [item.shard.parameter for item in items]
+    if rule.decay_first:
+        decay_together(weights, group)
+    rule.in_place(weights, [item.take_grad() for item in items], [item.state for item in items], group)
+    if not rule.decay_first:
+        decay_together(weights, group)
 
 
 def write_together(shards: Sequence[FullShard], towards: Iterator[Towards], group: Group, decay_first: bool) -> None:
     """``FullShard.write`` of each, in the same order on every process."""
     weights = [shard.parameter for shard in shards]
-    decay = group["lr"] * group["weight_decay"]
-    if decay and decay_first:
-        torch._foreach_mul_(weights, 1 - decay)
+    if decay_first:
+        decay_together(weights, group)
     dense: list[tuple[Tensor, Tensor]] = []
     for shard, (update, correction) in zip(shards, towards, strict=True):
         step = -group["lr"] * correction
@@ -97,5 +130,5 @@ def write_together(shards: Sequence[FullShard], towards: Iterator[Towards], grou
             shard.add_(update, step)
     if dense:
         torch._foreach_add_([W for W, _ in dense], [own for _, own in dense], alpha=step)
-    if decay and not decay_first:
-        torch._foreach_mul_(weights, 1 - decay)
+    if not decay_first:
+        decay_together(weights, group)

@@ -101,6 +101,10 @@ class DeclaredState(FaithfulLoading):
         """Whether ``direction`` is all that moves a parameter, and may be asked for many before any of them moves."""
         return self.moves_by_element(shard, group)
 
+    def moves_by_rule(self, shard: FullShard, group: Group) -> bool:
+        """Whether a parameter goes where the rule says and no other way."""
+        return self.moves_by_element(shard, group)
+
     def state_specs(self, shard: FullShard, group: Group) -> list[StateSpec]:
         """The tensors of a parameter's state beside ``step``, declared for the whole parameter: of the shard, only
         ``shape``, ``side``, ``dtype`` and ``position`` count."""

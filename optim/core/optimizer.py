@@ -36,7 +36,7 @@ from ..distributed import (
     wrapped_group,
 )
 from ..state.spec import PLAIN, to_portable
-from .batches import Direction, batches, found_alone, found_together, write_together
+from .batches import Direction, batches, found_alone, found_together, move_in_place, write_together
 from .clock import steps_of
 from .declared_state import DeclaredState
 from .group_checks import COMMON_CHECKS, check_declared, check_rounding, check_tensors, parameters_in
@@ -215,8 +215,13 @@ class ShardedOptimizer(DeclaredState):
             with self.phase(UPDATE):
                 for item in portion:
                     item.state["step"] += 1
-                for batch in batches(portion, self._is_batched):
-                    self._update_together(batch) if len(batch) > 1 else self._update_alone(batch[0])
+                for batch in batches(portion, self._is_batched, self._is_in_place):
+                    if batch.in_place:
+                        move_in_place(batch.items, self.rule)
+                    elif len(batch.items) > 1:
+                        self._update_together(batch.items)
+                    else:
+                        self._update_alone(batch.items[0])
         with self.phase(AFTER):
             self.after_step(work)
 
@@ -241,6 +246,13 @@ class ShardedOptimizer(DeclaredState):
             and not item.group["stochastic_rounding"]
             and self.moves_by_direction(item.shard, item.group)
         )
+
+    def _is_in_place(self, item: ParamStep) -> bool:
+        """Whether a parameter that may be moved with others is moved in no memory of its own."""
+        held = {tensor.dtype for key, tensor in item.state.items() if key != "step"}
+        grad = item.shard.held_gradient
+        same = grad is not None and held == {item.shard.dtype} == {grad.dtype}
+        return same and self.rule.in_place is not None and self.moves_by_rule(item.shard, item.group)
 
     def _in_pieces(self, item: ParamStep) -> Iterator[ParamStep]:
         """A parameter, in pieces where it is large and each element moves by itself: a step's memory is then theirs."""

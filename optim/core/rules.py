@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...validation import flag, is_real, number, require
 from ..state.spec import Coordinates, StateSpec
-from .rules_together import adam_together, lion_together
+from .rules_together import adam_together, adamw_in_place, lion_together
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, in one order on every process
 
@@ -26,8 +26,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, in one order on every process
 @dataclass(frozen=True)
 class Rule:
     """``check`` refuses bad group values, ``specs`` declares the moments, ``direction`` updates them in place and gives
-    the direction with the factor on the learning rate; ``together`` does it for many tensors with the same clock.
-    ``decay_first``: weights decay before the step, not after."""
+    the direction with the factor on the learning rate; ``together`` does it for many tensors with the same clock, and
+    ``in_place`` moves weights by it that no method has a direction of its own for. ``decay_first``: weights decay
+    before the step, not after."""
 
     check: Callable[[dict[str, Any]], None]
     specs: Callable[[Coordinates, torch.dtype, dict[str, Any]], list[StateSpec]]
@@ -35,6 +36,7 @@ class Rule:
     decay_first: bool = False
     needs_rows: bool = False  # a part of a matrix must come in whole rows
     together: Callable[..., tuple[list[Tensor], float]] | None = None  # of lists of gradients and states, and the group
+    in_place: Callable[..., None] | None = None  # of lists of weights, gradients and states, and the group
 
 
 def plain(value: Any) -> Any:
@@ -182,13 +184,14 @@ def adafactor(
     return N.div_((over.rms(N) / group["clip_threshold"]).clamp_(min=1.0)), 1.0
 
 
-ADAM = Rule(check_adam, adam_specs, adam, together=adam_together)
+ADAM = Rule(check_adam, adam_specs, adam, together=adam_together, in_place=adamw_in_place)
 TORCH_ADAM = Rule(
     check_adam,
     adam_specs,
     partial(adam, torch_eps=True),
     decay_first=True,
     together=partial(adam_together, torch_eps=True),
+    in_place=partial(adamw_in_place, torch_eps=True),
 )
 LION = Rule(check_lion, lion_specs, lion, decay_first=True, together=lion_together)
 ADAFACTOR = Rule(check_adafactor, adafactor_specs, adafactor, decay_first=True, needs_rows=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,13 +26,34 @@ def adam_together(
     correction = root / (1 - beta1**t)
     R = [own.to(moment.dtype) for own, moment in zip(gradients, M, strict=True)]
     moved = _zeros_like(M)
-    clock = torch.full((), t, dtype=torch.float32, device=M[0].device)
+    clock = _clock(t, M[0].device)
     torch._fused_adamw_(
         moved, R, M, V, [], [clock] * len(M),
         lr=-1 / correction, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=group["eps"] / (1.0 if torch_eps else root),
         amsgrad=False, maximize=False,
     )  # fmt: skip
     return moved, correction
+
+
+def adamw_in_place(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[State],
+    group: Group,
+    *,
+    torch_eps: bool = False,
+) -> None:
+    """Weights of the moments' dtype moved by ``adam_together`` and the learning rate, in no memory of its own."""
+    beta1, beta2 = group["betas"]
+    t = states[0]["step"].item()
+    root = math.sqrt(1 - beta2**t)
+    clock = _clock(t, weights[0].device)
+    M, V = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+    torch._fused_adamw_(
+        list(weights), list(gradients), M, V, [], [clock] * len(M),
+        lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=0.0,
+        eps=group["eps"] / (1.0 if torch_eps else root), amsgrad=False, maximize=False,
+    )  # fmt: skip
 
 
 def lion_together(gradients: Sequence[Tensor], states: Sequence[State], group: Group) -> tuple[list[Tensor], float]:
@@ -44,6 +66,12 @@ def lion_together(gradients: Sequence[Tensor], states: Sequence[State], group: G
     torch._foreach_mul_(M, beta2)
     torch._foreach_add_(M, R, alpha=1 - beta2)
     return moved, 1.0
+
+
+@lru_cache(maxsize=8)
+def _clock(t: float, device: torch.device) -> Tensor:
+    """On the device, once a step."""
+    return torch.full((), t, dtype=torch.float32, device=device)
 
 
 def _zeros_like(tensors: Sequence[Tensor]) -> list[Tensor]:

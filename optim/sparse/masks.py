@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.clock import steps_of
 from ..distributed import FullShard, all_reduce_shares_
-from .top_k import AT_ONCE, LARGEST, Choice, keys_of, largest_of_each, random_keys
+from .top_k import LARGEST, Choice, keys_at_once, keys_of, largest_of_each, random_keys
 
 Keys = Callable[[int, int], Tensor]  # of weights from one place to another
 
@@ -223,14 +223,17 @@ def first_keys_of(matrix: Masked, is_sparse: bool) -> Keys:
 
 def without(keys: Keys, kept: Tensor, size: int) -> Keys:
     """``keys`` of ``size`` weights, but those at the ascending places ``kept`` are out."""
-    edges = torch.arange(0, size + AT_ONCE, AT_ONCE, dtype=kept.dtype, device=kept.device)
-    bounds = torch.searchsorted(kept, edges).tolist()  # one stop of the device, not one for each part
+    at_once = keys_at_once(kept.device)
+    bounds = [0, len(kept)]
+    if size > at_once:
+        edges = torch.arange(0, size + at_once, at_once, dtype=kept.dtype, device=kept.device)
+        bounds = torch.searchsorted(kept, edges).tolist()  # one stop of the device, not one for each part
 
     def others(begin: int, end: int) -> Tensor:
         found = keys(begin, end)
         if end > begin:
-            number = begin // AT_ONCE
-            found[kept[bounds[number] : bounds[number + 1]].long() - begin] = -1
+            number = begin // at_once
+            found.index_fill_(0, kept[bounds[number] : bounds[number + 1]].long() - begin, -1)
         return found
 
     return others

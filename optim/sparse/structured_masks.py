@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ...validation import number, whole
-from ..distributed import FlatShard, RowView, all_reduce_shares_
+from ..distributed import FlatShard, RowView, all_reduce_shares_, spans
 from .masks import Change, Keys, Masked, Structure, all_of, chosen_of_masks, first_keys_of, kept_of, without
-from .top_k import AT_ONCE, LARGEST, keys_of, largest_of_each
+from .top_k import LARGEST, keys_at_once, keys_of, largest_of_each
 
 
 class ConstantFanIn(Structure):
@@ -126,9 +126,8 @@ class _Rows:
     def flat(self, keys: Keys) -> Tensor:
         """The keys of all of this process's weights."""
         found = torch.empty(self.matrix.size, dtype=self.matrix.key_dtype, device=self.matrix.weights.device)
-        for begin in range(0, self.matrix.size, AT_ONCE):
-            end = min(begin + AT_ONCE, self.matrix.size)
-            found[begin:end] = keys(begin, end)
+        for part in spans(self.matrix.size, keys_at_once(found.device)):
+            found[part] = keys(part.start, part.stop)
         return found
 
     def counts(self, places: Tensor) -> Tensor:
@@ -141,7 +140,7 @@ class _Rows:
         another."""
         n = self.matrix.shape[1]
         found = [torch.empty(0, dtype=torch.int64, device=self.matrix.weights.device)]
-        at_once = max(1, AT_ONCE // n)
+        at_once = max(1, keys_at_once(self.matrix.weights.device) // n)
         for begin in range(0, self.last - self.first, at_once):
             rows = chosen(begin, min(begin + at_once, self.last - self.first))
             places = rows.reshape(-1).nonzero().view(-1) + ((self.first + begin) * n - self.matrix.begin)
@@ -250,7 +249,7 @@ class _Blocked(_Rows):
         rows = torch.cat([flat.new_zeros(lead), flat, flat.new_zeros(tail)]) if lead or tail else flat
         rows, sums = rows.view(-1, n), torch.zeros(self.down, self.across, dtype=torch.float64, device=flat.device)
         number = torch.arange(self.first, self.last, device=flat.device) // self.side
-        at_once = max(1, AT_ONCE // n)
+        at_once = max(1, keys_at_once(self.matrix.weights.device) // n)
         for begin in range(0, len(rows), at_once):
             part = rows[begin : begin + at_once].double().square().view(-1, self.across, self.side).sum(2)
             sums.index_add_(0, number[begin : begin + at_once], part)

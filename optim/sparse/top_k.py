@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from ...rng import generator_of
-from ..distributed import FullShard, all_reduce_shares_
+from ..core.batches import launches_cost
+from ..distributed import FullShard, all_reduce_shares_, spans
 
-AT_ONCE = 2**20  # keys looked at together: they stay in a cache
+AT_ONCE = 2**20  # keys looked at together: they stay in a CPU's cache
+ON_A_GPU = 2**24  # where each look costs launches
 FIRST, NEXT = 11, 10  # bits of the first digit, an fp32's exponent and three of its mantissa, and of the others
 LARGEST = {torch.int32: 2**31 - 1, torch.int64: 2**63 - 1}  # keys
 
@@ -35,6 +37,11 @@ class Choice(NamedTuple):
     shard: FullShard
     size: int
     keys: Callable[[int, int], Tensor]
+
+
+def keys_at_once(device: torch.device) -> int:
+    """How many keys are looked at together."""
+    return ON_A_GPU if launches_cost(device) else AT_ONCE
 
 
 def keys_of(values: Tensor) -> Tensor:
@@ -62,12 +69,40 @@ def largest_of_each(choices: Sequence[Choice], counts: Sequence[int]) -> list[Te
 
     Fewer where there are not as many candidates. Collective.
     """
-    return _largest([[choice] for choice in choices], counts)
+    sorted_here = [_is_sorted(choice) for choice in choices]
+    both = list(zip(choices, counts, sorted_here, strict=True))
+    ranked = iter(_by_sorting([(choice, count) for choice, count, here in both if here]))
+    others = [(choice, count) for choice, count, here in both if not here]
+    found = iter(_largest([[choice] for choice, _ in others], [count for _, count in others]))
+    return [next(ranked if here else found) for here in sorted_here]
 
 
 def largest_of_all(choices: Sequence[Choice], count: int) -> list[Tensor]:
     """``largest_of_each`` with one count for all choices together; ties to the first choice, then to the lowest."""
     return _largest([list(choices)], [count])
+
+
+def _is_sorted(choice: Choice) -> bool:
+    """Whether a choice is made by sorting keys, in a few launches and no stop of the device, and not digit by digit."""
+    device = choice.shard.device
+    whole = not choice.shard.split and 0 < choice.size <= ON_A_GPU
+    return whole and launches_cost(device) and choice.keys(0, 0).dtype == torch.int32
+
+
+def _by_sorting(wanted: Sequence[tuple[Choice, int]]) -> list[Tensor]:
+    """``largest_of_each`` of whole matrices. Keys with their places below them are all different: ties go to the lowest
+    place, and the order is one on every device."""
+    best, held = [], []
+    for choice, count in wanted:
+        order = choice.keys(0, choice.size).long().bitwise_left_shift_(32)
+        order.add_(torch.arange(choice.size - 1, -1, -1, device=order.device))
+        largest = torch.topk(order, min(count, choice.size)).values
+        held.append((largest >= 0).sum())  # below: out
+        best.append(largest.bitwise_and_(0xFFFFFFFF).neg_().add_(choice.size - 1))
+    if not held:
+        return []
+    counts = torch.stack(held).tolist()  # one stop of the device for all
+    return [places[:count].sort().values for places, count in zip(best, counts, strict=True)]
 
 
 class _Sought:
@@ -83,8 +118,8 @@ class _Sought:
         if self.places is not None:
             return torch.bincount(digit.of(self.keys), minlength=digit.values)
         counted = torch.zeros(digit.values + 1, dtype=torch.int64, device=self.choice.shard.parameter.device)
-        for begin in range(0, self.choice.size, AT_ONCE):
-            keys = self.choice.keys(begin, min(begin + AT_ONCE, self.choice.size))
+        for part in spans(self.choice.size, keys_at_once(self.choice.shard.device)):
+            keys = self.choice.keys(part.start, part.stop)
             counted += torch.bincount((keys >> digit.shift) + 1, minlength=digit.values + 1)  # -1: out
         return counted[1:]
 
@@ -96,10 +131,10 @@ class _Sought:
             self.places, self.keys = self.places[own == value], self.keys[own == value]
             return
         places, held = [], []
-        for begin in range(0, self.choice.size, AT_ONCE):
-            keys = self.choice.keys(begin, min(begin + AT_ONCE, self.choice.size))
+        for part in spans(self.choice.size, keys_at_once(self.choice.shard.device)):
+            keys = self.choice.keys(part.start, part.stop)
             at = (keys >= value << digit.shift).nonzero().view(-1)
-            places.append(at + begin)
+            places.append(at + part.start)
             held.append(keys[at])
         self.places, self.keys = _joined(places, self.choice), _joined(held, self.choice)
         self.narrow(digit, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...optim.core import optimizer as stepping
 from ...optim.core import rounding
-from ...optim.core.batches import AT_ONCE, coordinates_of, launches_cost
+from ...optim.core.batches import AT_ONCE, launches_cost
 from ...optim.core.optimizer import ShardedOptimizer
 from ...optim.core.rules import with_numbers
 from ...optim.core.types import Group, ParamStep, State
@@ -96,7 +97,7 @@ def _some_of_each(shards: list[tuple[FullShard, Group]]) -> Iterator[tuple[FullS
         held = getattr(shard, "held", None)
         kind = (group["group_number"], shard.shape, None if held is None else held.bounds)
         seen[kind] += 1
-        batch = AT_ONCE // coordinates_of(shard) if launches_cost(shard.device) else 0
+        batch = AT_ONCE // math.prod(shard.coordinates_shape) if launches_cost(shard.device) else 0
         if seen[kind] <= ALIKE + batch:
             yield shard, group
 

@@ -42,15 +42,20 @@ def trained(variant, frozen=()):
 @pytest.fixture
 def together(monkeypatch):
     """As on a GPU. The sizes of the batches that were moved."""
-    sizes, write = [], batches.write_together
+    sizes, write, move = [], batches.write_together, batches.move_in_place
 
     def written(shards, *rest):
         sizes.append(len(shards))
         write(shards, *rest)
 
+    def moved(items, rule):
+        sizes.append(len(items))
+        move(items, rule)
+
     for module in (batches, optimizer_of):
         monkeypatch.setattr(module, "launches_cost", lambda device: True)
     monkeypatch.setattr("gracile.optim.core.optimizer.write_together", written)
+    monkeypatch.setattr("gracile.optim.core.optimizer.move_in_place", moved)
     return sizes
 
 

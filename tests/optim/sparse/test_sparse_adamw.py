@@ -21,7 +21,6 @@ from gracile.optim import (
 )
 from gracile.optim.memory import adamw_state_bytes, planned_state_by_kind, state_by_kind
 from gracile.optim.sparse import masks
-from gracile.optim.sparse import structured_masks as structured
 from gracile.optim.sparse import top_k as selection
 from gracile.optim.sparse.layer_budgets import budgets_by_weight
 from gracile.optim.sparse.top_k import LARGEST
@@ -199,15 +198,16 @@ def test_momentum_of_another_dtype_than_the_weights_is_compared_by_value(dtype, 
 
 @by_method
 @by_dtype
-def test_large_matrices_are_chosen_from_in_parts(monkeypatch, name, dtype):
+def test_large_matrices_are_chosen_from_in_parts_and_on_a_gpu_by_sorting(monkeypatch, name, dtype):
     runs = []
-    for at_once in (2**20, 50):
-        for module in (selection, masks, structured):
-            monkeypatch.setattr(module, "AT_ONCE", at_once)
+    for at_once, on_a_gpu in ((2**20, False), (50, False), (50, True)):
+        monkeypatch.setattr(selection, "launches_cost", lambda device, is_one=on_a_gpu: is_one)
+        monkeypatch.setattr(selection, "AT_ONCE", at_once)
         optimizer = made(name, four(dtype))
         advance(optimizer, 0, 10)
         runs.append(optimizer)
-    assert_identical(*runs)
+    assert_identical(*runs[:2])
+    assert_identical(*runs[1:])
 
 
 @pytest.mark.parametrize("structure", ["unstructured", "constant_fan_in", "block"])

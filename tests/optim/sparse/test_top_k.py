@@ -14,6 +14,12 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 
 
+@pytest.fixture(autouse=True, params=["by digits", "by sorting"])
+def way(request, monkeypatch):
+    """As on a CPU, and as on a GPU."""
+    monkeypatch.setattr(selection, "launches_cost", lambda device: request.param == "by sorting")
+
+
 def values(size, seed=0, dtype=torch.float32):
     """Of many sizes, with many ties of either sign, and the ends of the range."""
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +120,8 @@ def test_one_count_over_all_is_a_sort_of_all_of_them(dtype, count):
 def test_keys_are_looked_at_in_parts_of_a_bounded_size(monkeypatch, dtype, at_once):
     held = values(150, dtype=dtype)
     whole = [largest_of_each([choice(held, {3, 70})], [count])[0].tolist() for count in (0, 31, 150)]
-    monkeypatch.setattr(selection, "AT_ONCE", at_once)
+    for limit in ("AT_ONCE", "ON_A_GPU"):
+        monkeypatch.setattr(selection, limit, at_once)
     plain, sizes = choice(held, {3, 70}), []
 
     def watched(begin, end):
