@@ -12,16 +12,26 @@ from catalogue import VARIANTS
 # Waits and copies from the CPU in the busiest step, for all of three matrices; of what is not here, one.
 BUSY = {
     "GaLoreAdamW8bit Q-GaLore": 5,
-    "GaLorePlusAdamW": 10,
-    "GaLorePlusAdamW heads": 10,
+    "GaLorePlusAdamW": 7,
+    "GaLorePlusAdamW heads": 7,
     "APOLLOAdamW svd": 4,
-    "SETAdamW": 115,
-    "RigLAdamW": 115,
-    "SRigLAdamW": 200,
-    "SparseAdamW": 115,
-    "BlockSparseAdamW": 25,
-    "HyperSparseAdamW": 12,
-    "HyperSparseAdamW pruned": 12,
+    "SETAdamW": 6,
+    "RigLAdamW": 6,
+    "SRigLAdamW": 44,
+    "SparseAdamW": 6,
+    "BlockSparseAdamW": 22,
+    "HyperSparseAdamW": 10,
+    "HyperSparseAdamW pruned": 10,
+}
+# Launches of an ordinary step of three matrices and two other parameters, where these are moved together.
+TOGETHER = {
+    "Lion": 12,
+    "GaLoreAdamW": 10,
+    "GaLoreLion": 17,
+    "SETAdamW": 12,
+    "RigLAdamW": 12,
+    "SRigLAdamW": 12,
+    "BlockSparseAdamW": 9,
 }
 
 
@@ -39,7 +49,7 @@ def test_a_step_mixes_no_devices_and_waits_at_refreshes_only(told, name):
     waits = [sum(places.values()) for places in found["waits"]][1:]
     assert sum(count > 0 for count in waits) <= 3, found["waits"]  # refreshes on steps 0, 4 and 8, masks after 4 and 8
     assert max(waits) <= BUSY.get(name, 1), found["waits"]
-    assert min(found["launches"]) > 0
+    assert 0 < min(found["launches"]) <= TOGETHER.get(name, 1000)
     assert found["apart"] < 1e-5
 
 
