@@ -24,8 +24,8 @@ ON = {
 
 def written(tiny, tmp_path, layer, start):
     """The file of a run that everything happens in."""
-    # of SST more steps: it decomposes a weight at step 5 with a singular value that is zero but for rounding, which decides
-    # the sign of one vector of that pair; the clamp of sigma at zero shows it three steps later, and not at the end
+    # Of SST more steps: a singular value is clamped to zero at step 5, and at the next decomposition rounding decides the
+    # sign of one vector of that pair, which the clamp lets show at step 8 and no more at step 12.
     steps = 12 if layer == "sst" else 8
     changes = {"model": start, "model_overrides": None, "max_steps": steps, "learning_rate": 0.003}
     if layer == "relora":
