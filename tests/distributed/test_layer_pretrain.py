@@ -24,8 +24,8 @@ ON = {
 
 def written(tiny, tmp_path, layer, start):
     """The file of a run that everything happens in."""
-    # Of SST more steps: a singular value is clamped to zero at step 5, and at the next decomposition rounding decides the
-    # sign of one vector of that pair, which the clamp lets show at step 8 and no more at step 12.
+    # Of SST more steps: a singular value is clamped to zero at step 5, and at the next decomposition rounding decides
+    # the sign of one vector of that pair, which the clamp lets show at step 8 and no more at step 12.
     steps = 12 if layer == "sst" else 8
     changes = {"model": start, "model_overrides": None, "max_steps": steps, "learning_rate": 0.003}
     if layer == "relora":
