@@ -249,10 +249,10 @@ class ShardedOptimizer(DeclaredState):
 
     def _is_in_place(self, item: ParamStep) -> bool:
         """Whether a parameter that may be moved with others is moved in no memory of its own."""
-        held = {tensor.dtype for key, tensor in item.state.items() if key != "step"}
-        grad = item.shard.held_gradient
-        same = grad is not None and held == {item.shard.dtype} == {grad.dtype}
-        return same and self.rule.in_place is not None and self.moves_by_rule(item.shard, item.group)
+        W, grad = item.shard.parameter, item.shard.held_gradient
+        assert grad is not None
+        held = {(t.dtype, t.stride()) for t in (W, grad, *(t for key, t in item.state.items() if key != "step"))}
+        return len(held) == 1 and self.rule.in_place is not None and self.moves_by_rule(item.shard, item.group)
 
     def _in_pieces(self, item: ParamStep) -> Iterator[ParamStep]:
         """A parameter, in pieces where it is large and each element moves by itself: a step's memory is then theirs."""

@@ -24,7 +24,7 @@ def adam_together(
     t = states[0]["step"].item()
     root = math.sqrt(1 - beta2**t)
     correction = root / (1 - beta1**t)
-    R = [own.to(moment.dtype) for own, moment in zip(gradients, M, strict=True)]
+    R = [_laid_out_as(moment, own) for own, moment in zip(gradients, M, strict=True)]
     moved = _zeros_like(M)
     clock = _clock(t, M[0].device)
     torch._fused_adamw_(
@@ -72,6 +72,12 @@ def lion_together(gradients: Sequence[Tensor], states: Sequence[State], group: G
 def _clock(t: float, device: torch.device) -> Tensor:
     """On the device, once a step."""
     return torch.full((), t, dtype=torch.float32, device=device)
+
+
+def _laid_out_as(moment: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the moment's dtype and strides: a fused kernel takes no others."""
+    R = gradient.to(moment.dtype)
+    return R if R.stride() == moment.stride() else torch.empty_like(moment).copy_(R)
 
 
 def _zeros_like(tensors: Sequence[Tensor]) -> list[Tensor]:

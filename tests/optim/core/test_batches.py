@@ -124,6 +124,28 @@ def test_plain_parameters_of_every_dtype_are_batched_apart(together):
     assert all(torch.allclose(p.float(), torch.full((4,), 0.9), atol=1e-2) for p in held)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_fused_kernel_is_given_tensors_that_are_laid_out_alike(together, monkeypatch, dtype):
+    """On a GPU it takes no others: transposed weights, bf16 weights with fp32 moments, gradients of other strides."""
+    fused, lists = torch._fused_adamw_, []
+
+    def watched(*tensors, **keys):
+        lists.append(tensors[:4])
+        return fused(*tensors, **keys)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", watched)
+    held = [nn.Parameter(torch.randn(6, 4).to(dtype)) for _ in range(2)]
+    held += [nn.Parameter(torch.randn(4, 6).t().to(dtype)) for _ in range(2)]
+    matrices = [nn.Parameter(torch.randn(4, 12).t().to(dtype)) for _ in range(2)]
+    optimizer = optim.GaLoreAdamW([{"params": matrices, "rank": 2}, {"params": held}], lr=0.1)
+    for p in [*held, *matrices]:
+        p.grad = torch.randn(p.shape).to(dtype)
+    optimizer.step()
+    assert lists
+    for together_with in lists:
+        assert all(len({(t.dtype, t.stride()) for t in own}) == 1 for own in zip(*together_with, strict=True))
+
+
 # ---- subspaces ------------------------------------------------------------------------------------------------------
 
 
