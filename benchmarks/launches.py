@@ -3,8 +3,8 @@
 python benchmarks/launches.py            # every class, at the matrices of a LLaMA-1B
 python benchmarks/launches.py GaLore     # those with this in their name
 
-Every side of LLaMA-1B's matrices and the rank is a 64th of what it is, and every limit by which work is cut a 64th of a
-64th: as many launches as at full size.
+Every side of LLaMA-1B's matrices and the rank is about a 64th of what it is, and every limit by which work is cut a
+64th of a 64th: as many launches as at full size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gracile.optim.sparse import top_k
 
 SMALLER = 64
 LAYERS = 24
-MATRICES = [(32, 32), (32, 32), (32, 32), (32, 32), (85, 32), (85, 32), (32, 85)]
+MATRICES = [(32, 32), (32, 32), (32, 32), (32, 32), (88, 32), (88, 32), (32, 88)]
 OTHERS = [(500, 32), (500, 32), *[(32,)] * (2 * LAYERS + 1)]
 LIMITS = [(batches, "AT_ONCE"), (low_rank, "FOUND_AT_ONCE"), (pieces, "ELSEWHERE"), (top_k, "ON_A_GPU")]
 STEPS = 6  # refreshes and changes of masks after 0 and 4
