@@ -27,7 +27,7 @@ from gracile.optim.sparse import top_k
 
 SMALLER = 64
 LAYERS = 24
-MATRICES = [(32, 32), (32, 32), (32, 32), (32, 32), (88, 32), (88, 32), (32, 88)]
+LONG, DIVISIBLE = 85, 88  # 5461 / 64, and what heads and patterns divide
 OTHERS = [(500, 32), (500, 32), *[(32,)] * (2 * LAYERS + 1)]
 LIMITS = [(batches, "AT_ONCE"), (low_rank, "FOUND_AT_ONCE"), (pieces, "ELSEWHERE"), (top_k, "ON_A_GPU")]
 STEPS = 6  # refreshes and changes of masks after 0 and 4
@@ -39,14 +39,15 @@ def counted(variant: Variant) -> tuple[list[int], list[int]]:
     assert use is not None
     own = dict(use.matrices or {})
     own |= {"rank": 512 // SMALLER} if own.get("rank", 1) > 1 else {}
+    long = DIVISIBLE if own.keys() & {"n", "num_heads"} else LONG
+    shapes = [(32, 32)] * 4 + [(long, 32)] * 2 + [(32, long)]
     generator = torch.Generator().manual_seed(0)
     launches, waits = [], []
     with pretend() as record:
         held = [
-            nn.Parameter(on_device(0.1 * torch.randn(shape, generator=generator)))
-            for shape in MATRICES * LAYERS + OTHERS
+            nn.Parameter(on_device(0.1 * torch.randn(shape, generator=generator))) for shape in shapes * LAYERS + OTHERS
         ]
-        matrices, others = held[: LAYERS * len(MATRICES)], held[LAYERS * len(MATRICES) :]
+        matrices, others = held[: LAYERS * len(shapes)], held[LAYERS * len(shapes) :]
         optimizer = variant.cls([{"params": matrices, **own}, {"params": others}], **use.keys)
         for _ in range(STEPS):
             for p in held:

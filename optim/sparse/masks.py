@@ -161,9 +161,11 @@ class Structure:
 
 def weights_held(matrices: Sequence[Masked]) -> list[int]:
     """How many weights each mask has. Collective."""
-    counted = [torch.tensor([len(m.indices)], dtype=torch.int64, device=m.weights.device) for m in matrices]
-    all_reduce_shares_([(matrix.shard, count) for matrix, count in zip(matrices, counted, strict=True)])
-    return [int(count) for count in torch.cat(counted).tolist()]
+    split = [matrix for matrix in matrices if matrix.shard.split]
+    counted = [torch.tensor([len(m.indices)], dtype=torch.int64, device=m.weights.device) for m in split]
+    all_reduce_shares_([(matrix.shard, count) for matrix, count in zip(split, counted, strict=True)])
+    together = iter(torch.cat(counted).tolist() if counted else [])  # of whole ones the device is not asked
+    return [int(next(together)) if matrix.shard.split else len(matrix.indices) for matrix in matrices]
 
 
 def nonzeros(matrices: Sequence[Masked]) -> list[int]:
