@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "launches.py"
-MOST = {"Lion": 400, "GaLoreAdamW iterate": 400}
+MOST = {"GaLoreAdamW iterate": 400}
 
 
 @pytest.mark.parametrize("name", MOST)

@@ -24,6 +24,8 @@ def test_the_plan_is_what_is_measured(name, keys, tiny, pool):
     done = pool.run(2, *command, "--deepspeed", str(CONFIGS / f"{name}.json"))
     assert done.returncode == 0, done.stdout[-3000:]
     found = json.loads(done.stdout[done.stdout.index('{\n  "model"') : done.stdout.rindex("\n}") + 2])
+    step, engine = found["planned"].pop("optimizer's step"), 4 * found["planned"]["master weights"]
+    assert 0 < step <= found["measured"]["optimizer's step"] <= step + engine, "which copies gradients in its own step"
     for kind, planned in found["planned"].items():
         share = 0.1 if kind in ("activations", "temporary") else 0.02
         assert found["measured"][kind] == pytest.approx(planned, rel=share), (kind, found)

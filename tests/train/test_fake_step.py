@@ -73,9 +73,11 @@ def test_processes_that_share_a_matrix_take_less(cls, cut):
 def test_a_large_embedding_costs_a_step_no_more_than_a_piece():
     """8-bit moments of a 7B model's embedding opened to fp32 at once took 1.6 GiB."""
     with torch.device("meta"):
-        embedding = nn.Parameter(torch.empty(32000, 4096))
-    for cls in (optim.GaLoreAdamW, optim.GaLoreAdamW8bit, optim.Lion):
-        assert 2**24 < step_bytes(cls([embedding], lr=1e-3)) <= 2**27
+        embedding, narrow = (nn.Parameter(torch.empty(32000, 4096, dtype=d)) for d in (torch.float32, torch.bfloat16))
+    for cls, p in ((optim.GaLoreAdamW8bit, embedding), (optim.Lion, embedding), (optim.GaLoreAdamW, narrow)):
+        assert 2**24 < step_bytes(cls([p], lr=1e-3)) <= 2**27, "on a GPU"
+        assert 2**19 < step_bytes(cls([p], lr=1e-3), device="cpu") <= 2**23
+    assert step_bytes(optim.GaLoreAdamW([embedding], lr=1e-3)) <= 64, "moved in place"
 
 
 def test_torchs_fused_classes_take_nothing():

@@ -97,7 +97,7 @@ def _some_of_each(shards: list[tuple[FullShard, Group]]) -> Iterator[tuple[FullS
         held = getattr(shard, "held", None)
         kind = (group["group_number"], shard.shape, None if held is None else held.bounds)
         seen[kind] += 1
-        batch = AT_ONCE // math.prod(shard.coordinates_shape) if launches_cost(shard.device) else 0
+        batch = AT_ONCE // max(1, math.prod(shard.coordinates_shape)) if launches_cost(shard.device) else 0
         if seen[kind] <= ALIKE + batch:
             yield shard, group
 
