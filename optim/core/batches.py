@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..distributed import FullShard, Update, has_subspace
 from .clock import steps_of
 from .rules import Rule
+from .rules_together import Clock
 from .types import Group, ParamStep, State
 
 AT_ONCE = 2**25  # numbers that a batch makes: 128 MiB in fp32
@@ -36,11 +38,11 @@ def found_alone(direction: Direction, rule: Rule, group: Group) -> Towards:
     return _ended(direction, rule.direction(coordinates, state, group))
 
 
-def found_together(directions: Sequence[Direction], rule: Rule, group: Group) -> Iterator[Towards]:
+def found_together(directions: Sequence[Direction], rule: Rule, group: Group, clock: Clock) -> Iterator[Towards]:
     """What directions come to, one after the other, by one call of the rule."""
     assert rule.together is not None
     coordinates, states = zip(*map(next, directions), strict=True)
-    moved, correction = rule.together(coordinates, states, group)
+    moved, correction = rule.together(coordinates, states, group, clock)
     del coordinates
     for direction, own in zip(directions, moved, strict=True):
         yield _ended(direction, (own, correction))
@@ -105,13 +107,19 @@ def decay_together(weights: Sequence[Tensor], group: Group) -> None:
         torch._foreach_mul_(list(weights), 1 - decay)
 
 
+def clock_of(items: Sequence[ParamStep]) -> Clock:
+    """What gives the clock that the parameters of a batch have in common, on their device."""
+    shard = items[0].shard
+    return partial(shard.workspace.number, steps_of(items[0].state), shard.device)
+
+
 def move_in_place(items: Sequence[ParamStep], rule: Rule) -> None:
     """Parameters that no method has a direction of its own for, moved by one call."""
     assert rule.in_place is not None
     group, weights = items[0].group, [item.shard.parameter for item in items]
     if rule.decay_first:
         decay_together(weights, group)
-    rule.in_place(weights, [item.take_grad() for item in items], [item.state for item in items], group)
+    rule.in_place(weights, [item.take_grad() for item in items], [item.state for item in items], group, clock_of(items))
     if not rule.decay_first:
         decay_together(weights, group)
 

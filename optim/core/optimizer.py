@@ -36,7 +36,7 @@ from ..distributed import (
     wrapped_group,
 )
 from ..state.spec import PLAIN, to_portable
-from .batches import Direction, batches, found_alone, found_together, move_in_place, write_together
+from .batches import Direction, batches, clock_of, found_alone, found_together, move_in_place, write_together
 from .clock import steps_of
 from .declared_state import DeclaredState
 from .group_checks import COMMON_CHECKS, check_declared, check_rounding, check_tensors, parameters_in
@@ -235,7 +235,7 @@ class ShardedOptimizer(DeclaredState):
         """``update`` of several parameters that are alike, by one call of the rule."""
         group = batch[0].group
         directions = [self.direction(item.take_grad(), item.shard, group, item.state) for item in batch]
-        towards = found_together(directions, self.rule, group)
+        towards = found_together(directions, self.rule, group, clock_of(batch))
         write_together([item.shard for item in batch], towards, group, self.rule.decay_first)
 
     def _is_batched(self, item: ParamStep) -> bool:

@@ -35,8 +35,10 @@ class Rule:
     direction: Callable[..., tuple[Tensor, float]]  # of (gradient, state, group); Adafactor's asks for the shard too
     decay_first: bool = False
     needs_rows: bool = False  # a part of a matrix must come in whole rows
-    together: Callable[..., tuple[list[Tensor], float]] | None = None  # of lists of gradients and states, and the group
-    in_place: Callable[..., None] | None = None  # of lists of weights, gradients and states, and the group
+    together: Callable[..., tuple[list[Tensor], float]] | None = (
+        None  # of lists of gradients and states, group and clock
+    )
+    in_place: Callable[..., None] | None = None  # of lists of weights, gradients and states, group and clock
 
 
 def plain(value: Any) -> Any:

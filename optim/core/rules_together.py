@@ -1,19 +1,23 @@
-"""The rules for many tensors at once, by torch's kernels that take lists: a launch for some thirty tensors."""
+"""The rules for many tensors at once, by torch's kernels that take lists: a launch for some thirty tensors.
+
+``clock`` gives the number of the step, which all of them have, on their device: a fused kernel reads it there.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .types import Group, State
 
+Clock = Callable[[], Tensor]
+
 
 def adam_together(
-    gradients: Sequence[Tensor], states: Sequence[State], group: Group, *, torch_eps: bool = False
+    gradients: Sequence[Tensor], states: Sequence[State], group: Group, clock: Clock, *, torch_eps: bool = False
 ) -> tuple[list[Tensor], float]:
     """``rules.adam`` of tensors with the same clock, by torch's fused AdamW with zeros for weights: these become
 
@@ -26,9 +30,8 @@ def adam_together(
     correction = root / (1 - beta1**t)
     R = [_laid_out_as(moment, own) for own, moment in zip(gradients, M, strict=True)]
     moved = _zeros_like(M)
-    clock = _clock(t, M[0].device)
     torch._fused_adamw_(
-        moved, R, M, V, [], [clock] * len(M),
+        moved, R, M, V, [], [clock()] * len(M),
         lr=-1 / correction, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=group["eps"] / (1.0 if torch_eps else root),
         amsgrad=False, maximize=False,
     )  # fmt: skip
@@ -40,6 +43,7 @@ def adamw_in_place(
     gradients: Sequence[Tensor],
     states: Sequence[State],
     group: Group,
+    clock: Clock,
     *,
     torch_eps: bool = False,
 ) -> None:
@@ -47,17 +51,18 @@ def adamw_in_place(
     beta1, beta2 = group["betas"]
     t = states[0]["step"].item()
     root = math.sqrt(1 - beta2**t)
-    clock = _clock(t, weights[0].device)
     M, V = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
     torch._fused_adamw_(
-        list(weights), list(gradients), M, V, [], [clock] * len(M),
+        list(weights), list(gradients), M, V, [], [clock()] * len(M),
         lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=0.0,
         eps=group["eps"] / (1.0 if torch_eps else root), amsgrad=False, maximize=False,
     )  # fmt: skip
 
 
-def lion_together(gradients: Sequence[Tensor], states: Sequence[State], group: Group) -> tuple[list[Tensor], float]:
-    """``rules.lion`` of several tensors."""
+def lion_together(
+    gradients: Sequence[Tensor], states: Sequence[State], group: Group, clock: Clock
+) -> tuple[list[Tensor], float]:
+    """``rules.lion`` of several tensors, which does not ask the clock."""
     beta1, beta2 = group["betas"]
     M, R = [state["exp_avg"] for state in states], list(gradients)
     moved = list(torch._foreach_mul(M, beta1))
@@ -68,12 +73,6 @@ def lion_together(gradients: Sequence[Tensor], states: Sequence[State], group: G
     return moved, 1.0
 
 
-@lru_cache(maxsize=8)
-def _clock(t: float, device: torch.device) -> Tensor:
-    """On the device, once a step."""
-    return torch.full((), t, dtype=torch.float32, device=device)
-
-
 def _laid_out_as(moment: Tensor, gradient: Tensor) -> Tensor:
     """The gradient in the moment's dtype and strides: a fused kernel takes no others."""
     R = gradient.to(moment.dtype)
@@ -81,7 +80,7 @@ def _laid_out_as(moment: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _zeros_like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """In one piece of memory, which is one launch."""
+    """In one piece of memory, which is one launch; with their strides, which loaded moments may have of their own."""
     flat = torch.zeros(sum(t.numel() for t in tensors), dtype=tensors[0].dtype, device=tensors[0].device)
     parts = torch.split(flat, [t.numel() for t in tensors])
-    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+    return [part.as_strided(t.shape, t.stride()) for part, t in zip(parts, tensors, strict=True)]

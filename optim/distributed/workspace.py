@@ -11,6 +11,13 @@ class Workspace:
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
+        self._numbers: dict[tuple[float, torch.device], Tensor] = {}
+
+    def number(self, value: float, device: torch.device) -> Tensor:
+        """An fp32 scalar on the device, made once a step. Not to be written to."""
+        if (value, device) not in self._numbers:
+            self._numbers[value, device] = torch.full((), value, dtype=torch.float32, device=device)
+        return self._numbers[value, device]
 
     def clear(self) -> None:
         """Give the memory back, before a method that needs as much for something else."""

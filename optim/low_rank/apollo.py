@@ -38,7 +38,7 @@ from ...validation import Check, flag, is_whole, number, one_of, require
 from ..core.batches import Direction
 from ..core.clock import steps_of
 from ..core.types import Group, ParamStep, State
-from ..distributed import FullMatrix, FullShard, has_subspace
+from ..distributed import FullMatrix
 from ..state.spec import StateSpec, wide_dtype
 from .gaussian import following, gaussian_columns
 from .growth_limiter import limit_growth_
@@ -104,6 +104,7 @@ class APOLLOAdamW(LowRankOptimizer):
         "seed": _seed,
     }
 
+    moves_together = True
     published = Published("apollo-torch", renamed={"update_norm": "scaled_grad"}, derived=("seed",))
 
     def __init__(
@@ -160,9 +161,6 @@ class APOLLOAdamW(LowRankOptimizer):
 
     def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Columns:
         return shard.solve(G, partial(leading_singular_vectors, side=shard.side))
-
-    def moves_by_direction(self, shard: FullShard, group: Group) -> bool:
-        return not shard.split if has_subspace(shard) else super().moves_by_direction(shard, group)
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         P = self.basis(shard, group, state)

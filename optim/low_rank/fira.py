@@ -33,7 +33,7 @@ from torch.optim.optimizer import ParamsT
 from ...validation import Check, flag, number, one_of
 from ..core.batches import Direction
 from ..core.types import Group, State
-from ..distributed import FullMatrix, FullShard, has_subspace
+from ..distributed import FullMatrix
 from ..state.spec import StateSpec, wide_dtype
 from .growth_limiter import limit_growth_
 from .optimizer import LowRankOptimizer
@@ -79,6 +79,7 @@ class FiraAdamW(LowRankOptimizer):
         "limit_after_bias_correction": flag(),
     }
 
+    moves_together = True
     renamed: ClassVar[Mapping[str, str]] = {"alpha": "scale"}  # of their groups
     published = Published("fira", scale="alpha", renamed={"residual_norm": "scaling_grad"})
 
@@ -107,9 +108,6 @@ class FiraAdamW(LowRankOptimizer):
     def basis_specs(self, shard: FullMatrix, group: Group) -> list[StateSpec]:
         norm = StateSpec("residual_norm", (), wide_dtype(shard))  # one number: never worth rounding
         return [*super().basis_specs(shard, group), norm]
-
-    def moves_by_direction(self, shard: FullShard, group: Group) -> bool:
-        return not shard.split if has_subspace(shard) else super().moves_by_direction(shard, group)
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         P = self.basis(shard, group, state)

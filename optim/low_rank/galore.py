@@ -39,7 +39,7 @@ from ..core.clock import steps_of
 from ..core.keywords import ACCEPTED, OF_Q_GALORE, Accepted
 from ..core.rules import ADAFACTOR, LION
 from ..core.types import Group, State
-from ..distributed import FullMatrix, FullShard, MatrixShard, has_subspace
+from ..distributed import FullMatrix, FullShard, has_subspace
 from .optimizer import LowRankOptimizer
 from .published import Published
 
@@ -49,15 +49,11 @@ class GaLore(LowRankOptimizer):
 
     accepted: ClassVar[Mapping[str, Accepted]] = {**ACCEPTED, **OF_Q_GALORE}
 
-    def moves_by_direction(self, shard: FullShard, group: Group) -> bool:
-        if not has_subspace(shard):
-            return super().moves_by_direction(shard, group)
-        return not (isinstance(shard, MatrixShard) and shard.shard_basis)  # P would be whole for all at once
+    moves_together = True
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         P = self.basis(shard, group, state)
         R = P.project(G)
-        del G  # of a matrix that is split it is a copy
         N, correction = yield R, state
         return group["scale"] * P.lift(N), correction
 

@@ -67,12 +67,14 @@ class LowRankOptimizer(ShardedOptimizer):
         published: what the published class of the same name keeps in its state; None where there is none.
         finds_together: whether a GPU may find the subspaces of many matrices before any of them moves: not where each
             needs a matrix of its own for it.
+        moves_together: whether ``low_rank_direction`` may be asked for many matrices before any of them moves.
     """
 
     matrix_key = "rank"
     published: ClassVar[Published | None] = None
     subspace_methods: ClassVar[tuple[str, ...]] = SUBSPACE_METHODS
     finds_together: ClassVar[bool] = True
+    moves_together: ClassVar[bool] = False
     checks: ClassVar[Mapping[str, Check]] = {
         "rank": whole(1, optional=True),
         "proj_type": one_of(*PROJ_TYPES),
@@ -209,6 +211,11 @@ class LowRankOptimizer(ShardedOptimizer):
         if not shard.split and launches_cost(shard.device):
             return PendingIteration(dense, shard.side, previous)
         return orthogonal_iteration(shard.own(dense), shard.side, previous, shard.all_reduce_)
+
+    def moves_by_direction(self, shard: FullShard, group: Group) -> bool:
+        if not has_subspace(shard):
+            return super().moves_by_direction(shard, group)
+        return self.moves_together and not shard.split  # of which lines and P are copies, one matrix's at a time
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 

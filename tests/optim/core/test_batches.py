@@ -96,7 +96,7 @@ def test_a_rule_for_many_is_the_rule_for_each(rule, dtype):
         R = [1e-3 * torch.randn(s, generator=generator).round(decimals=3).to(dtype) for s in shapes]
         for state in (*alone, *many):
             state["step"] = torch.tensor(float(t))
-        moved, correction = rule.together(R, many, keys)
+        moved, correction = rule.together(R, many, keys, lambda t=t: torch.tensor(float(t)))
         for own, state, other, theirs in zip(R, alone, many, moved, strict=True):
             N, factor = rule.direction(own, state, keys)
             loose = 0.05 if dtype == torch.bfloat16 else 2e-6
@@ -138,9 +138,13 @@ def test_a_fused_kernel_is_given_tensors_that_are_laid_out_alike(together, monke
     held += [nn.Parameter(torch.randn(4, 6).t().to(dtype)) for _ in range(2)]
     matrices = [nn.Parameter(torch.randn(4, 12).t().to(dtype)) for _ in range(2)]
     optimizer = optim.GaLoreAdamW([{"params": matrices, "rank": 2}, {"params": held}], lr=0.1)
-    for p in [*held, *matrices]:
-        p.grad = torch.randn(p.shape).to(dtype)
-    optimizer.step()
+    for t in range(2):
+        for p in [*held, *matrices]:
+            p.grad = torch.randn(p.shape).to(dtype)
+        optimizer.step()
+        for key in ("exp_avg", "exp_avg_sq") if t == 0 else ():  # as torch's AdamW has those of a transposed weight
+            transposed = optimizer.state[held[2]][key].t().contiguous().t()
+            optimizer.state[held[2]][key] = transposed
     assert lists
     for together_with in lists:
         assert all(len({(t.dtype, t.stride()) for t in own}) == 1 for own in zip(*together_with, strict=True))
