@@ -15,12 +15,13 @@ from torch import Tensor
 
 from .core.optimizer import ShardedOptimizer
 from .core.types import Group
-from .distributed import FlatShard, FullMatrix, FullShard, MatrixShard, ParamRef
+from .distributed import Experts, FlatShard, FullMatrix, FullShard, MatrixShard, ParamRef, ShardRange
 from .low_rank.optimizer import LowRankOptimizer
 from .low_rank.published import is_foreign
 from .state.blockwise_8bit import without_codes
 from .state.loading import by_position
 from .state.spec import Placement, State, StateSpec, portable_from
+from .state.stacked import StackedCodec, StackedSpec
 
 FORMAT = 1
 Held = tuple[ParamRef, FullShard, Group, State]
@@ -54,9 +55,13 @@ def full_state(optimizer: ShardedOptimizer) -> dict[str, Any]:
     for ref, shard, group, state in optimizer.held_parameters():
         whole: dict[str, Tensor | None] = {}
         for spec in optimizer.specs(shard, group):
-            whole[spec.name] = _gathered(spec.codec.decode(spec, shard, state), spec, shard)
-        if isinstance(shard, (FlatShard, MatrixShard)):
-            whole["weight"] = shard.held.gather(shard.parameter, 0)
+            if isinstance(spec, StackedSpec):
+                whole[spec.name] = _of_all_experts(spec, shard, state)
+            else:
+                whole[spec.name] = _gathered(spec.codec.decode(spec, shard, state), spec, shard)
+        held = _range_of(shard)
+        if held is not None:
+            whole["weight"] = held.gather(shard.parameter, 0)
         if all(value is not None for value in whole.values()):
             parameters[ref.position] = {key: value.cpu() for key, value in whole.items() if value is not None}
     return {"format": FORMAT, "class": type(optimizer).__name__, "parameters": parameters} if parameters else {}
@@ -129,6 +134,31 @@ def _of_published(optimizer: ShardedOptimizer, saved: dict[str, Any], held: list
     return {"format": FORMAT, "class": type(optimizer).__name__, "parameters": parameters}
 
 
+def _range_of(shard: FullShard) -> ShardRange | None:
+    return shard.held if isinstance(shard, (FlatShard, MatrixShard, Experts)) else None
+
+
+def _of_all_experts(spec: StackedSpec, shard: FullShard, state: State) -> Tensor | None:
+    """``_gathered`` of each expert, stacked. Collective."""
+    assert isinstance(shard, Experts)
+    assert isinstance(spec.codec, StackedCodec)
+    own = spec.codec.decode_each(spec, shard, state)
+    here = {e: (value, one, part) for value, one, (e, part) in zip(own, spec.each, shard.parts, strict=True)}
+    found = []
+    for e in range(shard.shape[0]):
+        owner = None if shard.held is None else shard.owner(e)
+        if owner is None:
+            value, one, part = here[e]
+            found.append(_gathered(value, one, part))
+        else:  # of one process alone
+            sent = here[e][0] if e in here else torch.empty(0, dtype=spec.dtype)
+            sizes = [math.prod(spec.one.shape) if i == owner else 0 for i in range(shard.processes.size)]
+            received = shard.processes.gather(sent.to(shard.device).contiguous().view(-1), sizes, 0)
+            found.append(None if received is None else received.view(spec.one.shape))
+    whole = [value for value in found if value is not None]
+    return torch.stack(whole) if len(whole) == shard.shape[0] else None
+
+
 def _gathered(value: Tensor, spec: StateSpec, shard: FullShard) -> Tensor | None:
     """The whole of which ``value`` is this process's part, at process 0; None at the others."""
     if not isinstance(shard, (FlatShard, MatrixShard)):
@@ -147,30 +177,46 @@ def _gathered(value: Tensor, spec: StateSpec, shard: FullShard) -> Tensor | None
 
 
 def _own_weights(weight: Tensor, shard: FullShard) -> Tensor:
-    if not isinstance(shard, (FlatShard, MatrixShard)):
+    held = _range_of(shard)
+    if held is None:
         return weight.view(shard.parameter.shape)
-    return weight.reshape(-1).narrow(0, shard.held.start, shard.held.numel)
+    return weight.reshape(-1).narrow(0, held.start, held.numel)
 
 
 def _own_parts(
     optimizer: ShardedOptimizer, saved: Mapping[str, Tensor], ref: ParamRef, shard: FullShard, group: Group
-) -> dict[str, Tensor]:
-    """This process's parts of the state of one parameter, in their portable form."""
+) -> dict[str, Any]:
+    """This process's parts of the state of one parameter, in their portable form: of a tensor of experts, a list."""
     specs = optimizer.specs(shard, group)
-    whole = portable_from(specs, FullShard(torch.empty(ref.shape, device="meta"), ref.position, shard.workspace), saved)
-    parts = {}
+    if isinstance(shard, Experts):
+        like = optimizer.on_meta(ref, group)
+        whole = portable_from(optimizer.specs(like, group), like, saved)
+    else:
+        like = FullShard(torch.empty(ref.shape, device="meta"), ref.position, shard.workspace)
+        whole = portable_from(specs, like, saved)
+    parts: dict[str, Any] = {}
     for spec in specs:
         if spec.name not in whole:
             raise ValueError(f"the full state of parameter {ref.position} has no {spec.name!r}; it has {sorted(saved)}")
-        value = _own_part(whole[spec.name], spec, shard)
-        part = spec.new_portable(shard, shard.host if spec.on_host else shard.device)
-        if value.shape != part.shape:
-            raise ValueError(
-                f"{spec.name!r} of parameter {ref.position} has shape {tuple(whole[spec.name].shape)} in the full "
-                f"state, which does not fit a parameter of shape {ref.shape} in this optimizer"
-            )
-        parts[spec.name] = part.copy_(value)
+        value = whole[spec.name]
+        if isinstance(spec, StackedSpec) and isinstance(shard, Experts) and tuple(value.shape) == spec.shape:
+            experts = zip(spec.each, shard.parts, strict=True)
+            parts[spec.name] = [_fitting(value[e], one, part, ref, shard) for one, (e, part) in experts]
+        else:
+            parts[spec.name] = _fitting(value, spec, shard, ref, shard)
     return parts
+
+
+def _fitting(value: Tensor, spec: StateSpec, part: FullShard, ref: ParamRef, shard: FullShard) -> Tensor:
+    """This process's part of ``value``, laid out as it is born."""
+    own = _own_part(value, spec, part)
+    made = spec.new_portable(part, shard.host if spec.on_host else shard.device)
+    if own.shape != made.shape:
+        raise ValueError(
+            f"{spec.name!r} of parameter {ref.position} has shape {tuple(value.shape)} in the full "
+            f"state, which does not fit a parameter of shape {ref.shape} in this optimizer"
+        )
+    return made.copy_(own)
 
 
 def _own_part(value: Tensor, spec: StateSpec, shard: FullShard) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..distributed import (
     Cut,
+    Experts,
     FlatShard,
     FullMatrix,
     FullShard,
@@ -45,6 +46,7 @@ from ..state.spec import (
     step_spec,
     to_saved,
 )
+from ..state.stacked import Stack, stacked_specs
 from .group_checks import MATRIX_KEYS
 from .rounding import is_rounded
 from .rules import ADAM, Rule
@@ -73,6 +75,7 @@ class DeclaredState(FaithfulLoading):
     _key_names: dict[int, tuple[str, ...]]  # by position, the keys of a parameter's state
     _moments: dict[int, list[StateSpec]]  # by position, its moments: declared once, where every step asks
     _by_chance: dict[int, list[StateSpec]]  # by position, what is rounded by chance, likewise
+    _stacks: dict[int, Stack]  # by position, how a tensor of experts holds the state of each
 
     # ---- what a method declares -------------------------------------------------------------------------------------
 
@@ -166,16 +169,22 @@ class DeclaredState(FaithfulLoading):
 
     def _full_shard(self, p: Tensor, group: Group, position: int, workspace: Workspace) -> FullShard:
         side = self._side(tuple(p.shape), group)
-        return FullShard(p, position, workspace) if side is None else FullMatrix(p, position, workspace, side)
+        if side is None:
+            return FullShard(p, position, workspace)
+        if p.dim() > 2:
+            return Experts(p, None, position, workspace, side)
+        return FullMatrix(p, position, workspace, side)
 
     def shard_on(
         self, p: Tensor, grad: Tensor, held: ShardRange, ref: ParamRef, group: Group, workspace: Workspace | None = None
     ) -> FullShard:
         """The part ``held`` of a parameter, by its weights ``p`` and its gradient ``grad``, both flat."""
         workspace = workspace or Workspace()
-        side = self._side(ref.shape, group)
+        side, shared = self._side(ref.shape, group), group.get("shard_basis")
+        if side is not None and len(ref.shape) > 2:
+            return Experts(p, grad, ref.position, workspace, side, held, shared)
         if side is not None:
-            return MatrixShard(p, grad, held, ref.position, workspace, side, group.get("shard_basis"))
+            return MatrixShard(p, grad, held, ref.position, workspace, side, shared)
         if not self.needs_rows(group) or len(ref.shape) < 2:
             return FlatShard(p, grad, held, ref.position, workspace)
         if len(ref.shape) > 2:
@@ -183,9 +192,19 @@ class DeclaredState(FaithfulLoading):
         return RowShard(p, grad, held, ref.position, workspace)
 
     def _side(self, shape: tuple[int, ...], group: Group) -> ProjectionSide | None:
-        if not self.is_for_matrices(group) or len(shape) != 2:
+        """Of a matrix, or of each of the matrices that a tensor of experts (E, m, n) is."""
+        if not self.is_for_matrices(group) or len(shape) not in (2, 3):
             return None
-        return self.projection_side((shape[0], shape[1]), group)
+        return self.projection_side((shape[-2], shape[-1]), group)
+
+    def matrices_of(self, shard: FullShard, group: Group, state: State) -> list[tuple[FullShard, State]]:
+        """What a step moves: a parameter, or each expert of it that this process has something to do with."""
+        if not isinstance(shard, Experts):
+            return [(shard, state)]
+        if shard.position not in self._stacks:
+            self._stacks[shard.position] = Stack(shard, self.specs(shard, group))
+        stack = self._stacks[shard.position]
+        return [(part, stack.state_of(state, number)) for number, (_, part) in enumerate(shard.parts)]
 
     def _prefixed(self, held: dict[str, Tensor], shard: FullShard, group: Group) -> PrefixedState:
         names = self._key_names.get(shard.position)
@@ -198,12 +217,14 @@ class DeclaredState(FaithfulLoading):
 
     def specs(self, shard: FullShard, group: Group) -> list[StateSpec]:
         """All tensors of a parameter's state."""
+        if isinstance(shard, Experts):
+            return [step_spec(), *stacked_specs(shard, lambda one: self.state_specs(one, group))]
         return [step_spec(), *self.state_specs(shard, group)]
 
     def _new_state(self, shard: FullShard, group: Group) -> dict[str, Tensor]:
         state = new_state(self.specs(shard, group), shard)
-        if 0 not in shard.shape:
-            self.initialize(shard, group, state)
+        for one, its in self.matrices_of(shard, group, state) if 0 not in shard.shape else []:
+            self.initialize(one, group, its)
         return state
 
     def on_meta(
@@ -348,3 +369,4 @@ class DeclaredState(FaithfulLoading):
         self._key_names.clear()  # a loaded rank may have other keys and shapes
         self._moments.clear()
         self._by_chance.clear()
+        self._stacks.clear()

@@ -79,6 +79,7 @@ class ShardedOptimizer(DeclaredState):
     together: ClassVar[str | None] = None
     phase_listener: PhaseListener | None = None
     _is_unused = False  # whether the state is one that a blank step made, and nothing was loaded or trained since
+    _elsewhere: Sequence[State] = ()  # of parameters whose experts are all moved by other processes, in this step
     _wrapped_states: dict[Tensor, dict[str, Tensor]] | None = None  # in use since the last step, under a wrapper
 
     def __init__(self, params: ParamsT, arguments: Group) -> None:
@@ -89,7 +90,7 @@ class ShardedOptimizer(DeclaredState):
         check_keywords(type(self).__name__, more, defaults, self.accepted)
         self.defaults = defaults  # what the checks of groups look at; torch sets it again
         self.registry = ParamRegistry()
-        self._key_names, self._moments, self._by_chance = {}, {}, {}
+        self._key_names, self._moments, self._by_chance, self._stacks = {}, {}, {}, {}
         self._check_each(defaults)
         super().__init__(params, defaults)
 
@@ -222,6 +223,8 @@ class ShardedOptimizer(DeclaredState):
                         self._update_together(batch.items)
                     else:
                         self._update_alone(batch.items[0])
+        for state in self._elsewhere:
+            state["step"] += 1
         with self.phase(AFTER):
             self.after_step(work)
 
@@ -311,7 +314,8 @@ class ShardedOptimizer(DeclaredState):
     def _collect(self) -> list[ParamStep]:
         """State for every trainable parameter, work for those with a gradient."""
         self._take_over_states()
-        work, workspace = [], Workspace()
+        work, alone, workspace = [], [], Workspace()
+        self._elsewhere = []
         for group in self.param_groups:
             numbers = {**self.later_keys, **with_numbers(group)}
             for p in group["params"]:
@@ -323,12 +327,17 @@ class ShardedOptimizer(DeclaredState):
                     shard.maximize = group["maximize"]
                     if "step" not in state or (self._is_unused and steps_of(state) == 0):
                         state.update(self._new_state(shard, group))
-                    if p.grad is not None and 0 not in shard.shape:
-                        work.append(ParamStep(shard, numbers, state))
+                    if p.grad is None or 0 in shard.shape:
+                        continue
+                    parts = self.matrices_of(shard, numbers, state)
+                    work += [ParamStep(part, numbers, its) for part, its in parts if not part.alone]
+                    alone += [ParamStep(part, numbers, its) for part, its in parts if part.alone]
+                    if not parts:
+                        self._elsewhere.append(state)
         if self._wrapped_states is not None:
             self._wrapped_states = dict(self.state)
         complete_gradients([item.shard for item in work if isinstance(item.shard, MatrixShard)])
-        return work
+        return work + alone  # in the end, for processes have different ones
 
     def _take_over_states(self) -> None:
         """ZeroRedundancyOptimizer puts saved states in the place of ours, where others call ``load_state_dict``."""
@@ -367,7 +376,7 @@ class ShardedOptimizer(DeclaredState):
         self.param_groups[:] = [ParamGroup(group, self.later_keys) for group in self.param_groups]
         if not hasattr(self, "registry"):  # unpickled: torch keeps nothing but groups, state and defaults
             self.registry = ParamRegistry()
-            self._key_names, self._moments, self._by_chance = {}, {}, {}
+            self._key_names, self._moments, self._by_chance, self._stacks = {}, {}, {}, {}
             for group in self.param_groups:
                 self.register(group)
         for group in self.param_groups:

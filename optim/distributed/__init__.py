@@ -4,6 +4,7 @@
 are slices of one: DeepSpeed ZeRO and FSDP2. ``param_registry`` finds out which.
 """
 
+from .experts import Expert, Experts
 from .flat import FlatShard, all_reduce_shares_
 from .full import FullMatrix, FullShard, PendingSolve, Update, WrittenUpdate, has_subspace
 from .layout import ParamRef, UnsupportedLayout, full_shape, held_shard, is_dtensor, local_flat
@@ -21,6 +22,8 @@ from .zero_redundancy import wrapped_group
 __all__ = [
     "PROJ_TYPES",
     "Cut",
+    "Expert",
+    "Experts",
     "FlatShard",
     "FullMatrix",
     "FullShard",

@@ -60,6 +60,8 @@ class FullShard:
     ranked = False  # whether its moments live in a subspace
     split = False  # whether other processes hold parts of it
     maximize = False  # whether the parameter goes up: its gradient is then seen turned round
+    born_stacked = False  # whether it is one of several that lie in one tensor, with their gradients and state
+    alone = False  # whether other processes, of several, know nothing of it
 
     def __init__(self, parameter: Tensor, position: int, workspace: Workspace) -> None:
         self.parameter = parameter

@@ -160,7 +160,8 @@ class APOLLOAdamW(LowRankOptimizer):
                 item.state["seed"].fill_(following(int(item.state["seed"].item())))
 
     def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Columns:
-        return shard.solve(G, partial(leading_singular_vectors, side=shard.side))
+        previous = self.previous_columns(shard, group, state)
+        return shard.solve(G, partial(leading_singular_vectors, side=shard.side, previous=previous))
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         P = self.basis(shard, group, state)

@@ -127,7 +127,7 @@ class GaLorePlusAdamW(GaLore):
         super().check_shape(shape, group)
         heads = group["num_heads"]
         if heads is not None:
-            require(shape[0] % heads == 0, f"num_heads must divide the rows of each matrix, here {shape[0]}", heads)
+            require(shape[-2] % heads == 0, f"num_heads must divide the rows of each matrix, here {shape[-2]}", heads)
 
     # ---- the cross-head, randomized subspace --------------------------------------------------------------------
 
@@ -148,9 +148,9 @@ class GaLorePlusAdamW(GaLore):
             head = torch.randint(group["num_heads"], (), generator=generator, device="cpu").item()
             rows = slice(int(head) * size, int(head + 1) * size)
             part = shard.own_rows(G, rows.start, rows.stop)
-        if group["subspace_method"] == "svd":
-            return shard.solve(G, lambda whole: leading_singular_vectors(whole[rows], side))
         previous = self.previous_columns(shard, group, state)
+        if group["subspace_method"] == "svd":
+            return shard.solve(G, lambda whole: leading_singular_vectors(whole[rows], side, previous))
         if group["subspace_method"] == "iterate":
             return orthogonal_iteration(part, side, previous, shard.all_reduce_)
         width, times = group["oversampling"], group["power_iterations"]

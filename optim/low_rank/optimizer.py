@@ -28,6 +28,7 @@ from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.types import Group, ParamStep, State
 from ..distributed import (
     PROJ_TYPES,
+    Experts,
     FullMatrix,
     FullShard,
     ParamRef,
@@ -88,14 +89,19 @@ class LowRankOptimizer(ShardedOptimizer):
         super().__init__(params, arguments)
         self._first_gradients = FirstGradients()
 
+    @classmethod
+    def is_matrix(cls, shape: tuple[int, ...]) -> bool:
+        """A matrix, or the experts of a layer in one tensor (E, m, n), which are E of them."""
+        return len(shape) in (2, 3)
+
     def check_group(self, group: Group) -> None:
         if "subspace_method" in group:
             one_of(*self.subspace_methods)("subspace_method", group["subspace_method"])
 
     def check_shape(self, shape: tuple[int, ...], group: Group) -> None:
-        if len(shape) != 2:
+        if not self.is_matrix(shape):
             raise ValueError(
-                f"rank={group['rank']} needs matrices, got a parameter of shape {shape}; "
+                f"rank={group['rank']} needs matrices, or experts (E, m, n), got a parameter of shape {shape}; "
                 "put it into a group without a rank (gracile.optim.param_groups does)"
             )
 
@@ -168,6 +174,11 @@ class LowRankOptimizer(ShardedOptimizer):
         """
         assert self.published is not None
         shard = self.on_meta(ref, group)
+        if isinstance(shard, Experts):
+            raise ValueError(
+                f"the saved state of parameter {ref.position}, of shape {ref.shape}, cannot go on in "
+                f"{type(self).__name__}: {self.published.package} projects matrices, and here it is {ref.shape[0]}"
+            )
         try:
             return PublishedState(saved, self.published, shard, group, device).as_declared(self.specs(shard, group))
         except ValueError as reason:
@@ -207,7 +218,7 @@ class LowRankOptimizer(ShardedOptimizer):
     def singular_vectors(self, dense: Tensor, previous: Tensor | None, shard: FullMatrix, group: Group) -> Columns:
         """The leading singular vectors of a matrix of which ``dense`` is this process's lines."""
         if group["subspace_method"] == "svd":
-            return shard.solve(dense, partial(leading_singular_vectors, side=shard.side))
+            return shard.solve(dense, partial(leading_singular_vectors, side=shard.side, previous=previous))
         if not shard.split and launches_cost(shard.device):
             return PendingIteration(dense, shard.side, previous)
         return orthogonal_iteration(shard.own(dense), shard.side, previous, shard.all_reduce_)

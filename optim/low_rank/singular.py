@@ -17,11 +17,12 @@ SUBSPACE_METHODS = ("svd", "iterate")
 COLD_ITERATIONS = 8  # from a random start; afterwards one from the previous subspace holds the energy
 
 
-def leading_singular_vectors(gradient: Tensor, side: ProjectionSide) -> Tensor:
+def leading_singular_vectors(gradient: Tensor, side: ProjectionSide, previous: Tensor | None = None) -> Tensor:
     """The r leading right (n x r) or left (m x r) singular vectors of an m x n gradient, in the gradient's dtype.
 
     One thin SVD in at least fp32, as GaLore's code does (Zhao et al. 2024, arXiv:2403.03507): the signs it
-    happens to return matter, because moments are kept across refreshes. A gradient that is not finite gives NaN.
+    happens to return matter, because moments are kept across refreshes. A gradient that is not finite gives NaN; an
+    all-zero one, as an expert has that no token came to, keeps ``previous``, where the authors' code takes any.
     """
     finite = torch.isfinite(gradient).all()  # LAPACK would raise; asking the device would stop it
     G = torch.where(finite, gradient, 0).to(torch.promote_types(gradient.dtype, torch.float32))
@@ -37,6 +38,8 @@ def leading_singular_vectors(gradient: Tensor, side: ProjectionSide) -> Tensor:
         columns = _by_gram_matrix(G, side)
     else:
         columns = Vh[: side.rank].t() if side.right else U[:, : side.rank]
+    if previous is not None:
+        columns = torch.where(G.count_nonzero() > 0, columns, previous.to(columns.dtype))
     return torch.where(finite, columns, torch.nan).to(gradient.dtype)
 
 

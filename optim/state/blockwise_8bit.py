@@ -186,6 +186,9 @@ def dequantize(state: Mapping[str, Tensor], key: str, shard: FullShard | None = 
     from bitsandbytes.functional import dequantize_blockwise
 
     codes, absmax = state[key], state[scales_key(key)]
+    if absmax.dim() > 1:  # of experts, each in blocks of its own
+        experts = zip(codes, absmax, strict=True)
+        return torch.stack([dequantize({key: own, scales_key(key): scales}, key) for own, scales in experts])
     if not codes.numel():
         return codes.float()
     blocks = Blocks(shard, codes.device) if shard is not None and shard.split else None

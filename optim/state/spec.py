@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import FlatShard, FullMatrix, FullShard, MatrixShard
+from ..distributed import Experts, FlatShard, FullMatrix, FullShard, MatrixShard
 
 State = MutableMapping[str, Tensor]
 
@@ -234,12 +234,16 @@ def wide_dtype(shard: FullShard) -> torch.dtype:
 def new_tensor(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, spec: StateSpec, empty: bool = False
 ) -> Tensor:
-    by_columns = spec.column_major and shape == spec.shape and len(shape) == 2
-    size = shape[::-1] if by_columns else shape
-    made = torch.empty(size, dtype=dtype, device=device)
+    columns = by_columns(shape, spec)
+    made = torch.empty(shape[::-1] if columns else shape, dtype=dtype, device=device)
     if not empty:
         made.fill_(spec.fill)
-    return made.t() if by_columns else made
+    return made.t() if columns else made
+
+
+def by_columns(shape: tuple[int, ...], spec: StateSpec) -> bool:
+    """Whether a tensor of this shape, all of what ``spec`` declares or a part, is stored one column after the other."""
+    return spec.column_major and shape == spec.shape and len(shape) == 2
 
 
 def new_state(specs: Iterable[StateSpec], shard: FullShard) -> dict[str, Tensor]:
@@ -291,6 +295,7 @@ def from_portable(specs: Sequence[StateSpec], shard: FullShard, portable: Mappin
 def saved_names(specs: Iterable[StateSpec], shard: FullShard, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Where FSDP2 splits a parameter, whose state is saved in its portable form: an empty tensor for each name that
     nothing of what is held has. torch.distributed.checkpoint looks for what was saved by the names of what is held."""
-    if not (isinstance(shard, (FlatShard, MatrixShard)) and shard.held.chunked):
+    held_range = shard.held if isinstance(shard, (FlatShard, MatrixShard, Experts)) else None
+    if held_range is None or not held_range.chunked:
         return {}
     return {spec.name: torch.empty(0, dtype=spec.dtype, device=shard.device) for spec in specs if spec.name not in held}

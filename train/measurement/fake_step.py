@@ -60,9 +60,9 @@ class _FakeStep:
             shards = list(optimizer.planned_shards(cut, index, size, dtype, device))
             if optimizer.together is None:
                 shards = list(_some_of_each(shards))
-            self.work = [self._item(shard, group, states[shard.position]) for shard, group in shards]
+            self.work = [item for shard, group in shards for item in self._items(shard, group, states[shard.position])]
 
-    def _item(self, shard: FullShard, group: Group, held: list[HeldTensor]) -> ParamStep:
+    def _items(self, shard: FullShard, group: Group, held: list[HeldTensor]) -> list[ParamStep]:
         state: State = {}
         for own in held:
             if own.on_host:
@@ -75,7 +75,8 @@ class _FakeStep:
             shard.parameter.grad = torch.empty_like(shard.parameter)
         assert shard.held_gradient is not None
         self.known += [shard.parameter, shard.held_gradient]
-        return ParamStep(shard, {**self.optimizer.later_keys, **with_numbers(group)}, state)
+        numbers = {**self.optimizer.later_keys, **with_numbers(group)}
+        return [ParamStep(part, numbers, its) for part, its in self.optimizer.matrices_of(shard, group, state)]
 
     def bytes_at(self, step: int) -> int:
         """Of the step that comes after ``step`` others."""
