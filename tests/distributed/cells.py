@@ -59,10 +59,15 @@ BACKEND_OF = dist.get_backend
 
 
 class Net(nn.Module):
-    """Tall, wide and square matrices of sizes that no number of ranks divides, one smaller than a partition."""
+    """Tall, wide and square matrices of sizes that no number of ranks divides, one smaller than a partition; and, where
+    they are asked for, a mixture of experts, each in one tensor, of which the last sees nothing in some steps."""
 
-    def __init__(self, width, long, short):
+    def __init__(self, width, long, short, experts=0):
         super().__init__()
+        self.experts = experts
+        if experts:
+            self.up = nn.Parameter(0.2 * torch.randn(experts, 33, short))
+            self.down = nn.Parameter(0.2 * torch.randn(experts, short, 33))
         self.embed = nn.Embedding(37, width)
         self.tall = nn.Linear(width, long)
         self.wide = nn.Linear(long, short, bias=False)
@@ -78,12 +83,22 @@ class Net(nn.Module):
         h = self.embed(x)
         for layer in (self.tall, self.wide, self.near, self.square, self.small):
             h = torch.tanh(layer(h))
+            if layer is self.wide and self.experts:
+                h = h + self.mixed(h, torch.where(x[:, :1] % 8 == 0, self.experts - 1, x % (self.experts - 1)))
         return nn.functional.cross_entropy(self.head(self.norm(self.out(h))).flatten(0, 1).float(), y.flatten())
+
+    def mixed(self, h, chosen):
+        out = torch.zeros_like(h)
+        for e in range(self.experts):
+            taken = (chosen == e).unsqueeze(-1)
+            out = out + taken * (torch.tanh(h @ self.up[e].t()) @ self.down[e].t())
+        return out
 
 
 def build(cell, seed=0):
     torch.manual_seed(seed)
-    net = Net(*cell.get("sizes", SIZES_OF.get(cell["optimizer"], SIZES)))
+    sizes = cell.get("sizes", SIZES_OF.get(cell["optimizer"], SIZES))
+    net = Net(*sizes, experts=cell.get("experts", 0))
     if layer := VARIANTS[cell["optimizer"]].layer:
         kind, keys, _ = layer
         ranked = {"rank": cell.get("rank", RANK)} if "rank" in signature(kind).parameters else {}
@@ -126,6 +141,7 @@ def make_optimizer(net, cell, together=True, construct=None):
     if ranked.get("update_proj_gap", 1) > 1:
         other["update_proj_gap"] = GAP - 2
     first, second = [net.tall.weight, net.wide.weight], [net.near.weight, net.square.weight, net.small.weight]
+    first += [net.up, net.down] if net.experts else []
     chosen = {id(p) for p in first + second}
     rest = [p for p in trained if id(p) not in chosen]
     groups = [{"params": first, **ranked}, {"params": second, **other}, {"params": rest}]
@@ -343,7 +359,7 @@ def together(shards):
     """Whole tensors at rank 0, by position, from each rank's parts of them, sent as one."""
     found, split = {}, []
     for member, shard, own in shards:
-        if hasattr(shard, "held"):
+        if getattr(shard, "held", None) is not None:
             split.append((member.position, shard, own.detach().reshape(-1)))
         else:
             found[member.position] = own.detach().float().clone()
@@ -397,10 +413,11 @@ class Watch:
 
 
 def replicas_agree(full, optimizer, cell):
-    """Whether all ranks hold the same bits of the weights, and of each basis that they all hold."""
+    """Whether all ranks hold the same bits of the weights, and of each basis that they all hold: not of experts', which
+    are stacked, or one after the other."""
     held = [*full.values()]
     if not cell.get("keys", {}).get("shard_basis"):
-        held += [v for p in optimizer.state.values() for k, v in sorted(p.items()) if k.endswith("basis")]
+        held += [v for p in optimizer.state.values() for k, v in sorted(p.items()) if k.endswith("basis") and v.dim() == 2]
     same = True
     for tensor in held:
         first = tensor.float().contiguous()
