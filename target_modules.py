@@ -4,7 +4,7 @@ each of which must match something."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -99,6 +99,17 @@ def _of_family(model: nn.Module, target_modules: str | Iterable[str]) -> str | I
     named = FAMILIES.get(str(kind), DEFAULT_TARGETS)
     every = [name for name, _ in model.named_modules()]
     return [pattern for pattern in named if _matching("target_modules", pattern, every, False)] or named
+
+
+def experts_of(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors (E, m, n) of ``module`` that hold a matrix of each expert of a mixture, by their names: transformers'
+    mixtures keep them so. Other tensors of three dimensions, such as convolutions, are none."""
+    told = any(hasattr(module, key) for key in ("num_experts", "num_local_experts"))
+    for part, p in module._parameters.items():
+        whole = f"{name}.{part}".removeprefix(".")
+        called = "expert" in f"{whole} {type(module).__name__}".lower()
+        if p is not None and len(getattr(p, "ds_shape", p.shape)) == 3 and (told or called):
+            yield whole.removesuffix(".weight"), p
 
 
 def left_out_on_purpose(target_modules: str | Iterable[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..target_modules import DEFAULT_TARGETS, targets
+from ..target_modules import DEFAULT_TARGETS, experts_of, targets
 from .layers import FactoredLinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -47,6 +47,8 @@ def convert(
     """
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
     unfit = {name: "quantized" for name, module in linears.items() if not module.weight.is_floating_point()}
+    mixtures = (experts_of(name, module) for name, module in model.named_modules())
+    unfit |= {name: "experts in one tensor, which no layer here replaces" for held in mixtures for name, _ in held}
     whole = {name: module for name, module in linears.items() if name not in unfit}
     chosen = {name: whole[name] for name in targets(model, target_modules, whole, unfit)}
     split = next((name for name, module in chosen.items() if hasattr(module.weight, "ds_id")), None)

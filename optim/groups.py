@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..layer_registry import parts_among
-from ..target_modules import DEFAULT_TARGETS, left_out_on_purpose, output_layers, reason_against, targets
+from ..target_modules import (
+    DEFAULT_TARGETS,
+    experts_of,
+    left_out_on_purpose,
+    output_layers,
+    reason_against,
+    targets,
+)
 from ..target_modules import found as found_names
 from .core.group_checks import MATRIX_KEYS
 from .distributed import full_shape
@@ -47,7 +54,8 @@ def param_groups(
             one regular expression for all of the name; or ``"all-linear"``, every matrix but embeddings and the
             output layer. The default is what the model's family calls the matrices of a block. Each pattern must
             match, but for the usual names of a block's parts (``attn``, ``attention``, ``mlp``, ...), of which one
-            must. The router of a mixture of experts is chosen where a pattern names it.
+            must. Experts in one tensor (E, m, n) are E matrices under its name, as in ``mlp.experts.down_proj``; the
+            router of a mixture of experts is chosen where a pattern names it.
         weight_decay: for the two groups of weights; None leaves it to the optimizer. Norms and biases get 0. The
             parameters that a layer of ``gracile.models.layers`` builds its weight from are weights, of any shape.
         role: for ``SCALE``: ``auto`` makes groups by what each matrix is for, as its module says: ``linear``,
@@ -93,13 +101,15 @@ def param_groups(
     trainable = [p for p in model.parameters() if p.requires_grad]  # lists a tied parameter once
     others = [p for p in trainable if id(p) not in chosen]
     factors = {number for number, part in parts_among(others).items() if part.name != "bias"}
+    biases = {id(p) for name, p in model.named_parameters() if name.endswith("bias")}  # of experts, they have two sides
+    weights = {id(p) for p in others if (_dim(p) > 1 and id(p) not in biases) or id(p) in factors}
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     marked = {} if rank is None else {"rank": rank}
     plain = dict.fromkeys(marks)  # also where the optimizer's own default is another
     groups = [
         *({"params": params, **marked, **keys, **decay} for params, keys in _split(matrices, matrix_keys)),
-        {"params": [p for p in others if _dim(p) > 1 or id(p) in factors], **plain, **decay},
-        {"params": [p for p in others if _dim(p) <= 1 and id(p) not in factors], **plain, "weight_decay": 0.0},
+        {"params": [p for p in others if id(p) in weights], **plain, **decay},
+        {"params": [p for p in others if id(p) not in weights], **plain, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -167,8 +177,8 @@ def _targets(model: nn.Module, target_modules: str | Iterable[str], masked: bool
 
 
 def _matrices(model: nn.Module, masked: bool) -> Iterator[Target]:
-    """Layers with a matrix of their own, trainable or not: nn.Linear and its like (GPT-2's Conv1D), not embeddings. Of
-    an optimizer of masks, also matrices that their layers call sparse."""
+    """Layers with a matrix of their own, trainable or not: nn.Linear and its like (GPT-2's Conv1D), not embeddings; and
+    tensors of experts. Of an optimizer of masks, also matrices that their layers call sparse."""
     modules = dict(model.named_modules())
     embeddings = {id(m.weight) for m in modules.values() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     for name, module in modules.items():
@@ -178,6 +188,7 @@ def _matrices(model: nn.Module, masked: bool) -> Iterator[Target]:
             p = module._parameters.get(part)
             if p is not None and _dim(p) == 2 and id(p) not in embeddings:
                 yield Target(name, p, density)
+        yield from (Target(part, p) for part, p in experts_of(name, module))
 
 
 def _tell_what_is_left_out(model: nn.Module, chosen: Collection[int], on_purpose: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from mixtures import MIXTURES, build_mixture
 from torch import nn
 
 from gracile.models.convert import convert
@@ -133,14 +134,35 @@ class Mixture(nn.Module):
 
 def test_a_router_is_a_target_where_it_is_named():
     model = Mixture()
+    assert ranked(model) == {"self_attn.weight", "mlp.shared.weight", "mlp.experts"}
+    assert ranked(model, "all-linear") == ranked(model)
     with pytest.warns(
-        UserWarning, match=r"leaves out 80% of the parameters, such as mlp.experts \(4, 16, 32\): .*'all-l"
+        UserWarning, match=r"leaves out 87% of the parameters, such as mlp.experts \(4, 16, 32\): .*'all-l"
     ):
-        assert ranked(model) == {"self_attn.weight", "mlp.shared.weight"}
-    with pytest.warns(UserWarning, match="leaves out"):
-        assert ranked(model, "all-linear") == {"self_attn.weight", "mlp.shared.weight"}
-    with pytest.warns(UserWarning, match="leaves out"):
         assert "mlp.gate.weight" in ranked(model, ["attn", "mlp.gate"])
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_in_one_tensor_are_targets_like_other_matrices(kind):
+    model = build_mixture(kind, device="meta")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        held = ranked(model)
+    assert {name.split(".")[-1] for name in held if "mlp.experts" in name} == {"gate_up_proj", "down_proj"}
+    assert not any(name.split(".")[-2] in ("gate", "router") for name in held)
+    ends = ("embed_tokens.weight", "lm_head.weight")
+    matrices = {n: p.numel() for n, p in model.named_parameters() if p.dim() > 1 and not n.endswith((*ends, "bias"))}
+    assert sum(matrices[name] for name in held) >= 0.95 * sum(matrices.values())
+    assert {name for name in ranked(model, ["mlp"]) if ".experts." in name} == {n for n in held if ".experts." in n}
+    undecayed = {id(p) for p in param_groups(model, 4, weight_decay=0.1)[-1]["params"]}
+    assert all((id(p) in undecayed) == (p.dim() < 2 or name.endswith("bias")) for name, p in model.named_parameters())
+    with pytest.raises(ValueError, match=r"'mlp.experts' matches no trainable linear layer: \d are experts in one"):
+        convert(model, LowRankLinear, ["mlp.experts"], rank=4)
+
+
+def test_a_convolution_is_no_mixture():
+    model = nn.ModuleDict({"mlp": nn.Linear(8, 8), "conv": nn.Conv1d(4, 4, 3)})
+    assert ranked(model, "all-linear") == {"mlp.weight"}
 
 
 def test_where_nothing_is_left_out_nothing_is_said():
@@ -158,7 +180,7 @@ def test_who_names_one_part_of_a_block_means_to_leave_out_the_other():
     with pytest.warns(UserWarning, match=r"leaves out .*mlp.gate_proj"):
         ranked(build("llama"), ["mlp.up_proj"])
     with pytest.warns(UserWarning, match=r"leaves out .* mlp.experts \(4, 16, 32\)"):
-        ranked(Mixture(), ["mlp"])
+        ranked(Mixture(), ["mlp.shared"])
 
 
 def test_every_family_of_the_table_is_tried_or_named_like_one_that_is():

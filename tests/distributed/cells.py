@@ -417,7 +417,9 @@ def replicas_agree(full, optimizer, cell):
     are stacked, or one after the other."""
     held = [*full.values()]
     if not cell.get("keys", {}).get("shard_basis"):
-        held += [v for p in optimizer.state.values() for k, v in sorted(p.items()) if k.endswith("basis") and v.dim() == 2]
+        held += [
+            v for p in optimizer.state.values() for k, v in sorted(p.items()) if k.endswith("basis") and v.dim() == 2
+        ]
     same = True
     for tensor in held:
         first = tensor.float().contiguous()

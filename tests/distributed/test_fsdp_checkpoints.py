@@ -12,6 +12,8 @@ CELLS = [
     {"optimizer": "APOLLOAdamW svd"},
     {"optimizer": "LDAdamW", "proj_type": "reverse_std"},
     {"optimizer": "SRigLAdamW"},
+    {"optimizer": "GaLoreAdamW", "experts": 3, "rank": 3},
+    {"optimizer": "GaLoreAdamW8bit Q-GaLore", "experts": 3, "rank": 3, "proj_type": "left"},
 ]
 # The same state as that of a class above, or less: test_engine_checkpoints.py has every class.
 THOROUGH = [

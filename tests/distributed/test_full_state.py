@@ -10,6 +10,7 @@ BEFORE, STEPS = 4, 8  # refreshes at 5, and at 3 and 6
 
 SPLIT = " with a split basis"
 # optimizer, layout on four processes, layout on two
+EXPERTS = " of experts"
 MOVES = [
     ("Lion", "zero1", "zero3"),
     ("GaLoreAdamW", "zero2", "fsdp2"),
@@ -27,6 +28,10 @@ MOVES = [
     ("ReLoRAAdamW", "fsdp2", "zero3"),
     ("RigLAdamW", "zero3", "fsdp2"),
     ("SRigLAdamW", "fsdp2", "zero1"),
+    ("GaLoreAdamW of experts", "zero2", "fsdp2"),
+    ("LDAdamW of experts", "fsdp2", "zero3"),
+    ("GaLoreAdamW8bit Q-GaLore of experts", "zero3", "ddp"),
+    ("APOLLOAdamW of experts", "ddp", "zero1"),
 ]
 THOROUGH = [
     ("SETAdamW", "zero1", "zero3"),
@@ -36,6 +41,10 @@ THOROUGH = [
     ("SparseAdamW", "zero2", "ddp"),
     ("SCALE", "zero1", "fsdp2"),
 ]
+
+
+def named(optimizer):
+    return optimizer.removesuffix(SPLIT).removesuffix(EXPERTS)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +62,8 @@ def moved_once(pool, folder, moves):
     first, second = [], []
     for number, (optimizer, before, after) in enumerate(moves):
         side = "left" if number % 2 else "std"
-        cell = {"optimizer": optimizer.removesuffix(SPLIT), "proj_type": side, "watched": False}
+        cell = {"optimizer": named(optimizer), "proj_type": side, "watched": False}
+        cell |= {"experts": 4, "rank": 3} if optimizer.endswith(EXPERTS) else {}
         cell["keys"] = {"shard_basis": True} if optimizer.endswith(SPLIT) else {}
         state = str(folder / f"{number}.pt")
         first.append({**cell, "layout": before, "steps": [0, BEFORE], "save": state})
@@ -75,7 +85,7 @@ def test_so_does_one_with_masks(moved_thoroughly, number):
 
 
 def assert_moved(told, move):
-    assert (told["optimizer"], told["layout"]) == (move[0].removesuffix(SPLIT), move[2])
+    assert (told["optimizer"], told["layout"]) == (named(move[0]), move[2])
     assert told["difference"] <= 1e-5, told
     assert told["of_movement"] <= 1e-4, told
 

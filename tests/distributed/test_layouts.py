@@ -12,6 +12,7 @@ def cell(optimizer, layout, **options):
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 SHARD_BASIS = {"keys": {"shard_basis": True}}
+EXPERTS = {"experts": 4, "rank": 3}
 LARGE = {"sizes": [96, 401, 113], "rank": 12}  # moments of at least 4096 numbers, so that they are held in 8 bits
 
 # Every layout and option, and every kind of class, at least once; on 4 processes those that no run has which goes on on
@@ -56,6 +57,10 @@ ON = {
         cell("RigLAdamW", "zero3", zero={"sub_group_size": 200}, clip=0.05),
         cell("SRSTEAdamW", "zero2", zero={"round_robin_gradients": True}, accumulation=2),
         cell("CastAdamS", "zero3", zero=OFFLOAD, nccl=True),
+        cell("GaLoreAdamW", "zero1", zero={"round_robin_gradients": True}, accumulation=2, **EXPERTS),
+        cell("GaLoreAdafactor", "fsdp2", clip=0.05, **EXPERTS),
+        cell("GaLorePlusAdamW", "zero3", zero={"sub_group_size": 200}, **EXPERTS),
+        cell("APOLLOAdamW svd", "zero3", zero=OFFLOAD, nccl=True, **EXPERTS),
     ],
     4: [
         cell("GaLoreAdafactor", "zero1", clip=0.05),
@@ -65,6 +70,8 @@ ON = {
         cell("SCALE", "zero1"),
         cell("SRigLAdamW", "zero3"),
         cell("CastAdamS", "zero3", precision="bf16, fp32 gradients"),
+        cell("GaLoreAdamW8bit", "zero2", sizes=[96, 401, 124], rank=33, experts=3),
+        cell("DCTAdamW fed back", "fsdp2", proj_type="left", **EXPERTS),
     ],
 }
 # Masks are chosen in one place for all classes and layouts: what is left of them. And what another cell has of the same
@@ -100,6 +107,9 @@ THOROUGH = {
     4: [
         cell("Lion", "fsdp2"),
         cell("GaLoreAdamW", "zero3"),
+        cell("GaLoreAdamW", "zero3", zero_init=True, proj_type="left", **EXPERTS),
+        cell("GradNormLoRPAdamW", "zero2", precision="bf16", **EXPERTS),
+        cell("LDAdamW", "zero1", **EXPERTS, keys={"shard_basis": True}),
         cell("GaLoreAdamW8bit", "fsdp2"),
         cell("GradNormLoRPAdamW", "zero3", proj_type="left"),
         cell("LDAdamW", "fsdp2", proj_type="left", **SHARD_BASIS),
