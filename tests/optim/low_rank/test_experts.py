@@ -1,4 +1,4 @@
-"""A tensor (E, m, n) in a group with a rank is E matrices, whatever the method: each moves as a parameter of its own."""
+"""A tensor (E, m, n) in a group with a rank is E matrices, whatever the method: each moves as one of its own."""
 
 import copy
 import pickle
@@ -130,7 +130,8 @@ def test_moments_in_8_bits_are_of_each_expert():
         train(moved, other, gradients(shape, 1))
         load_full_state(other, whole)
         values = whole["parameters"][0]["exp_avg"]
-        assert torch.allclose(full_state(other)["parameters"][0]["exp_avg"], values, rtol=0.02, atol=1e-6)
+        again = full_state(other)["parameters"][0]["exp_avg"]  # coded once more
+        assert (again - values).norm() < 0.02 * values.norm()
         assert torch.equal(full_state_of("", optimizer.state_dict())["parameters"][0]["exp_avg"], values)
 
 
