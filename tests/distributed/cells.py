@@ -66,8 +66,8 @@ class Net(nn.Module):
         super().__init__()
         self.experts = experts
         if experts:
-            self.up = nn.Parameter(0.2 * torch.randn(experts, 33, short))
-            self.down = nn.Parameter(0.2 * torch.randn(experts, short, 33))
+            self.up = nn.Parameter(0.2 * torch.randn(experts, long - 12, short))
+            self.down = nn.Parameter(0.2 * torch.randn(experts, short, long - 12))
         self.embed = nn.Embedding(37, width)
         self.tall = nn.Linear(width, long)
         self.wide = nn.Linear(long, short, bias=False)

@@ -31,7 +31,7 @@ MOVES = [
     ("GaLoreAdamW of experts", "zero2", "fsdp2"),
     ("LDAdamW of experts", "fsdp2", "zero3"),
     ("GaLoreAdamW8bit Q-GaLore of experts", "zero3", "ddp"),
-    ("APOLLOAdamW of experts", "ddp", "zero1"),
+    ("GaLoreAdafactor of experts", "ddp", "zero1"),
 ]
 THOROUGH = [
     ("SETAdamW", "zero1", "zero3"),

@@ -70,7 +70,7 @@ ON = {
         cell("SCALE", "zero1"),
         cell("SRigLAdamW", "zero3"),
         cell("CastAdamS", "zero3", precision="bf16, fp32 gradients"),
-        cell("GaLoreAdamW8bit", "zero2", sizes=[96, 401, 124], rank=33, experts=3),
+        cell("GaLoreAdamW8bit", "zero2", sizes=[24, 901, 28], rank=5, experts=3),
         cell("DCTAdamW fed back", "fsdp2", proj_type="left", **EXPERTS),
     ],
 }
