@@ -19,11 +19,11 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 MIXTURES = {
-    "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {"num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "mixtral": {},
+    "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
     "deepseek_v3": {
-        "n_routed_experts": 4,
         "num_key_value_heads": 4,
         "n_group": 1,
         "topk_group": 1,
@@ -42,9 +42,10 @@ MIXTURES = {
 }
 
 
-def mixture_config(kind, **more):
+def mixture_config(kind, experts=4, **more):
     known = transformers.AutoConfig.for_model(kind)
     keys = {key: value for key, value in SMALL.items() if hasattr(known, key)} | MIXTURES[kind] | more
+    keys |= {key: experts for key in EXPERTS if hasattr(known, key)}
     if kind == "deepseek_v3":
         keys.pop("head_dim", None)  # which it makes of its own parts
     return transformers.AutoConfig.for_model(kind, **keys)

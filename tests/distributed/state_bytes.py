@@ -3,6 +3,7 @@
 import cells
 from catalogue import VARIANTS
 from cells import convert, deepspeed, dist, torch
+from mixtures import build_mixture
 
 from gracile.models import build_llama
 from gracile.optim import param_groups, state_bytes
@@ -11,6 +12,8 @@ from gracile.optim.memory import planned_state_by_kind
 
 
 def llama(cell):
+    if "mixture" in cell:
+        return build_mixture(cell["mixture"], hidden_size=128, intermediate_size=344, vocab_size=512, experts=8)
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3, "vocab_size": 512}
     model = build_llama("2m", num_attention_heads=4, **sizes)

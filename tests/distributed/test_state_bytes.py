@@ -16,6 +16,15 @@ CELLS += [
     {"optimizer": name, "stage": stage, "keys": {"shard_basis": True}}
     for name, stage in (("GaLoreAdamW", 1), ("GaLoreAdamW8bit Q-GaLore", 2), ("LDAdamW", 3), ("FiraAdamW", 3))
 ]
+CELLS += [
+    {"optimizer": name, "stage": stage, "keys": {}, "mixture": mixture}
+    for name, stage, mixture in (
+        ("GaLoreAdamW", 1, "mixtral"),
+        ("LDAdamW", 2, "qwen3_moe"),
+        ("GaLoreAdamW", 3, "deepseek_v3"),
+        ("APOLLOAdamW", 3, "gpt_oss"),
+    )
+]
 # On four processes one of each stage, and one whose basis is split too.
 ON_FOUR = [
     i
