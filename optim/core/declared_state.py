@@ -203,8 +203,8 @@ class DeclaredState(FaithfulLoading):
             return [(shard, state)]
         if shard.position not in self._stacks:
             self._stacks[shard.position] = Stack(shard, self.specs(shard, group))
-        stack = self._stacks[shard.position]
-        return [(part, stack.state_of(state, number)) for number, (_, part) in enumerate(shard.parts)]
+        states = self._stacks[shard.position].states_of(state)
+        return [(part, its) for (_, part), its in zip(shard.parts, states, strict=True)]
 
     def _prefixed(self, held: dict[str, Tensor], shard: FullShard, group: Group) -> PrefixedState:
         names = self._key_names.get(shard.position)

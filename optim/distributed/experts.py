@@ -119,10 +119,9 @@ class Experts(FullShard):
         """Each expert of which this process holds something, or must take part in what is done to it, by its number."""
         gradient = self.held_gradient
         if self.held is None:
-            found: list[tuple[int, FullMatrix]] = [
-                (e, self._whole(e, W, None if gradient is None else gradient[e], alone=False))
-                for e, W in enumerate(self.parameter.detach())
-            ]
+            grads = [None] * self.shape[0] if gradient is None else gradient.unbind()
+            each = enumerate(zip(self.parameter.detach().unbind(), grads, strict=True))
+            found: list[tuple[int, FullMatrix]] = [(e, self._whole(e, W, G, alone=False)) for e, (W, G) in each]
         else:
             made = ((e, self._part(e, self.held, gradient)) for e in range(self.shape[0]))
             found = [(e, part) for e, part in made if part is not None]

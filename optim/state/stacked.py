@@ -93,7 +93,7 @@ class StackedCodec(Codec):
     def decode_each(self, spec: StateSpec, shard: FullShard, held: Mapping[str, Tensor]) -> list[Tensor]:
         """The portable form of each expert's. Collective where its codec is."""
         own, experts = _of_experts(spec, shard)
-        parts = zip(own.each, experts.parts, _views(spec, shard, held), strict=True)
+        parts = zip(own.each, experts.parts, _views(spec, shard, dict(held)), strict=True)
         return [one.codec.decode(one, part, state) for one, (_, part), state in parts]
 
     def encode(self, value: Tensor | Sequence[Tensor], spec: StateSpec, shard: FullShard, held: State) -> None:
@@ -125,28 +125,34 @@ class Stack:
     """How a process's tensors of one parameter hold those of its experts: found once."""
 
     def __init__(self, shard: Experts, specs: Sequence[StateSpec]) -> None:
-        stacked = [spec for spec in specs if isinstance(spec, StackedSpec)]
-        self.views = {held.name: views for spec in stacked for held, views in _placed(spec, shard)}
+        placed = [own for spec in specs if isinstance(spec, StackedSpec) for own in _placed(spec, shard)]
+        self.views = {held.name: views for held, views in placed}
+        self.alike, self.count = shard.alike, max(map(len, self.views.values()), default=0)
 
-    def state_of(self, held: State, number: int) -> StackedState:
-        return StackedState(held, {key: views[number] for key, views in self.views.items()})
+    def states_of(self, held: State) -> list[StackedState]:
+        """The state of each expert, in their order."""
+        if not self.count:
+            return []
+        each = [self._each(held[key], views) for key, views in self.views.items()]
+        return [StackedState(held, dict(zip(self.views, own, strict=True))) for own in zip(*each, strict=True)]
+
+    def _each(self, tensor: Tensor, views: Sequence[View]) -> Sequence[Tensor]:
+        return tensor.unbind() if self.alike else [view.of(flat(tensor)) for view in views]
 
 
 class StackedState(MutableMapping[str, Tensor]):
-    """The state of one expert. What is written goes into the tensor of all; each counts its steps itself, and what one
-    has counted is what the parameter has."""
+    """The state of one expert, views of what ``held`` has of all. What is written goes into the tensor of all; each
+    counts its steps itself, and what one has counted is what the parameter has."""
 
-    def __init__(self, held: State, views: Mapping[str, View]) -> None:
-        self.held, self.views = held, views
-        self.known: dict[str, Tensor] = {"step": held["step"].clone()} if "step" in held else {}
+    def __init__(self, held: State, views: dict[str, Tensor]) -> None:
+        self.held = held
+        self.views = {"step": held["step"].clone(), **views} if "step" in held else views
 
     def __getitem__(self, key: str) -> Tensor:
-        if key not in self.known:
-            self.known[key] = self.views[key].of(flat(self.held[key]))
-        return self.known[key]
+        return self.views[key]
 
     def __setitem__(self, key: str, value: Tensor) -> None:
-        own = self[key]
+        own = self.views[key]
         if own is not value:
             own.copy_(value)
         if key == "step":
@@ -156,10 +162,10 @@ class StackedState(MutableMapping[str, Tensor]):
         raise TypeError(f"{key!r} is of all experts; one cannot be without it")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(("step", *self.views) if "step" in self.known else self.views)
+        return iter(self.views)
 
     def __len__(self) -> int:
-        return len(self.views) + ("step" in self.known)
+        return len(self.views)
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -173,13 +179,8 @@ def _of_experts(spec: StateSpec, shard: FullShard | None = None) -> tuple[Stacke
     return spec, shard  # type: ignore[return-value]  # asked for only where it is given
 
 
-def _views(spec: StateSpec, shard: FullShard, held: Mapping[str, Tensor]) -> list[StackedState]:
-    placed = _placed(spec, shard)
-    own, _ = _of_experts(spec)
-    return [
-        StackedState(held, {tensor.name: views[i] for tensor, views in placed})  # type: ignore[arg-type]
-        for i in range(len(own.each))
-    ]
+def _views(spec: StateSpec, shard: FullShard, held: State) -> list[StackedState]:
+    return Stack(_of_experts(spec, shard)[1], [spec]).states_of(held)
 
 
 def _placed(spec: StateSpec, shard: FullShard) -> list[tuple[HeldTensor, list[View]]]:
