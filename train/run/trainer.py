@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,8 @@ class PretrainTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # nothing is deleted before the seal
         logged, self.state.log_history = self.state.log_history, []
         try:
-            super()._save_checkpoint(model, trial)
+            with self._by_own_names():
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit, self.state.log_history = limit, logged
         self._save_logged(checkpoint)
@@ -178,6 +180,24 @@ class PretrainTrainer(Trainer):
                 self.train_dataset.save(checkpoint, done)
             checkpoints.seal(checkpoint)
             checkpoints.rotate(self.args.folder, limit, best=self.state.best_model_checkpoint)
+
+    @contextmanager
+    def _by_own_names(self) -> Iterator[None]:
+        """transformers saves some models under the names and in the pieces of another format, a mixture's experts one
+        by one, which its Trainer does not put together again when it resumes."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            yield
+        finally:
+            del model.save_pretrained
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Weights that a checkpoint has not would stay those of the start: the Trainer warns."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        strange = [*load_result.unexpected_keys, *(name for name in load_result.missing_keys if name not in tied)]
+        if strange:
+            raise BadInput(f"the checkpoint's weights are not those of this model: {strange[0]} is on one side only")
 
     @contextmanager
     def _loading(self, checkpoint: str | Path | None) -> Iterator[None]:
