@@ -19,9 +19,9 @@ from .distributed import Experts, FlatShard, FullMatrix, FullShard, MatrixShard,
 from .low_rank.optimizer import LowRankOptimizer
 from .low_rank.published import is_foreign
 from .state.blockwise_8bit import without_codes
+from .state.experts import ExpertsCodec, ExpertsSpec
 from .state.loading import by_position
 from .state.spec import Placement, State, StateSpec, portable_from
-from .state.stacked import StackedCodec, StackedSpec
 
 FORMAT = 1
 Held = tuple[ParamRef, FullShard, Group, State]
@@ -55,7 +55,7 @@ def full_state(optimizer: ShardedOptimizer) -> dict[str, Any]:
     for ref, shard, group, state in optimizer.held_parameters():
         whole: dict[str, Tensor | None] = {}
         for spec in optimizer.specs(shard, group):
-            if isinstance(spec, StackedSpec):
+            if isinstance(spec, ExpertsSpec):
                 whole[spec.name] = _of_all_experts(spec, shard, state)
             else:
                 whole[spec.name] = _gathered(spec.codec.decode(spec, shard, state), spec, shard)
@@ -138,10 +138,10 @@ def _range_of(shard: FullShard) -> ShardRange | None:
     return shard.held if isinstance(shard, (FlatShard, MatrixShard, Experts)) else None
 
 
-def _of_all_experts(spec: StackedSpec, shard: FullShard, state: State) -> Tensor | None:
+def _of_all_experts(spec: ExpertsSpec, shard: FullShard, state: State) -> Tensor | None:
     """``_gathered`` of each expert, stacked. Collective."""
     assert isinstance(shard, Experts)
-    assert isinstance(spec.codec, StackedCodec)
+    assert isinstance(spec.codec, ExpertsCodec)
     own = spec.codec.decode_each(spec, shard, state)
     here = {e: (value, one, part) for value, one, (e, part) in zip(own, spec.each, shard.parts, strict=True)}
     found = []
@@ -199,7 +199,7 @@ def _own_parts(
         if spec.name not in whole:
             raise ValueError(f"the full state of parameter {ref.position} has no {spec.name!r}; it has {sorted(saved)}")
         value = whole[spec.name]
-        if isinstance(spec, StackedSpec) and isinstance(shard, Experts) and tuple(value.shape) == spec.shape:
+        if isinstance(spec, ExpertsSpec) and isinstance(shard, Experts) and tuple(value.shape) == spec.shape:
             experts = zip(spec.each, shard.parts, strict=True)
             parts[spec.name] = [_fitting(value[e], one, part, ref, shard) for one, (e, part) in experts]
         else:

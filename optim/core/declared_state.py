@@ -31,6 +31,7 @@ from ..distributed import (
     local_flat,
 )
 from ..state.dtensor_state import DTensorState
+from ..state.experts import ExpertStates, specs_of_experts
 from ..state.loading import FaithfulLoading
 from ..state.spec import (
     PLAIN,
@@ -46,7 +47,6 @@ from ..state.spec import (
     step_spec,
     to_saved,
 )
-from ..state.stacked import Stack, stacked_specs
 from .group_checks import MATRIX_KEYS
 from .rounding import is_rounded
 from .rules import ADAM, Rule
@@ -75,7 +75,7 @@ class DeclaredState(FaithfulLoading):
     _key_names: dict[int, tuple[str, ...]]  # by position, the keys of a parameter's state
     _moments: dict[int, list[StateSpec]]  # by position, its moments: declared once, where every step asks
     _by_chance: dict[int, list[StateSpec]]  # by position, what is rounded by chance, likewise
-    _stacks: dict[int, Stack]  # by position, how a tensor of experts holds the state of each
+    _of_experts: dict[int, ExpertStates]  # by position, how a tensor of experts holds the state of each
 
     # ---- what a method declares -------------------------------------------------------------------------------------
 
@@ -201,9 +201,9 @@ class DeclaredState(FaithfulLoading):
         """What a step moves: a parameter, or each expert of it that this process has something to do with."""
         if not isinstance(shard, Experts):
             return [(shard, state)]
-        if shard.position not in self._stacks:
-            self._stacks[shard.position] = Stack(shard, self.specs(shard, group))
-        states = self._stacks[shard.position].states_of(state)
+        if shard.position not in self._of_experts:
+            self._of_experts[shard.position] = ExpertStates(shard, self.specs(shard, group))
+        states = self._of_experts[shard.position].states_of(state)
         return [(part, its) for (_, part), its in zip(shard.parts, states, strict=True)]
 
     def _prefixed(self, held: dict[str, Tensor], shard: FullShard, group: Group) -> PrefixedState:
@@ -218,7 +218,7 @@ class DeclaredState(FaithfulLoading):
     def specs(self, shard: FullShard, group: Group) -> list[StateSpec]:
         """All tensors of a parameter's state."""
         if isinstance(shard, Experts):
-            return [step_spec(), *stacked_specs(shard, lambda one: self.state_specs(one, group))]
+            return [step_spec(), *specs_of_experts(shard, lambda one: self.state_specs(one, group))]
         return [step_spec(), *self.state_specs(shard, group)]
 
     def _new_state(self, shard: FullShard, group: Group) -> dict[str, Tensor]:
@@ -369,4 +369,4 @@ class DeclaredState(FaithfulLoading):
         self._key_names.clear()  # a loaded rank may have other keys and shapes
         self._moments.clear()
         self._by_chance.clear()
-        self._stacks.clear()
+        self._of_experts.clear()

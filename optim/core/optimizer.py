@@ -90,7 +90,7 @@ class ShardedOptimizer(DeclaredState):
         check_keywords(type(self).__name__, more, defaults, self.accepted)
         self.defaults = defaults  # what the checks of groups look at; torch sets it again
         self.registry = ParamRegistry()
-        self._key_names, self._moments, self._by_chance, self._stacks = {}, {}, {}, {}
+        self._key_names, self._moments, self._by_chance, self._of_experts = {}, {}, {}, {}
         self._check_each(defaults)
         super().__init__(params, defaults)
 
@@ -376,7 +376,7 @@ class ShardedOptimizer(DeclaredState):
         self.param_groups[:] = [ParamGroup(group, self.later_keys) for group in self.param_groups]
         if not hasattr(self, "registry"):  # unpickled: torch keeps nothing but groups, state and defaults
             self.registry = ParamRegistry()
-            self._key_names, self._moments, self._by_chance, self._stacks = {}, {}, {}, {}
+            self._key_names, self._moments, self._by_chance, self._of_experts = {}, {}, {}, {}
             for group in self.param_groups:
                 self.register(group)
         for group in self.param_groups:

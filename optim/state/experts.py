@@ -33,7 +33,7 @@ class View(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StackedSpec(StateSpec):
+class ExpertsSpec(StateSpec):
     """A tensor of state of each expert: ``one`` of any, ``each`` of those that this process holds something of."""
 
     one: StateSpec
@@ -46,20 +46,20 @@ class StackedSpec(StateSpec):
         return 0 if shard.split else None
 
 
-def stacked_specs(shard: Experts, declare: Declare) -> list[StateSpec]:
+def specs_of_experts(shard: Experts, declare: Declare) -> list[StateSpec]:
     """What ``declare`` says of one matrix, for all of them."""
     each = list(zip(*(declare(part) for _, part in shard.parts), strict=True))
     found: list[StateSpec] = []
     for number, one in enumerate(declare(shard.like())):
         own = tuple(each[number]) if each else ()
-        stacked = StackedSpec(
+        stacked = ExpertsSpec(
             name=one.name,
             shape=(shard.shape[0], *one.shape),
             dtype=one.dtype,
             kind=one.kind,
             on_host=one.on_host,
             column_major=one.column_major,
-            codec=STACKED,
+            codec=OF_EXPERTS,
             one=one,
             each=own,
         )
@@ -67,7 +67,7 @@ def stacked_specs(shard: Experts, declare: Declare) -> list[StateSpec]:
     return found
 
 
-class StackedCodec(Codec):
+class ExpertsCodec(Codec):
     """Each expert's tensor by its own codec, all of them in one."""
 
     def held(self, spec: StateSpec, shard: FullShard) -> list[HeldTensor]:
@@ -118,29 +118,29 @@ class StackedCodec(Codec):
         return {spec.name: made.copy_(value)}
 
 
-STACKED = StackedCodec()
+OF_EXPERTS = ExpertsCodec()
 
 
-class Stack:
+class ExpertStates:
     """How a process's tensors of one parameter hold those of its experts: found once."""
 
     def __init__(self, shard: Experts, specs: Sequence[StateSpec]) -> None:
-        placed = [own for spec in specs if isinstance(spec, StackedSpec) for own in _placed(spec, shard)]
+        placed = [own for spec in specs if isinstance(spec, ExpertsSpec) for own in _placed(spec, shard)]
         self.views = {held.name: views for held, views in placed}
         self.alike, self.count = shard.alike, max(map(len, self.views.values()), default=0)
 
-    def states_of(self, held: State) -> list[StackedState]:
+    def states_of(self, held: State) -> list[ExpertState]:
         """The state of each expert, in their order."""
         if not self.count:
             return []
         each = [self._each(held[key], views) for key, views in self.views.items()]
-        return [StackedState(held, dict(zip(self.views, own, strict=True))) for own in zip(*each, strict=True)]
+        return [ExpertState(held, dict(zip(self.views, own, strict=True))) for own in zip(*each, strict=True)]
 
     def _each(self, tensor: Tensor, views: Sequence[View]) -> Sequence[Tensor]:
         return tensor.unbind() if self.alike else [view.of(flat(tensor)) for view in views]
 
 
-class StackedState(MutableMapping[str, Tensor]):
+class ExpertState(MutableMapping[str, Tensor]):
     """The state of one expert, views of what ``held`` has of all. What is written goes into the tensor of all; each
     counts its steps itself, and what one has counted is what the parameter has."""
 
@@ -173,14 +173,14 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
-def _of_experts(spec: StateSpec, shard: FullShard | None = None) -> tuple[StackedSpec, Experts]:
-    assert isinstance(spec, StackedSpec)
+def _of_experts(spec: StateSpec, shard: FullShard | None = None) -> tuple[ExpertsSpec, Experts]:
+    assert isinstance(spec, ExpertsSpec)
     assert shard is None or isinstance(shard, Experts)
     return spec, shard  # type: ignore[return-value]  # asked for only where it is given
 
 
-def _views(spec: StateSpec, shard: FullShard, held: State) -> list[StackedState]:
-    return Stack(_of_experts(spec, shard)[1], [spec]).states_of(held)
+def _views(spec: StateSpec, shard: FullShard, held: State) -> list[ExpertState]:
+    return ExpertStates(_of_experts(spec, shard)[1], [spec]).states_of(held)
 
 
 def _placed(spec: StateSpec, shard: FullShard) -> list[tuple[HeldTensor, list[View]]]:
