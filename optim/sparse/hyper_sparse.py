@@ -37,6 +37,7 @@ from ..core.rules import TORCH_ADAM
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard, UnsupportedLayout
 from ..state.spec import StateSpec
+from .experts import experts_of
 from .frozen_zeros import adamw_
 from .prune_smallest import nth_smallest, prune_smallest_, sum_over, value_of
 from .top_k import AT_ONCE
@@ -204,7 +205,9 @@ class HyperSparseAdamW(ShardedOptimizer):
         shards = [shard for shard, _ in held]
         key, _ = nth_smallest(shards, how_many(shards, group["sparsity"], up=True))
         sharpness = BEND / value_of(key, shards).clamp(min=LEAST)
-        sums = sum_over(shards, [_sums(shard.parameter, sharpness) for shard in shards])
+        # matrix by matrix, so that experts are summed as parameters of their own are
+        each = [(shard, own) for shard in shards for own in [e.shard for e in experts_of(shard)] or [shard]]
+        sums = sum_over([shard for shard, _ in each], [_sums(own.parameter, sharpness) for _, own in each])
         for _, state in held:
             state["sharpness"].copy_(sharpness)
             state["quotient"].copy_(sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny))

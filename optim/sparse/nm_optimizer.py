@@ -15,6 +15,9 @@ from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, ParamStep
 from ..distributed import FlatShard, FullShard, RowView, UnsupportedLayout, complete_rows
+from .experts import EXPERTS
+
+MATRICES = (2, EXPERTS)  # dimensions of a matrix, and of those of a layer's experts
 
 
 class NMOptimizer(ShardedOptimizer):
@@ -28,7 +31,7 @@ class NMOptimizer(ShardedOptimizer):
             check_pattern(group["n"], group["m"])
 
     def check_shape(self, shape: tuple[int, ...], group: Group) -> None:
-        if len(shape) != 2 or shape[1] % group["m"]:
+        if len(shape) not in MATRICES or shape[-1] % group["m"]:
             raise ValueError(
                 f"n={group['n']} needs matrices with rows that m={group['m']} divides, got a parameter of shape "
                 f"{shape}; put it into a group with n=None (gracile.optim.param_groups does)"
@@ -57,6 +60,6 @@ class NMOptimizer(ShardedOptimizer):
         if isinstance(shard, FlatShard):
             view, completed = self._groups_of_m[shard.position]
             return view.flat(largest(view.rows(shard.parameter, completed), group["n"], group["m"]))
-        if shard.parameter.dim() != 2:
+        if shard.parameter.dim() not in MATRICES:
             raise UnsupportedLayout(f"a matrix came as a tensor of shape {tuple(shard.parameter.shape)}, without rows")
         return largest(shard.parameter, group["n"], group["m"])

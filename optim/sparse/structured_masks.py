@@ -46,10 +46,12 @@ class ConstantFanIn(Structure):
     ) -> list[Change]:
         kept = kept_of(matrices, keep)
         active = _active(matrices, kept, grow, budgets)
-        left = torch.stack([rows.sum() for rows in active]).tolist()
-        if any(matrix.group["gamma_sal"] > 0 for matrix in matrices):  # rows that stay keep what ablated ones had
-            items = zip(matrices, active, strict=True)
-            kept = chosen_of_masks(matrices, [_keys_in(matrix, rows) for matrix, rows in items], keep)
+        left = torch.stack([rows.sum() for rows in active]).tolist() if active else []
+        ablating = [i for i, matrix in enumerate(matrices) if matrix.group["gamma_sal"] > 0]
+        keys = [_keys_in(matrices[i], active[i]) for i in ablating]
+        again = chosen_of_masks([matrices[i] for i in ablating], keys, [keep[i] for i in ablating])
+        for i, own in zip(ablating, again, strict=True):  # rows that stay keep what ablated ones had
+            kept[i] = own
         return [
             _filled(matrix, own, rows, budget // count)
             for matrix, own, rows, budget, count in zip(matrices, kept, active, budgets, left, strict=True)

@@ -24,6 +24,7 @@ step has the parts of all matrices.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard, UnsupportedLayout, all_reduce_shares_
+from .experts import EXPERTS, Expert, experts_of
 from .frozen_zeros import adamw_, keep_only_
 from .group_envelope import proximal_factors
 
@@ -118,7 +120,7 @@ class WGSEFAdamW(ShardedOptimizer):
             check_contiguous(parameters)
 
     def check_shape(self, shape: tuple[int, ...], group: Group) -> None:
-        if len(shape) != 2:
+        if len(shape) not in (2, EXPERTS):
             raise ValueError(
                 f"keep={group['keep']} needs matrices, got a parameter of shape {shape}; put it into a "
                 "group without a keep"
@@ -140,18 +142,31 @@ class WGSEFAdamW(ShardedOptimizer):
                 self._shrink(due)
 
     def _shrink(self, due: list[ParamStep]) -> None:
-        tiles = [Tiles.of(item.shard, item.group) for item in due]
-        squares = [own.squares(item.shard) for own, item in zip(tiles, due, strict=True)]
-        all_reduce_shares_([(item.shard, part) for item, part in zip(due, squares, strict=True)])
-        for own, item, part in zip(tiles, due, squares, strict=True):
-            norms = part.sqrt_().float().view(-1)
-            k = max(1, round(item.group["keep"] * len(norms)))
-            if steps_of(item.state) == item.group["finish_at"]:
-                keep_only_(item.shard.parameter, own.each(largest(norms, k), item.shard))
-            elif (lam := _strength(item)) > 0:
-                factors = proximal_factors(norms, own.sizes(norms.device).view(-1), k, lam)
-                with self.rounded_weights(item, "shrunk"):
-                    item.shard.parameter.mul_(own.each(factors.to(norms.dtype), item.shard))
+        experts = [list(experts_of(item.shard)) for item in due]
+        matrices = [(Tiles.of(expert.shard, item.group), expert) for item, own in zip(due, experts, strict=True)
+                    for expert in own]  # fmt: skip
+        squares = [tiles.squares(expert.shard) for tiles, expert in matrices]
+        all_reduce_shares_([(expert.shard, part) for (_, expert), part in zip(matrices, squares, strict=True)])
+        found = iter(zip(matrices, squares, strict=True))
+        for item, own in zip(due, experts, strict=True):
+            self._shrink_each(item, [next(found) for _ in own])
+
+    def _shrink_each(self, item: ParamStep, matrices: list[tuple[tuple[Tiles, Expert], Tensor]]) -> None:
+        """The matrices of a parameter, each with the squared norms of its groups."""
+        last, lam = steps_of(item.state) == item.group["finish_at"], _strength(item)
+        if not last and lam <= 0:
+            return
+        with nullcontext() if last else self.rounded_weights(item, "shrunk"):
+            weights = item.shard.parameter.view(-1)
+            for (tiles, expert), squares in matrices:
+                norms = squares.sqrt_().float().view(-1)
+                k = max(1, round(item.group["keep"] * len(norms)))
+                own = weights[expert.begin : expert.end].view(expert.shard.parameter.shape)
+                if last:
+                    keep_only_(own, tiles.each(largest(norms, k), expert.shard))
+                else:
+                    factors = proximal_factors(norms, tiles.sizes(norms.device).view(-1), k, lam)
+                    own.mul_(tiles.each(factors.to(norms.dtype), expert.shard))
 
 
 def _is_finished(group: Group, state: State) -> bool:
