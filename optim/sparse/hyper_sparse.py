@@ -32,13 +32,14 @@ from torch.optim.optimizer import ParamsT
 from ...validation import Check, number, whole
 from ..core.clock import every, steps_of
 from ..core.group_checks import check_contiguous
-from ..core.optimizer import FIND, ShardedOptimizer
+from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard, UnsupportedLayout
 from ..state.spec import StateSpec
 from .experts import experts_of
 from .frozen_zeros import adamw_
+from .lots import Lot, MovedInLots, adamw_lot_
 from .prune_smallest import nth_smallest, prune_smallest_, sum_over, value_of
 from .top_k import AT_ONCE
 
@@ -46,7 +47,7 @@ BEND = math.atanh(1 / math.sqrt(3))
 LEAST = 1e-12  # of the quantile: half of a model may be zero
 
 
-class HyperSparseAdamW(ShardedOptimizer):
+class HyperSparseAdamW(MovedInLots):
     """AdamW with a growing penalty on small weights of groups with a ``sparsity``, then pruning (arXiv:2308.07163).
 
     Args:
@@ -148,6 +149,17 @@ class HyperSparseAdamW(ShardedOptimizer):
                 return penalty_gradient(W, state["sharpness"], state["quotient"]).mul_(lam).add_(own)
 
             adamw_(shard, group, state, penalised)
+
+    def moves_plainly(self, item: ParamStep) -> bool:
+        return self._strength(item.group, item.state) == 0 and not _was_pruned(item.state)
+
+    def move_lot(self, lot: Lot) -> None:
+        group, state = lot.group, lot.items[0].state  # all of a group have the same numbers
+        lam, gradient = self._strength(group, state), None
+        if lam:
+            R = penalty_gradient(torch.cat(lot.weights), state["sharpness"], state["quotient"])
+            gradient = R.mul_(lam).add_(torch.cat(list(lot.gradients)))
+        adamw_lot_(self, lot, gradient, hold=_was_pruned(state))
 
     def after_step(self, work: list[ParamStep]) -> None:
         for group in self._squeezed(work):
