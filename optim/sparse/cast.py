@@ -136,7 +136,7 @@ class CastAdamS(NMOptimizer):
         if every(group["mask_every"], t):
             state["mask_bits"].copy_(packed_bits(self.mask(shard, group)))
         beta1, beta2 = group["betas"]
-        a = min(1.0, t / group["total_steps"])
+        a = _share(t, group)
         mu, v = state["exp_avg"], state["exp_avg_sq"]
         mu.mul_(beta1).add_(G, alpha=1 - beta1)
         pulled = torch.sign(shard.parameter).to(mu.dtype).mul_(a * group["lam"]).add_(mu, alpha=1 - a)
@@ -164,7 +164,7 @@ class CastAdamS(NMOptimizer):
         if every(group["mask_every"], t):
             P = packed_bits(self.mask_of_lot(W, group))
             torch._foreach_copy_(bits, list(torch.split(P, [len(own) for own in bits])))
-        a = min(1.0, t / group["total_steps"])
+        a = _share(t, group)
         torch._foreach_mul_(mu, beta1)
         torch._foreach_add_(mu, list(lot.gradients), alpha=1 - beta1)
         averages = torch.cat(mu)
@@ -186,6 +186,11 @@ class CastAdamS(NMOptimizer):
             self.complete_groups(over)
             for item in over:
                 item.shard.parameter.mul_(self.mask(item.shard, item.group))
+
+
+def _share(t: int, group: Group) -> float:
+    """a: how much of the run is over."""
+    return min(1.0, t / float(group["total_steps"]))
 
 
 def _is_over(item: ParamStep) -> bool:
