@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core.clock import steps_of
 from ..distributed import FullShard, all_reduce_shares_
 from .experts import EXPERTS, as_matrix, experts_of
-from .top_k import LARGEST, Choice, keys_at_once, keys_of, largest_of_each, random_keys
+from .top_k import LARGEST, Choice, keys_at_once, keys_of, largest_of_each, random_keys, salt_of
 
 Keys = Callable[[int, int], Tensor]  # of weights from one place to another
 
@@ -72,6 +72,10 @@ class Masked:
     @property
     def key_dtype(self) -> torch.dtype:
         return torch.int64 if self.weights.dtype == torch.float64 else torch.int32
+
+    def salt(self, *purpose: object) -> tuple[int, int]:
+        """The salt and the factor of ``random``."""
+        return salt_of(self.group["seed"], *self.name, *purpose)
 
     def random(self, units: Tensor, *purpose: object) -> Tensor:
         """Random keys of units of the whole matrix."""
@@ -135,10 +139,12 @@ class MatricesOf:
             if not _has_experts(parameter):
                 self.matrices.append(parameter)
                 continue
-            for expert, (first, last) in zip(experts, bounds, strict=True):
+            held = [parameter.indices[first:last] for first, last in bounds] if "indices" in parameter.state else []
+            moved = iter(torch._foreach_add(held, [-expert.begin for expert in experts]) if held else [])
+            for expert in experts:
                 state = {"step": parameter.state["step"]}
-                if "indices" in parameter.state:
-                    state["indices"] = parameter.indices[first:last] - expert.begin
+                if held:
+                    state["indices"] = next(moved)
                 if "momentum" in parameter.state:
                     state["momentum"] = parameter.state["momentum"][expert.begin : expert.end]
                 self.matrices.append(Masked(expert.shard, parameter.group, state, expert.number))
@@ -149,25 +155,28 @@ class MatricesOf:
         found = []
         for parameter, experts in zip(self.parameters, self.experts, strict=True):
             if _has_experts(parameter):
-                of_each = [next(own) + expert.begin for expert in experts]
-                found.append(torch.cat(of_each) if of_each else _no_places(parameter))
+                of_each = [next(own) for _ in experts]
+                moved = torch._foreach_add(of_each, [expert.begin for expert in experts]) if of_each else []
+                found.append(torch.cat(list(moved)) if moved else _no_places(parameter))
             else:
                 found.append(next(own))
         return found
 
     def _bounds(self) -> list[list[tuple[int, int]]]:
-        """Where among the places of its parameter each expert's are. The device is asked once."""
-        asked = []
-        for parameter, experts in zip(self.parameters, self.experts, strict=True):
-            if _has_experts(parameter) and "indices" in parameter.state:
-                edges = torch.tensor([[e.begin, e.end] for e in experts], dtype=torch.int32).view(-1)
-                indices = parameter.indices
-                asked.append(torch.searchsorted(indices, edges.to(indices.device)))
-        found = iter(torch.cat(asked).tolist() if asked else [])
-        return [
-            [(next(found), next(found)) for _ in experts]
+        """Where among the places of its parameter each expert's are. The device is told, and asked, once."""
+        asked = [
+            (parameter.indices, [edge for e in experts for edge in (e.begin, e.end)])
+            for parameter, experts in zip(self.parameters, self.experts, strict=True)
             if _has_experts(parameter) and "indices" in parameter.state
-            else [(0, 0)] * len(experts)
+        ]
+        if not asked:
+            return [[] for _ in self.parameters]
+        edges = torch.tensor([edge for _, own in asked for edge in own], dtype=torch.int32).to(asked[0][0].device)
+        each = torch.split(edges, [len(own) for _, own in asked])
+        pairs = zip(asked, each, strict=True)
+        found = iter(torch.cat([torch.searchsorted(indices, own) for (indices, _), own in pairs]).tolist())
+        return [
+            [(next(found), next(found)) for _ in experts] if _has_experts(parameter) else []
             for parameter, experts in zip(self.parameters, self.experts, strict=True)
         ]
 

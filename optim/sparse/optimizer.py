@@ -44,6 +44,8 @@ from ..core.rules import MOMENTS, TORCH_ADAM
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard, ProcessGroup, UnsupportedLayout, full_shape, held_shard
 from ..state.spec import INDICES, Coordinates, Placement, StateSpec, moment_dtype
+from .alike_masks import Wanted, is_whole
+from .alike_structures import changed_together
 from .experts import as_matrix, experts_of, matrices_in
 from .gather_scatter import PlacedUpdate, Places
 from .grown_weights import BORN, aged_adam, born_spec
@@ -251,10 +253,12 @@ class SparseOptimizer(ShardedOptimizer):
                 kept, grown = structure.amounts(units, budget, fraction)
                 keep.append(kept)
                 grow.append(grown)
-            changes = structure.change(each.matrices, budgeted, keep, grow)
-            kept_of_each, new = (each.joined(own) for own in ([c.kept for c in changes], [c.indices for c in changes]))
-            for parameter, own, indices in zip(alike, kept_of_each, new, strict=True):
-                _take(parameter, Change(own, indices))
+            changes = _changes(structure, list(map(Wanted, each.matrices, budgeted, keep, grow)))
+            kept_of_each = each.joined([change.kept for change in changes])
+            new_of_each = each.joined([change.indices for change in changes])
+            for parameter, kept_places, new in zip(alike, kept_of_each, new_of_each, strict=True):
+                if parameter.indices is not new:
+                    _take(parameter, Change(kept_places, new))
 
     def _budgets(self, batch: Sequence[Masked], held: Sequence[int]) -> list[int]:
         """How many units each mask of a batch has after this step; where weights decide, as many as it has."""
@@ -322,6 +326,21 @@ def _alike(matrices: Sequence[Masked]) -> list[list[Masked]]:
         kind = matrix.group["structure"], matrix.key_dtype, matrix.weights.device
         batches.setdefault(kind, []).append(matrix)
     return list(batches.values())
+
+
+def _changes(structure: Structure, wanted: Sequence[Wanted]) -> list[Change]:
+    """New masks of matrices; those that were changed together, and are parameters, have gone over to them."""
+    together = {id(m): change for m, change in changed_together([own for own in wanted if is_whole(own.matrix)])}
+    alone = [own for own in wanted if id(own.matrix) not in together]
+    changes = iter(
+        structure.change(
+            [own.matrix for own in alone],
+            [own.budget for own in alone],
+            [own.keep for own in alone],
+            [own.grow for own in alone],
+        )
+    )
+    return [together[id(own.matrix)] if id(own.matrix) in together else next(changes) for own in wanted]
 
 
 def _give(matrix: Masked, indices: Tensor) -> None:

@@ -194,12 +194,17 @@ def _active(
 
 
 def _salient_enough(matrix: Masked, salient: Tensor, budget: int) -> Tensor:
-    m, n = matrix.shape
-    gamma = matrix.group["gamma_sal"]
-    least = gamma if gamma >= 1 else max(1, math.floor(gamma * (budget // m))) if gamma > 0 else 0
+    least, place = least_salient(matrix, budget)
     # so many rows stay that none of them needs more weights than there are columns
-    last = salient.sort(descending=True).values[min(budget // n, m - 1)]
+    last = salient.sort(descending=True).values[place]
     return salient >= last.clamp(max=least)
+
+
+def least_salient(matrix: Masked, budget: int) -> tuple[int, int]:
+    """How many salient weights keep a row, and the place, from the row with most on, of one that stays in any case."""
+    (m, n), gamma = matrix.shape, matrix.group["gamma_sal"]
+    least = math.ceil(gamma) if gamma >= 1 else max(1, math.floor(gamma * (budget // m))) if gamma > 0 else 0
+    return least, min(budget // n, m - 1)
 
 
 def _keys_in(matrix: Masked, active: Tensor) -> Keys:
