@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, number, whole
+from ..core import batches
 from ..core.clock import every, steps_of
 from ..core.group_checks import check_contiguous
 from ..core.optimizer import FIND
@@ -37,10 +38,9 @@ from ..core.rules import TORCH_ADAM
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard, UnsupportedLayout
 from ..state.spec import StateSpec
-from .experts import experts_of
 from .frozen_zeros import adamw_
 from .lots import Lot, MovedInLots, adamw_lot_
-from .prune_smallest import nth_smallest, prune_smallest_, sum_over, value_of
+from .prune_smallest import nth_smallest, prune_smallest_, summed_up, value_of
 from .top_k import AT_ONCE
 
 BEND = math.atanh(1 / math.sqrt(3))
@@ -217,9 +217,7 @@ class HyperSparseAdamW(MovedInLots):
         shards = [shard for shard, _ in held]
         key, _ = nth_smallest(shards, how_many(shards, group["sparsity"], up=True))
         sharpness = BEND / value_of(key, shards).clamp(min=LEAST)
-        # matrix by matrix, so that experts are summed as parameters of their own are
-        each = [(shard, own) for shard in shards for own in [e.shard for e in experts_of(shard)] or [shard]]
-        sums = sum_over([shard for shard, _ in each], [_sums(own.parameter, sharpness) for _, own in each])
+        sums = summed_up(shards, lambda W: _sums(W, sharpness))
         for _, state in held:
             state["sharpness"].copy_(sharpness)
             state["quotient"].copy_(sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny))
@@ -251,9 +249,9 @@ def penalty_gradient(weights: Tensor, sharpness: Tensor, quotient: Tensor) -> Te
 
 
 def _sums(weights: Tensor, sharpness: Tensor) -> Tensor:
-    """This process's part of the sum of |w| and of that of h (2, fp64)."""
+    """The sum of |w| and that of h (2, fp64) of flat weights."""
     sums = torch.zeros(2, dtype=torch.float64, device=weights.device)
-    for part in torch.split(weights.detach().reshape(-1), AT_ONCE):
+    for part in torch.split(weights, batches.AT_ONCE if batches.launches_cost(weights.device) else AT_ONCE):
         W = part.to(torch.promote_types(part.dtype, torch.float32)).abs()
         h = torch.tanh(sharpness.to(W.dtype) * W)
         sums += torch.stack([W.sum(dtype=torch.float64), h.sum(dtype=torch.float64)])

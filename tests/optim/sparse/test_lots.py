@@ -8,8 +8,9 @@ from gracile.nm_pattern import largest
 from gracile.optim import CastAdamS, HyperSparseAdamW, SRSTEAdamW, WGSEFAdamW
 from gracile.optim.core import batches
 from gracile.optim.core.types import ParamStep
-from gracile.optim.distributed import FlatShard, ShardRange, Workspace
+from gracile.optim.distributed import FlatShard, FullShard, ShardRange, Workspace
 from gracile.optim.distributed.process_group import FakeGroup
+from gracile.optim.sparse import prune_smallest
 from gracile.optim.sparse.lots import lots_of
 
 SHAPES = [(16, 24), (24, 16), (3, 8, 12), (5, 12), (16, 24), (40, 8)]
@@ -57,7 +58,8 @@ def trained(name, dtype=torch.float32, **more):
 def on_a_gpu(monkeypatch):
     """As on one. The lots that were moved."""
     lots = []
-    monkeypatch.setattr(batches, "launches_cost", lambda device: True)
+    for module in (batches, prune_smallest):
+        monkeypatch.setattr(module, "launches_cost", lambda device: True)
     for cls in (SRSTEAdamW, CastAdamS, HyperSparseAdamW, WGSEFAdamW):
         move = cls.move_lot
         monkeypatch.setattr(cls, "move_lot", lambda self, lot, move=move: (lots.append(lot), move(self, lot))[1])
@@ -70,7 +72,8 @@ def test_a_lot_moves_each_as_it_would_move_alone(name, dtype, on_a_gpu, monkeypa
     """Rounded otherwise: the rule is a fused kernel there."""
     together = trained(name, dtype)
     assert on_a_gpu or "uneven" in name  # whose plain steps need none
-    monkeypatch.setattr(batches, "launches_cost", lambda device: False)
+    for module in (batches, prune_smallest):
+        monkeypatch.setattr(module, "launches_cost", lambda device: False)
     loose = 1e-5 if dtype == torch.float32 else 2e-2
     for one, other in zip(together, trained(name, dtype), strict=True):
         if one.dtype == torch.uint8:
@@ -129,3 +132,18 @@ def test_all_pairs_at_once_make_the_same_choice(n, m):
     W[0, 0], W[1, 1] = torch.nan, torch.inf
     assert torch.equal(largest(W, n, m, at_once=True), largest(W, n, m))
     assert largest(W[2:], n, m, at_once=True).view(-1, m).sum(1).unique().tolist() == [n]
+
+
+@pytest.mark.parametrize("at_once", [2**25, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_nth_smallest_is_found_without_a_stop(dtype, at_once, on_a_gpu, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    held = [torch.randn(s, generator=generator).mul_(8).round_().to(dtype) for s in SHAPES]
+    shards = [FullShard(W, i, Workspace()) for i, W in enumerate(held)]
+    monkeypatch.setattr(batches, "AT_ONCE", at_once)
+    monkeypatch.setattr(torch, "bincount", None)
+    order = torch.cat([W.abs().reshape(-1) for W in held]).double().sort().values
+    for n in (1, 300, 700, len(order)):
+        key, missing = prune_smallest.nth_smallest(shards, torch.tensor(n))
+        assert prune_smallest.value_of(key, shards) == order[n - 1]
+        assert missing == n - (order < order[n - 1]).sum()
