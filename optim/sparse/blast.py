@@ -24,7 +24,7 @@ from torch.optim.optimizer import ParamsT
 from ..core.group_checks import parameters_in
 from ..core.types import Group
 from ..distributed import full_shape
-from .mask_schedule import as_matrix
+from .experts import as_matrix
 from .optimizer import SparseOptimizer
 
 BLOCK_SIZES = (64, 32, 16, 8)

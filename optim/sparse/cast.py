@@ -35,15 +35,19 @@ from torch.optim.optimizer import ParamsT
 
 from ...layer_registry import parts_among
 from ...validation import Check, number, whole
+from ..core.batches import decay_together
 from ..core.clock import every, steps_of
 from ..core.optimizer import FIND
+from ..core.rules import MOMENTS
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard
 from ..state.spec import INDICES, Coordinates, Placement, StateSpec
+from .lots import Lot
 from .mask_state import Bits, packed_bits, unpacked_bits
 from .nm_optimizer import NMOptimizer
 
 PARTS = 8
+BYTE = 8  # bits
 
 
 class CastAdamS(NMOptimizer):
@@ -132,7 +136,7 @@ class CastAdamS(NMOptimizer):
         if every(group["mask_every"], t):
             state["mask_bits"].copy_(packed_bits(self.mask(shard, group)))
         beta1, beta2 = group["betas"]
-        a = min(1.0, t / group["total_steps"])
+        a = _share(t, group)
         mu, v = state["exp_avg"], state["exp_avg_sq"]
         mu.mul_(beta1).add_(G, alpha=1 - beta1)
         pulled = torch.sign(shard.parameter).to(mu.dtype).mul_(a * group["lam"]).add_(mu, alpha=1 - a)
@@ -143,6 +147,37 @@ class CastAdamS(NMOptimizer):
         step_size = group["lr"] / (1 - beta1 ** (t + 1))
         shard.write(N, step_size, group["lr"] * group["weight_decay"], decay_first=True)
 
+    def fits_in_lots(self, item: ParamStep) -> bool:
+        return super().fits_in_lots(item) and item.shard.parameter.numel() % BYTE == 0
+
+    def unit(self, group: Group) -> int:
+        return math.lcm(group["m"], BYTE)
+
+    def move_lot(self, lot: Lot) -> None:
+        group, weights, (mu, v) = lot.group, lot.weights, map(lot.held, MOMENTS)
+        bits = [
+            item.state["mask_bits"][span.start // BYTE : span.stop // BYTE]
+            for item, span in zip(lot.items, lot.spans, strict=True)
+        ]
+        t, (beta1, beta2) = steps_of(lot.items[0].state) - 1, group["betas"]
+        W = torch.cat(weights)
+        if every(group["mask_every"], t):
+            P = packed_bits(self.mask_of_lot(W, group))
+            torch._foreach_copy_(bits, list(torch.split(P, [len(own) for own in bits])))
+        a = _share(t, group)
+        torch._foreach_mul_(mu, beta1)
+        torch._foreach_add_(mu, list(lot.gradients), alpha=1 - beta1)
+        averages = torch.cat(mu)
+        pulled = W.sign_().to(averages.dtype).mul_(a * group["lam"]).add_(averages, alpha=1 - a)
+        P = unpacked_bits(torch.cat(bits), pulled.shape)
+        torch.where(P.view(torch.bool), averages, pulled, out=pulled)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, lot.parts(pulled), lot.parts(pulled), value=1 - beta2)
+        root = torch.cat(v, out=averages).sqrt_().div_(math.sqrt(1 - beta2 ** (t + 1))).add_(group["eps"])
+        step_size = group["lr"] / (1 - beta1 ** (t + 1))
+        decay_together(weights, group)
+        torch._foreach_add_(weights, lot.parts(pulled.div_(root)), alpha=-step_size)
+
     def after_step(self, work: list[ParamStep]) -> None:
         over = [item for item in work if item.group["n"] is not None and _is_over(item)]
         if not over:
@@ -151,6 +186,11 @@ class CastAdamS(NMOptimizer):
             self.complete_groups(over)
             for item in over:
                 item.shard.parameter.mul_(self.mask(item.shard, item.group))
+
+
+def _share(t: int, group: Group) -> float:
+    """a: how much of the run is over."""
+    return min(1.0, t / float(group["total_steps"]))
 
 
 def _is_over(item: ParamStep) -> bool:

@@ -30,22 +30,24 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, number, whole
+from ..core import batches
 from ..core.clock import every, steps_of
 from ..core.group_checks import check_contiguous
-from ..core.optimizer import FIND, ShardedOptimizer
+from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard, UnsupportedLayout
 from ..state.spec import StateSpec
 from .frozen_zeros import adamw_
-from .prune_smallest import nth_smallest, prune_smallest_, sum_over, value_of
+from .lots import Lot, MovedInLots, adamw_lot_
+from .prune_smallest import nth_smallest, prune_smallest_, summed_up, value_of
 from .top_k import AT_ONCE
 
 BEND = math.atanh(1 / math.sqrt(3))
 LEAST = 1e-12  # of the quantile: half of a model may be zero
 
 
-class HyperSparseAdamW(ShardedOptimizer):
+class HyperSparseAdamW(MovedInLots):
     """AdamW with a growing penalty on small weights of groups with a ``sparsity``, then pruning (arXiv:2308.07163).
 
     Args:
@@ -148,6 +150,17 @@ class HyperSparseAdamW(ShardedOptimizer):
 
             adamw_(shard, group, state, penalised)
 
+    def moves_plainly(self, item: ParamStep) -> bool:
+        return self._strength(item.group, item.state) == 0 and not _was_pruned(item.state)
+
+    def move_lot(self, lot: Lot) -> None:
+        group, state = lot.group, lot.items[0].state  # all of a group have the same numbers
+        lam, gradient = self._strength(group, state), None
+        if lam:
+            R = penalty_gradient(torch.cat(lot.weights), state["sharpness"], state["quotient"])
+            gradient = R.mul_(lam).add_(torch.cat(list(lot.gradients)))
+        adamw_lot_(self, lot, gradient, hold=_was_pruned(state))
+
     def after_step(self, work: list[ParamStep]) -> None:
         for group in self._squeezed(work):
             states = [item.state for item in work if _same(item.group, group)]
@@ -204,7 +217,7 @@ class HyperSparseAdamW(ShardedOptimizer):
         shards = [shard for shard, _ in held]
         key, _ = nth_smallest(shards, how_many(shards, group["sparsity"], up=True))
         sharpness = BEND / value_of(key, shards).clamp(min=LEAST)
-        sums = sum_over(shards, [_sums(shard.parameter, sharpness) for shard in shards])
+        sums = summed_up(shards, lambda W: _sums(W, sharpness))
         for _, state in held:
             state["sharpness"].copy_(sharpness)
             state["quotient"].copy_(sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny))
@@ -236,9 +249,9 @@ def penalty_gradient(weights: Tensor, sharpness: Tensor, quotient: Tensor) -> Te
 
 
 def _sums(weights: Tensor, sharpness: Tensor) -> Tensor:
-    """This process's part of the sum of |w| and of that of h (2, fp64)."""
+    """The sum of |w| and that of h (2, fp64) of flat weights."""
     sums = torch.zeros(2, dtype=torch.float64, device=weights.device)
-    for part in torch.split(weights.detach().reshape(-1), AT_ONCE):
+    for part in torch.split(weights, batches.AT_ONCE if batches.launches_cost(weights.device) else AT_ONCE):
         W = part.to(torch.promote_types(part.dtype, torch.float32)).abs()
         h = torch.tanh(sharpness.to(W.dtype) * W)
         sums += torch.stack([W.sum(dtype=torch.float64), h.sum(dtype=torch.float64)])

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from ...validation import is_real, is_whole, require
 from ..core.clock import steps_of
 from ..core.types import State
+from .experts import as_matrix, matrices_in, shape_of_each
 from .grown_weights import GROWN_STEPS
 from .layer_budgets import BY_WEIGHT, DISTRIBUTIONS, budgets
 from .masks import DROPS, GROWS, Structure, Unstructured
@@ -115,10 +117,6 @@ def _share(step: int, keys: Keys) -> float:
     return float(min(1.0, max(0.0, share)))
 
 
-def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    return shape[0], math.prod(shape[1:])
-
-
 def density_at(step: int | None, keys: Keys) -> float:
     """The share of a group's weights that is in the masks after ``step`` steps, in the end for None: with
     ``initial_sparsity`` it falls by a cubic to its last value (Zhu & Gupta 2017, arXiv:1710.01878)."""
@@ -130,11 +128,22 @@ def density_at(step: int | None, keys: Keys) -> float:
     return last + (first - last) * (1 - _share(step, keys)) ** 3
 
 
-def counts_after(step: int | None, shapes: Sequence[tuple[int, ...]], keys: Keys) -> list[int]:
-    """How many units of each of a group's matrices stay after ``step`` steps. Of ``BY_SHAPE``."""
+def counts_after(step: int | None, shapes: Sequence[tuple[int, ...]], keys: Keys) -> list[list[int]]:
+    """How many units of each matrix stay after ``step`` steps, for each of a group's parameters. Of ``BY_SHAPE``."""
     structure = STRUCTURES[keys["structure"]]
-    units = [structure.units(as_matrix(shape), keys) for shape in shapes]
-    return budgets(units, shapes, density_at(step, keys), keys["distribution"])
+    units = tuple(structure.units(as_matrix(shape), keys) for shape in shapes)
+    return _counts(units, tuple(shapes), density_at(step, keys), keys["distribution"])
+
+
+@lru_cache(maxsize=16)  # every parameter of a plan asks, and a model of experts has ten thousands of matrices
+def _counts(
+    units: tuple[int, ...], shapes: tuple[tuple[int, ...], ...], density: float, distribution: str
+) -> list[list[int]]:
+    each = [
+        (own, shape_of_each(shape)) for own, shape in zip(units, shapes, strict=True) for _ in range(matrices_in(shape))
+    ]
+    counts = iter(budgets([own for own, _ in each], [shape for _, shape in each], density, distribution))
+    return [[next(counts) for _ in range(matrices_in(shape))] for shape in shapes]
 
 
 def is_due(state: State, keys: Keys) -> bool:

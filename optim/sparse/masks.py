@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..core.clock import steps_of
 from ..distributed import FullShard, all_reduce_shares_
-from .top_k import LARGEST, Choice, keys_at_once, keys_of, largest_of_each, random_keys
+from .experts import EXPERTS, as_matrix, experts_of
+from .top_k import LARGEST, Choice, keys_at_once, keys_of, largest_of_each, random_keys, salt_of
 
 Keys = Callable[[int, int], Tensor]  # of weights from one place to another
 
@@ -27,15 +28,22 @@ GROWS = ("gradient", "momentum", "random")
 
 @dataclass(frozen=True)
 class Masked:
-    """What this process holds of one matrix (m x n, rows are outputs) with a mask."""
+    """What this process holds of one matrix (m x n, rows are outputs) with a mask; of ``expert``, if a parameter has
+    several, with state of this one alone."""
 
     shard: FullShard
     group: dict[str, Any]
     state: MutableMapping[str, Tensor]
+    expert: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.shard.shape[0], math.prod(self.shard.shape[1:])
+        return as_matrix(self.shard.shape)
+
+    @property
+    def name(self) -> tuple[object, ...]:
+        """Which of an optimizer's matrices it is: the same on every process."""
+        return (self.shard.position,) if self.expert is None else (self.shard.position, "expert", self.expert)
 
     @property
     def weights(self) -> Tensor:
@@ -65,9 +73,13 @@ class Masked:
     def key_dtype(self) -> torch.dtype:
         return torch.int64 if self.weights.dtype == torch.float64 else torch.int32
 
+    def salt(self, *purpose: object) -> tuple[int, int]:
+        """The salt and the factor of ``random``."""
+        return salt_of(self.group["seed"], *self.name, *purpose)
+
     def random(self, units: Tensor, *purpose: object) -> Tensor:
         """Random keys of units of the whole matrix."""
-        return random_keys(units, self.group["seed"], self.shard.position, *purpose).to(self.key_dtype)
+        return random_keys(units, self.group["seed"], *self.name, *purpose).to(self.key_dtype)
 
     def drop_scores(self, at: Tensor) -> Tensor | None:
         """What the weights of the mask at ``at`` are worth keeping for; None where chance decides."""
@@ -113,6 +125,68 @@ class Masked:
     @property
     def clock(self) -> int:
         return steps_of(self.state)
+
+
+class MatricesOf:
+    """The matrices of several parameters that this process takes part in choosing masks for, and back to parameters."""
+
+    def __init__(self, parameters: Sequence[Masked]) -> None:
+        self.parameters = parameters
+        self.experts = [list(experts_of(parameter.shard)) for parameter in parameters]
+        places = self._bounds()
+        self.matrices: list[Masked] = []
+        for parameter, experts, bounds in zip(parameters, self.experts, places, strict=True):
+            if not _has_experts(parameter):
+                self.matrices.append(parameter)
+                continue
+            held = [parameter.indices[first:last] for first, last in bounds] if "indices" in parameter.state else []
+            moved = iter(torch._foreach_add(held, [-expert.begin for expert in experts]) if held else [])
+            for expert in experts:
+                state = {"step": parameter.state["step"]}
+                if held:
+                    state["indices"] = next(moved)
+                if "momentum" in parameter.state:
+                    state["momentum"] = parameter.state["momentum"][expert.begin : expert.end]
+                self.matrices.append(Masked(expert.shard, parameter.group, state, expert.number))
+
+    def joined(self, places: Sequence[Tensor]) -> list[Tensor]:
+        """Of places in each matrix (ascending, int32), those in each parameter."""
+        own = iter(places)
+        found = []
+        for parameter, experts in zip(self.parameters, self.experts, strict=True):
+            if _has_experts(parameter):
+                of_each = [next(own) for _ in experts]
+                moved = torch._foreach_add(of_each, [expert.begin for expert in experts]) if of_each else []
+                found.append(torch.cat(list(moved)) if moved else _no_places(parameter))
+            else:
+                found.append(next(own))
+        return found
+
+    def _bounds(self) -> list[list[tuple[int, int]]]:
+        """Where among the places of its parameter each expert's are. The device is told, and asked, once."""
+        asked = [
+            (parameter.indices, [edge for e in experts for edge in (e.begin, e.end)])
+            for parameter, experts in zip(self.parameters, self.experts, strict=True)
+            if _has_experts(parameter) and "indices" in parameter.state
+        ]
+        if not asked:
+            return [[] for _ in self.parameters]
+        edges = torch.tensor([edge for _, own in asked for edge in own], dtype=torch.int32).to(asked[0][0].device)
+        each = torch.split(edges, [len(own) for _, own in asked])
+        pairs = zip(asked, each, strict=True)
+        found = iter(torch.cat([torch.searchsorted(indices, own) for (indices, _), own in pairs]).tolist())
+        return [
+            [(next(found), next(found)) for _ in experts] if _has_experts(parameter) else []
+            for parameter, experts in zip(self.parameters, self.experts, strict=True)
+        ]
+
+
+def _has_experts(parameter: Masked) -> bool:
+    return len(parameter.shard.shape) == EXPERTS
+
+
+def _no_places(parameter: Masked) -> Tensor:
+    return torch.empty(0, dtype=torch.int32, device=parameter.weights.device)
 
 
 class Change(NamedTuple):
@@ -172,7 +246,7 @@ def nonzeros(matrices: Sequence[Masked]) -> list[int]:
     """How many weights of each are not zero. Collective."""
     counted = [matrix.weights.count_nonzero().view(1) for matrix in matrices]
     all_reduce_shares_([(matrix.shard, count) for matrix, count in zip(matrices, counted, strict=True)])
-    return [int(count) for count in torch.cat(counted).tolist()]
+    return [int(count) for count in torch.cat(counted).tolist()] if counted else []
 
 
 class Unstructured(Structure):

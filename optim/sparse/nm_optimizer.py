@@ -11,13 +11,18 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from ...nm_pattern import check_pattern, largest
-from ..core.optimizer import FIND, ShardedOptimizer
+from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, ParamStep
 from ..distributed import FlatShard, FullShard, RowView, UnsupportedLayout, complete_rows
+from .experts import EXPERTS
+from .lots import MovedInLots
+
+MATRICES = (2, EXPERTS)  # dimensions of a matrix, and of those of a layer's experts
+AT_ONCE = 8  # the largest m of which all pairs are compared together: they are m bytes a weight
 
 
-class NMOptimizer(ShardedOptimizer):
+class NMOptimizer(MovedInLots):
     """AdamW, as torch has it, but for the matrices of groups with an ``n``, which are the method's business."""
 
     rule = TORCH_ADAM
@@ -28,7 +33,7 @@ class NMOptimizer(ShardedOptimizer):
             check_pattern(group["n"], group["m"])
 
     def check_shape(self, shape: tuple[int, ...], group: Group) -> None:
-        if len(shape) != 2 or shape[1] % group["m"]:
+        if len(shape) not in MATRICES or shape[-1] % group["m"]:
             raise ValueError(
                 f"n={group['n']} needs matrices with rows that m={group['m']} divides, got a parameter of shape "
                 f"{shape}; put it into a group with n=None (gracile.optim.param_groups does)"
@@ -57,6 +62,21 @@ class NMOptimizer(ShardedOptimizer):
         if isinstance(shard, FlatShard):
             view, completed = self._groups_of_m[shard.position]
             return view.flat(largest(view.rows(shard.parameter, completed), group["n"], group["m"]))
-        if shard.parameter.dim() != 2:
+        if shard.parameter.dim() not in MATRICES:
             raise UnsupportedLayout(f"a matrix came as a tensor of shape {tuple(shard.parameter.shape)}, without rows")
         return largest(shard.parameter, group["n"], group["m"])
+
+    def fits_in_lots(self, item: ParamStep) -> bool:
+        """Whether this process holds all of each group of m of which it holds some."""
+        if not isinstance(item.shard, FlatShard):
+            return item.shard.parameter.dim() in MATRICES
+        m = item.group["m"]
+        return bool(item.shard.held.start % m == item.shard.held.stop % m == 0)
+
+    def unit(self, group: Group) -> int:
+        return int(group["m"])
+
+    def mask_of_lot(self, weights: Tensor, group: Group) -> Tensor:
+        """``mask`` of whole groups of m, one after the other (flat)."""
+        n, m = group["n"], group["m"]
+        return largest(weights.view(-1, m), n, m, at_once=m <= AT_ONCE).view(-1)

@@ -44,12 +44,14 @@ from ..core.rules import MOMENTS, TORCH_ADAM
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard, ProcessGroup, UnsupportedLayout, full_shape, held_shard
 from ..state.spec import INDICES, Coordinates, Placement, StateSpec, moment_dtype
+from .alike_masks import Wanted, is_whole
+from .alike_structures import changed_together
+from .experts import as_matrix, experts_of, matrices_in
 from .gather_scatter import PlacedUpdate, Places
 from .grown_weights import BORN, aged_adam, born_spec
 from .layer_budgets import BY_SHAPE, BY_WEIGHT, budgets_by_weight
 from .mask_schedule import (
     STRUCTURES,
-    as_matrix,
     check_masks,
     counts_after,
     density_at,
@@ -59,7 +61,7 @@ from .mask_schedule import (
     with_defaults,
 )
 from .mask_state import Flattened, Indices, Packed
-from .masks import Change, Masked, Structure, nonzeros, weights_held
+from .masks import Change, Masked, MatricesOf, Structure, nonzeros, weights_held
 
 INT32 = 2**31 - 1
 
@@ -84,7 +86,7 @@ class SparseOptimizer(ShardedOptimizer):
     _in_masks: frozenset[int] = frozenset()  # by position, matrices whose weights keep to their masks: not loaded since
 
     def __init__(self, params: ParamsT, arguments: Group) -> None:
-        self._by_weight: dict[int, int] = {}  # weights left to a matrix, by position, until it has a mask
+        self._by_weight: dict[int, list[int]] = {}  # left to a parameter's matrices, by position, until they have masks
         super().__init__(params, arguments)
         for group in self.param_groups:
             self._mask_weights(group)
@@ -129,7 +131,7 @@ class SparseOptimizer(ShardedOptimizer):
         if self.settings(group)["distribution"] in BY_SHAPE:
             for shape, units in zip(shapes, counts_after(None, shapes, self.settings(group)), strict=True):
                 if 0 not in shape:
-                    self.structure(group).check_budget(units, as_matrix(shape))
+                    self.structure(group).check_budget(min(units), as_matrix(shape))
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
@@ -138,9 +140,9 @@ class SparseOptimizer(ShardedOptimizer):
 
     # ---- how many -----------------------------------------------------------------------------------------------
 
-    def counts_at(self, group: Group, step: int | None) -> dict[int, int]:
-        """How many units of each of a group's matrices stay, by position among all parameters, also of those that are
-        frozen now: to freeze one leaves the others what they have. Of ``BY_SHAPE``."""
+    def counts_at(self, group: Group, step: int | None) -> dict[int, list[int]]:
+        """How many units stay of the matrices of each of a group's parameters, by position among all, also of those
+        that are frozen now: to freeze one leaves the others what they have. Of ``BY_SHAPE``."""
         refs = self.registry.of_group(group)
         counts = counts_after(step, [ref.shape for ref in refs], self.settings(group))
         return {ref.position: count for ref, count in zip(refs, counts, strict=True)}
@@ -164,21 +166,23 @@ class SparseOptimizer(ShardedOptimizer):
         return specs
 
     def _planned_weights(self, shard: FullShard, group: Group) -> tuple[int, int]:
-        """How many weights the first mask of a matrix has, and the most that one may have."""
+        """How many weights the first masks of a parameter have, and the most that masks of it may have."""
         if 0 in shard.shape:
             return 0, 0
         keys = self.settings(group)
         structure = self.structure(group)
-        whole = structure.units(as_matrix(shard.shape), keys)
+        shape = as_matrix(shard.shape)
+        whole = structure.units(shape, keys)
         if keys["distribution"] in BY_WEIGHT:
+            own = matrices_in(shard.shape) * whole
             together = sum(math.prod(ref.shape) for ref in self.registry.of_group(group))
-            return round(density_at(0, keys) * whole), min(whole, round(density_at(0, keys) * together))
-        first, last = (self.counts_at(group, step)[shard.position] for step in (0, None))
-        # between them, shares that are rounded together may come out one higher
-        most = first if first == last else min(max(first, last) + 1, whole)
-        if keys["structure"] == "constant_fan_in":
-            first -= first % shard.shape[0]
-        return structure.weights(first, keys), structure.weights(most, keys)
+            return round(density_at(0, keys) * own), min(own, round(density_at(0, keys) * together))
+        planned = most = 0
+        for first, last in zip(*(self.counts_at(group, step)[shard.position] for step in (0, None)), strict=True):
+            # between them, shares that are rounded together may come out one higher
+            most += first if first == last else min(max(first, last) + 1, whole)
+            planned += first - first % shape[0] if keys["structure"] == "constant_fan_in" else first
+        return structure.weights(planned, keys), structure.weights(most, keys)
 
     def forget(self) -> None:
         super().forget()
@@ -236,46 +240,53 @@ class SparseOptimizer(ShardedOptimizer):
             with self.phase(FIND):
                 self._change(list(self._masked(due)))
 
-    def _change(self, matrices: list[Masked]) -> None:
-        for batch in _alike(matrices):
-            structure = STRUCTURES[batch[0].group["structure"]]
-            held = weights_held(batch)
-            budgeted = self._budgets(batch, held)
+    def _change(self, parameters: list[Masked]) -> None:
+        for alike in _alike(parameters):
+            structure = STRUCTURES[alike[0].group["structure"]]
+            each = MatricesOf(alike)
+            held = weights_held(each.matrices)
+            budgeted = self._budgets(each.matrices, held)
             keep, grow = [], []
-            for matrix, weights, budget in zip(batch, held, budgeted, strict=True):
+            for matrix, weights, budget in zip(each.matrices, held, budgeted, strict=True):
                 units = weights // structure.weights(1, matrix.group)
                 fraction = drop_fraction_at(matrix.clock, matrix.group)
                 kept, grown = structure.amounts(units, budget, fraction)
                 keep.append(kept)
                 grow.append(grown)
-            for matrix, change in zip(batch, structure.change(batch, budgeted, keep, grow), strict=True):
-                _take(matrix, change)
+            changes = _changes(structure, list(map(Wanted, each.matrices, budgeted, keep, grow)))
+            kept_of_each = each.joined([change.kept for change in changes])
+            new_of_each = each.joined([change.indices for change in changes])
+            for parameter, kept_places, new in zip(alike, kept_of_each, new_of_each, strict=True):
+                if parameter.indices is not new:
+                    _take(parameter, Change(kept_places, new))
 
     def _budgets(self, batch: Sequence[Masked], held: Sequence[int]) -> list[int]:
         """How many units each mask of a batch has after this step; where weights decide, as many as it has."""
-        counts: dict[tuple[int, int], dict[int, int]] = {}  # by group and clock
+        counts: dict[tuple[int, int], dict[int, list[int]]] = {}  # by group and clock
         found = []
         for matrix, weights in zip(batch, held, strict=True):
             now, position = (matrix.group["group_number"], matrix.clock), matrix.shard.position
             if matrix.group["distribution"] in BY_WEIGHT:
-                found.append(self._by_weight.get(position, weights) if matrix.clock == 0 else weights)
+                left = self._by_weight.get(position) if matrix.clock == 0 else None
+                found.append(weights if left is None else left[matrix.expert or 0])
                 continue
             if now not in counts:
                 counts[now] = self.counts_at(matrix.group, matrix.clock)
-            found.append(counts[now][position])
+            found.append(counts[now][position][matrix.expert or 0])
         return found
 
-    def _begin(self, matrices: Sequence[Masked]) -> None:
-        """Draw first masks into the state of matrices that have none."""
-        for batch in _alike(matrices):
-            structure = STRUCTURES[batch[0].group["structure"]]
-            held = nonzeros(batch)
-            budgeted = self._budgets(batch, held)
-            for matrix, indices, count, weights in zip(
-                batch, structure.begin(batch, budgeted, held), budgeted, held, strict=True
-            ):
+    def _begin(self, parameters: Sequence[Masked]) -> None:
+        """Draw first masks into the state of parameters that have none."""
+        for alike in _alike(parameters):
+            structure = STRUCTURES[alike[0].group["structure"]]
+            each = MatricesOf(alike)
+            held = nonzeros(each.matrices)
+            budgeted = self._budgets(each.matrices, held)
+            begun = structure.begin(each.matrices, budgeted, held)
+            for parameter, indices in zip(alike, each.joined(begun), strict=True):
+                _give(parameter, indices)
+            for matrix, count, weights in zip(each.matrices, budgeted, held, strict=True):
                 own = structure.weights(count, matrix.group)
-                _give(matrix, indices)
                 if matrix.group["rescale_init"] and weights > own > 0:
                     matrix.weights.mul_(math.sqrt(math.prod(matrix.shape) / own))
 
@@ -295,20 +306,21 @@ class SparseOptimizer(ShardedOptimizer):
                     "is split, or choose uniform, er or erk"
                 )
             density = density_at(0, keys)
-            counts = budgets_by_weight([shard.parameter for shard in shards], density, keys["distribution"])
+            each = [expert.shard.parameter for shard in shards for expert in experts_of(shard)]
+            counts = budgets_by_weight(each, density, keys["distribution"])
             # replicas may have weights of their own until an engine gives all of them those of process 0
             device = shards[0].device
-            counts = ProcessGroup.of_replicas(device).broadcast_(torch.tensor(counts, device=device), 0).tolist()
-            self._by_weight |= {shard.position: count for shard, count in zip(shards, counts, strict=True)}
+            own = iter(ProcessGroup.of_replicas(device).broadcast_(torch.tensor(counts, device=device), 0).tolist())
+            self._by_weight |= {s.position: [next(own) for _ in range(matrices_in(s.shape))] for s in shards}
         shards = [shard for shard in shards if 0 not in shard.shape]
-        matrices = [Masked(shard, keys, {"step": torch.zeros((), device="cpu")}) for shard in shards]
-        self._begin(matrices)
-        for matrix in matrices:
-            _keep_to_mask(matrix)
+        parameters = [Masked(shard, keys, {"step": torch.zeros((), device="cpu")}) for shard in shards]
+        self._begin(parameters)
+        for parameter in parameters:
+            _keep_to_mask(parameter)
 
 
 def _alike(matrices: Sequence[Masked]) -> list[list[Masked]]:
-    """Matrices in batches that are chosen from together, in one order on every process."""
+    """Parameters whose masks are chosen together, in one order on every process."""
     batches: dict[tuple[str, torch.dtype, torch.device], list[Masked]] = {}
     for matrix in matrices:
         kind = matrix.group["structure"], matrix.key_dtype, matrix.weights.device
@@ -316,8 +328,23 @@ def _alike(matrices: Sequence[Masked]) -> list[list[Masked]]:
     return list(batches.values())
 
 
+def _changes(structure: Structure, wanted: Sequence[Wanted]) -> list[Change]:
+    """New masks of matrices; those that were changed together, and are parameters, have gone over to them."""
+    together = {id(m): change for m, change in changed_together([own for own in wanted if is_whole(own.matrix)])}
+    alone = [own for own in wanted if id(own.matrix) not in together]
+    changes = iter(
+        structure.change(
+            [own.matrix for own in alone],
+            [own.budget for own in alone],
+            [own.keep for own in alone],
+            [own.grow for own in alone],
+        )
+    )
+    return [together[id(own.matrix)] if id(own.matrix) in together else next(changes) for own in wanted]
+
+
 def _give(matrix: Masked, indices: Tensor) -> None:
-    """A first mask, and moments for its weights."""
+    """First masks, and moments for their weights."""
     matrix.state["indices"] = indices
     for key in (*MOMENTS, BORN):
         if key in matrix.state:

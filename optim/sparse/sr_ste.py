@@ -26,6 +26,7 @@ from torch.optim.optimizer import ParamsT
 from ...validation import Check, flag, number
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard
+from .lots import Lot, rule_of
 from .nm_optimizer import NMOptimizer
 
 PARTS = 8
@@ -105,3 +106,17 @@ class SRSTEAdamW(NMOptimizer):
             if decoupled:
                 W.sub_(pull, alpha=lr)
             W.add_(N, alpha=-lr * correction)
+
+    def move_lot(self, lot: Lot) -> None:
+        group, weights = lot.group, lot.weights
+        lr, decoupled = group["lr"], group["decoupled"]
+        pull = torch.cat(weights)
+        pull.mul_(self.mask_of_lot(pull, group).logical_not_()).mul_(group["sr_lambda"])
+        refined = lot.gradients
+        if not decoupled:
+            refined = lot.parts(torch.cat(list(refined)).to(lot.held("exp_avg")[0].dtype).add_(pull))
+        N, correction = rule_of(lot, self, refined)
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        if decoupled:
+            torch._foreach_sub_(weights, lot.parts(pull), alpha=lr)
+        torch._foreach_add_(weights, N, alpha=-lr * correction)

@@ -46,10 +46,12 @@ class ConstantFanIn(Structure):
     ) -> list[Change]:
         kept = kept_of(matrices, keep)
         active = _active(matrices, kept, grow, budgets)
-        left = torch.stack([rows.sum() for rows in active]).tolist()
-        if any(matrix.group["gamma_sal"] > 0 for matrix in matrices):  # rows that stay keep what ablated ones had
-            items = zip(matrices, active, strict=True)
-            kept = chosen_of_masks(matrices, [_keys_in(matrix, rows) for matrix, rows in items], keep)
+        left = torch.stack([rows.sum() for rows in active]).tolist() if active else []
+        ablating = [i for i, matrix in enumerate(matrices) if matrix.group["gamma_sal"] > 0]
+        keys = [_keys_in(matrices[i], active[i]) for i in ablating]
+        again = chosen_of_masks([matrices[i] for i in ablating], keys, [keep[i] for i in ablating])
+        for i, own in zip(ablating, again, strict=True):  # rows that stay keep what ablated ones had
+            kept[i] = own
         return [
             _filled(matrix, own, rows, budget // count)
             for matrix, own, rows, budget, count in zip(matrices, kept, active, budgets, left, strict=True)
@@ -192,12 +194,17 @@ def _active(
 
 
 def _salient_enough(matrix: Masked, salient: Tensor, budget: int) -> Tensor:
-    m, n = matrix.shape
-    gamma = matrix.group["gamma_sal"]
-    least = gamma if gamma >= 1 else max(1, math.floor(gamma * (budget // m))) if gamma > 0 else 0
+    least, place = least_salient(matrix, budget)
     # so many rows stay that none of them needs more weights than there are columns
-    last = salient.sort(descending=True).values[min(budget // n, m - 1)]
+    last = salient.sort(descending=True).values[place]
     return salient >= last.clamp(max=least)
+
+
+def least_salient(matrix: Masked, budget: int) -> tuple[int, int]:
+    """How many salient weights keep a row, and the place, from the row with most on, of one that stays in any case."""
+    (m, n), gamma = matrix.shape, matrix.group["gamma_sal"]
+    least = math.ceil(gamma) if gamma >= 1 else max(1, math.floor(gamma * (budget // m))) if gamma > 0 else 0
+    return least, min(budget // n, m - 1)
 
 
 def _keys_in(matrix: Masked, active: Tensor) -> Keys:

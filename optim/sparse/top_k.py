@@ -28,6 +28,7 @@ AT_ONCE = 2**20  # keys looked at together: they stay in a CPU's cache
 ON_A_GPU = 2**24  # where each look costs launches
 FIRST, NEXT = 11, 10  # bits of the first digit, an fp32's exponent and three of its mantissa, and of the others
 LARGEST = {torch.int32: 2**31 - 1, torch.int64: 2**63 - 1}  # keys
+LAST = LARGEST[torch.int64]
 
 
 class Choice(NamedTuple):
@@ -56,12 +57,23 @@ def keys_of(values: Tensor) -> Tensor:
 def random_keys(positions: Tensor, *purpose: object) -> Tensor:
     """A random number (int32, >= 0) for each position (int64), a function of it and of ``purpose`` alone: the same on
     every process, however a matrix is split. Ranking by them draws without replacement."""
+    salt, factor = salt_of(*purpose)
+    return mixed(positions, salt, factor)
+
+
+def salt_of(*purpose: object) -> tuple[int, int]:
+    """The salt and the factor of random keys."""
     salt, step = torch.randint(2**32, (2,), generator=generator_of(*purpose), device="cpu").tolist()
-    x = (positions * (step | 1) + salt) & 0xFFFFFFFF
+    return salt, step | 1
+
+
+def mixed(positions: Tensor, salt: int | Tensor, factor: int | Tensor) -> Tensor:
+    """The random keys of positions (int32, >= 0)."""
+    x = (positions * factor + salt) & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # murmur3's finalizer mixes every bit into every bit
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    mixed: Tensor = ((x ^ (x >> 16)) >> 1).int()
-    return mixed
+    keys: Tensor = ((x ^ (x >> 16)) >> 1).int()
+    return keys
 
 
 def largest_of_each(choices: Sequence[Choice], counts: Sequence[int]) -> list[Tensor]:
@@ -215,3 +227,39 @@ def _ties(sought: Sequence[_Sought], wanted: Sequence[int]) -> list[int]:
 
 def _joined(parts: list[Tensor], choice: Choice) -> Tensor:
     return torch.cat(parts) if parts else choice.keys(0, 0)
+
+
+# ---- of many rows at once, where nothing is read back ----------------------------------------------------------------
+
+
+def ranked(keys: Tensor, last_first: Tensor, bits: int = 32) -> Tensor:
+    """An order without ties of ``keys`` (R x n), the lowest place first among equals; what is out is below zero.
+    ``last_first`` are the places from the last on, in less than ``bits``."""
+    order: Tensor = keys.long().bitwise_left_shift_(bits).add_(last_first)
+    return order
+
+
+def first_of(order: Tensor, counts: Sequence[int], on_device: Tensor) -> Tensor:
+    """Which (bool) of ``order`` (R x n) are the ``counts`` (R, and R x 1 on the device) first of their row."""
+    most = min(max(counts, default=0), order.shape[1])
+    if most <= 0:
+        return torch.zeros_like(order, dtype=torch.bool)
+    best = torch.topk(order, most).values
+    last = best[:, -1:] if min(counts) == max(counts) else _at(best, on_device)
+    return order >= last
+
+
+def first_of_rows(order: Tensor, counts: Tensor) -> Tensor:
+    """``first_of`` where only the device knows the ``counts`` (R x 1)."""
+    return order >= _at(order.sort(descending=True).values, counts)
+
+
+def _at(best: Tensor, counts: Tensor) -> Tensor:
+    return best.gather(1, (counts - 1).clamp_(min=0)).masked_fill_(counts <= 0, LAST)
+
+
+def places_of(there: Tensor, count: int) -> Tensor:
+    """The first ``count`` places (int32, ascending) of a flat mask, how many it has not being asked; past the last one
+    where it has fewer."""
+    ends = there.cumsum(0, dtype=torch.int32)
+    return torch.searchsorted(ends, torch.arange(1, count + 1, dtype=torch.int32, device=there.device), out_int32=True)

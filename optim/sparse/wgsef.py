@@ -24,6 +24,7 @@ step has the parts of all matrices.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -32,20 +33,23 @@ from torch.nn import functional as F
 from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, number, one_of, whole
+from ..core import batches
 from ..core.clock import steps_of
 from ..core.group_checks import check_contiguous
-from ..core.optimizer import FIND, ShardedOptimizer
+from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard, UnsupportedLayout, all_reduce_shares_
+from .experts import EXPERTS, Expert, experts_of
 from .frozen_zeros import adamw_, keep_only_
 from .group_envelope import proximal_factors
+from .lots import Lot, MovedInLots, adamw_lot_
 
 PARTS = 4  # in which a matrix is squared
 GROUPS = ("rows", "columns", "blocks")
 
 
-class WGSEFAdamW(ShardedOptimizer):
+class WGSEFAdamW(MovedInLots):
     """AdamW that prunes whole rows, columns or blocks of matrices in groups with a ``keep`` (Refael et al.).
 
     The paper is "Learning Structured Sparse Neural Networks Using Group Envelope Regularization".
@@ -118,7 +122,7 @@ class WGSEFAdamW(ShardedOptimizer):
             check_contiguous(parameters)
 
     def check_shape(self, shape: tuple[int, ...], group: Group) -> None:
-        if len(shape) != 2:
+        if len(shape) not in (2, EXPERTS):
             raise ValueError(
                 f"keep={group['keep']} needs matrices, got a parameter of shape {shape}; put it into a "
                 "group without a keep"
@@ -132,6 +136,12 @@ class WGSEFAdamW(ShardedOptimizer):
         else:
             adamw_(shard, group, state, hold=_is_finished(group, state))
 
+    def moves_plainly(self, item: ParamStep) -> bool:
+        return not _is_finished(item.group, item.state)
+
+    def move_lot(self, lot: Lot) -> None:
+        adamw_lot_(self, lot, hold=True)
+
     def after_step(self, work: list[ParamStep]) -> None:
         """The proximal map, or the last choice, of all matrices together."""
         due = [item for item in work if item.group["keep"] is not None and not _is_finished(item.group, item.state)]
@@ -140,18 +150,85 @@ class WGSEFAdamW(ShardedOptimizer):
                 self._shrink(due)
 
     def _shrink(self, due: list[ParamStep]) -> None:
-        tiles = [Tiles.of(item.shard, item.group) for item in due]
-        squares = [own.squares(item.shard) for own, item in zip(tiles, due, strict=True)]
-        all_reduce_shares_([(item.shard, part) for item, part in zip(due, squares, strict=True)])
-        for own, item, part in zip(tiles, due, squares, strict=True):
-            norms = part.sqrt_().float().view(-1)
-            k = max(1, round(item.group["keep"] * len(norms)))
-            if steps_of(item.state) == item.group["finish_at"]:
-                keep_only_(item.shard.parameter, own.each(largest(norms, k), item.shard))
-            elif (lam := _strength(item)) > 0:
-                factors = proximal_factors(norms, own.sizes(norms.device).view(-1), k, lam)
-                with self.rounded_weights(item, "shrunk"):
-                    item.shard.parameter.mul_(own.each(factors.to(norms.dtype), item.shard))
+        matrices = [Tiled(item, Tiles.of(own.shard, item.group), own) for item in due for own in experts_of(item.shard)]
+        squares = squares_of(matrices)
+        all_reduce_shares_([(own.expert.shard, part) for own, part in zip(matrices, squares, strict=True)])
+        values: dict[int, list[tuple[Tiled, Tensor]]] = {}
+        for alike in _alike(matrices):
+            norms = torch.stack([squares[i].view(-1) for i in alike]).sqrt_().float()
+            found = _values(norms, matrices[alike[0]])
+            for i, own in zip(alike, [] if found is None else found, strict=found is not None):
+                values.setdefault(id(matrices[i].item), []).append((matrices[i], own))
+        for item in due:
+            last = _is_last(item)
+            with nullcontext() if last else self.rounded_weights(item, "shrunk"):
+                for matrix, own in values.get(id(item), ()):
+                    W = item.shard.parameter.view(-1)[matrix.expert.begin : matrix.expert.end]
+                    W = W.view(matrix.expert.shard.parameter.shape)
+                    if last:
+                        keep_only_(W, matrix.tiles.each(own, matrix.expert.shard))
+                    else:
+                        matrix.tiles.multiply_(W, own, matrix.expert.shard)
+
+
+class Tiled(NamedTuple):
+    """One of a parameter's matrices, as tiles."""
+
+    item: ParamStep
+    tiles: Tiles
+    expert: Expert
+
+
+def _alike(matrices: Sequence[Tiled]) -> list[list[int]]:
+    """The numbers of those matrices that are looked at together: on a GPU those of one group and grid, else each."""
+    found: dict[tuple[object, ...], list[int]] = {}
+    for i, (item, tiles, expert) in enumerate(matrices):
+        device = expert.shard.device
+        kind = (id(item.group), steps_of(item.state), tiles) if batches.launches_cost(device) else (i,)
+        found.setdefault((*kind, device), []).append(i)
+    return list(found.values())
+
+
+def squares_of(matrices: Sequence[Tiled]) -> list[Tensor]:
+    """``Tiles.squares`` of each; on a GPU of several that are whole, as far as a workspace has room for them."""
+    lots: dict[tuple[object, ...], list[int]] = {}
+    found: dict[int, Tensor] = {}
+
+    def sum_up(lot: list[int]) -> None:
+        tiles = matrices[lot[0]].tiles
+        sums = tiles.squares_of_all(torch.stack([matrices[i].expert.shard.parameter.detach() for i in lot]))
+        found.update(zip(lot, sums, strict=True))
+
+    for i, (_, tiles, expert) in enumerate(matrices):
+        W, size = expert.shard.parameter, expert.shard.parameter.numel()
+        if expert.shard.split or not batches.launches_cost(W.device) or size > batches.AT_ONCE:
+            found[i] = tiles.squares(expert.shard)
+            continue
+        lot = lots.setdefault((tiles, W.dtype, W.device), [])
+        if (len(lot) + 1) * size > batches.AT_ONCE:
+            sum_up(lot)
+            lot.clear()
+        lot.append(i)
+    for lot in lots.values():
+        sum_up(lot)
+    return [found[i] for i in range(len(matrices))]
+
+
+def _values(norms: Tensor, matrix: Tiled) -> Tensor | None:
+    """Of matrices that are alike, by the norms of their groups (B x J): what each group is multiplied by, in the end
+    whether it is kept. None where nothing moves."""
+    item = matrix.item
+    k = max(1, round(item.group["keep"] * norms.shape[-1]))
+    if _is_last(item):
+        return largest(norms, k)
+    lam = _strength(item)
+    if lam <= 0:
+        return None
+    return proximal_factors(norms, matrix.tiles.sizes(norms.device).view(-1), k, lam).to(norms.dtype)
+
+
+def _is_last(item: ParamStep) -> bool:
+    return bool(steps_of(item.state) == item.group["finish_at"])
 
 
 def _is_finished(group: Group, state: State) -> bool:
@@ -166,9 +243,9 @@ def _strength(item: ParamStep) -> float:
 
 
 def largest(norms: Tensor, k: int) -> Tensor:
-    """Which are the ``k`` largest (bool), ties to the lowest index."""
-    order = norms.sort(descending=True, stable=True).indices[:k]
-    return torch.zeros_like(norms, dtype=torch.bool).index_fill_(0, order, True)
+    """Which of J are the ``k`` largest (bool, ... x J), ties to the lowest index."""
+    order = norms.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return torch.zeros_like(norms, dtype=torch.bool).scatter_(-1, order, True)
 
 
 class Tiles(NamedTuple):
@@ -211,6 +288,22 @@ class Tiles(NamedTuple):
             tiles = rows.view(-1, len(rows) if inside else b, self.grid[1], c)
             sums[begin // b : begin // b + len(tiles)] += tiles.sum((1, 3), dtype=torch.float64)
         return sums
+
+    def squares_of_all(self, weights: Tensor) -> Tensor:
+        """``squares`` of several whole matrices (B x m x n): B x M x N."""
+        (m, n), (b, c) = self
+        own = weights.to(torch.promote_types(weights.dtype, torch.float32)).square_()
+        if n % c or m % b:
+            own = F.pad(own, (0, -n % c, 0, -m % b))
+        return own.view(len(own), self.grid[0], b, self.grid[1], c).sum((2, 4), dtype=torch.float64)
+
+    def multiply_(self, weights: Tensor, values: Tensor, shard: FullShard) -> None:
+        """Multiply what this process holds of each tile by one of ``values`` (M N)."""
+        (m, n), (b, c) = self
+        if shard.split or m % b or n % c:
+            weights.mul_(self.each(values, shard))
+        else:
+            weights.view(self.grid[0], b, self.grid[1], c).mul_(values.view(self.grid[0], 1, self.grid[1], 1))
 
     def _bands(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """The rows from ``first`` to ``last`` some at a time: whole rows of tiles, or parts of one."""

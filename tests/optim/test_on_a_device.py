@@ -15,13 +15,7 @@ BUSY = {
     "GaLorePlusAdamW": 7,
     "GaLorePlusAdamW heads": 7,
     "APOLLOAdamW svd": 4,
-    "SETAdamW": 2,
-    "RigLAdamW": 2,
-    "SRigLAdamW": 40,
-    "SparseAdamW": 2,
-    "BlockSparseAdamW": 18,
-    "HyperSparseAdamW": 10,
-    "HyperSparseAdamW pruned": 10,
+    "SRigLAdamW": 2,
 }
 # Launches of an ordinary step of three matrices and two other parameters, where these are moved together.
 TOGETHER = {
@@ -32,6 +26,12 @@ TOGETHER = {
     "RigLAdamW": 12,
     "SRigLAdamW": 12,
     "BlockSparseAdamW": 9,
+    "SRSTEAdamW": 21,
+    "SRSTEAdamW decoupled": 20,
+    "CastAdamS": 22,
+    "HyperSparseAdamW": 20,
+    "HyperSparseAdamW pruned": 14,
+    "WGSEFAdamW pruned": 14,
 }
 
 

@@ -21,7 +21,7 @@ NAMES = [name for name, variant in VARIANTS.items() if variant.quadratic]
 BATCHED = {  # variants whose matrices are
     "Lion", "GaLoreAdamW", "GaLoreAdamW iterate", "GaLoreLion", "FiraAdamW", "GaLorePlusAdamW", "GaLorePlusAdamW heads",
     "APOLLOAdamW", "APOLLOAdamW Mini", "APOLLOAdamW svd", "SETAdamW", "RigLAdamW", "SRigLAdamW", "SparseAdamW",
-    "BlockSparseAdamW",
+    "BlockSparseAdamW", "WGSEFAdamW", "WGSEFAdamW pruned",
 }  # fmt: skip
 
 

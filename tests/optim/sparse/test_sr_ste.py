@@ -193,7 +193,7 @@ def test_bad_values_are_refused(keys, message):
         SRSTEAdamW([weight((40, 24))], **keys)
 
 
-@pytest.mark.parametrize("shape", [(8,), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(8,), (2, 4, 6), (2, 3, 4, 4)])
 def test_what_is_no_matrix_is_refused_also_with_a_name(shape):
     for params in ([weight(shape)], [("name", weight(shape))]):
         with pytest.raises(ValueError, match="n=2 needs matrices with rows that m=4 divides, got a parameter of shape"):

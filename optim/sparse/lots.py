@@ -1,0 +1,148 @@
+"""Matrices that keep all of their weights and moments, moved in lots on a GPU, where a launch costs as much as the
+arithmetic of a small matrix: a lot is flat pieces of several, of one group and clock, no more than a workspace has room
+for. On a CPU each matrix is alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core import batches
+from ..core.optimizer import ShardedOptimizer
+from ..core.rules import MOMENTS
+from ..core.types import Group, ParamStep, State
+from ..distributed import FullShard
+from ..state.spec import PLAIN
+from .frozen_zeros import keep_only_
+
+
+@dataclass(frozen=True)
+class Lot:
+    """Flat views of weights, gradients and moments, of each as many as there are pieces."""
+
+    items: Sequence[ParamStep]
+    spans: Sequence[slice]  # of the elements that this process holds of each
+    gradients: Sequence[Tensor]
+
+    @property
+    def group(self) -> Group:
+        return self.items[0].group
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [item.shard.parameter.view(-1)[span] for item, span in zip(self.items, self.spans, strict=True)]
+
+    def held(self, name: str) -> list[Tensor]:
+        """A tensor of state that is laid out as the weights."""
+        return [item.state[name].view(-1)[span] for item, span in zip(self.items, self.spans, strict=True)]
+
+    def states(self) -> list[State]:
+        """The state of each piece, as a rule takes it."""
+        moments = zip(*map(self.held, MOMENTS), strict=True)
+        return [
+            {"step": item.state["step"], **dict(zip(MOMENTS, own, strict=True))}
+            for item, own in zip(self.items, moments, strict=True)
+        ]
+
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        """What belongs to each piece of what was made of all of them."""
+        return list(torch.split(flat, [span.stop - span.start for span in self.spans]))
+
+
+def lots_of(items: Sequence[ParamStep], unit: int = 1) -> Iterator[Lot]:
+    """Matrices in lots; a piece of one begins at a multiple of ``unit`` elements."""
+    most = max(1, batches.AT_ONCE // unit) * unit
+    pieces: list[tuple[ParamStep, slice, Tensor]] = []
+    room = most
+    for item in items:
+        G = item.take_grad().reshape(-1)
+        for begin in range(0, len(G), most):
+            span = slice(begin, min(begin + most, len(G)))
+            size = span.stop - span.start
+            if size > room:
+                yield Lot(*zip(*pieces, strict=True))
+                pieces, room = [], most
+            pieces.append((item, span, G[span]))
+            room -= size
+    if pieces:
+        yield Lot(*zip(*pieces, strict=True))
+
+
+class MovedInLots(ShardedOptimizer):
+    """An optimizer that says by ``move_lot`` where a lot goes, and by ``moves_plainly`` where the rule says it."""
+
+    def fits_in_lots(self, item: ParamStep) -> bool:
+        """Whether pieces of a matrix move as it does."""
+        return True
+
+    def moves_plainly(self, item: ParamStep) -> bool:
+        """Whether a matrix goes where the rule says in this step, and no other way."""
+        return False
+
+    def unit(self, group: Group) -> int:
+        """How many elements of a matrix are together in one piece."""
+        return 1
+
+    def move_lot(self, lot: Lot) -> None:
+        raise NotImplementedError
+
+    def _is_batched(self, item: ParamStep) -> bool:
+        if not self.is_for_matrices(item.group):
+            return super()._is_batched(item)
+        alike = self.rule.together is not None and self.moment_codec is PLAIN
+        may = self.moves_plainly(item) or (_is_flat(item) and self.fits_in_lots(item))
+        return alike and may and not item.group["stochastic_rounding"]
+
+    def _is_in_place(self, item: ParamStep) -> bool:
+        return super()._is_in_place(item) if self._is_plain(item) else False
+
+    def moves_by_rule(self, shard: FullShard, group: Group) -> bool:
+        return True  # of what is plain
+
+    def _is_plain(self, item: ParamStep) -> bool:
+        return not self.is_for_matrices(item.group) or self.moves_plainly(item)
+
+    def _update_alone(self, item: ParamStep) -> None:
+        if self._is_plain(item) or not (batches.launches_cost(item.shard.device) and self._is_batched(item)):
+            super()._update_alone(item)
+        else:
+            self._move_in_lots([item])
+
+    def _update_together(self, batch: list[ParamStep]) -> None:
+        if self._is_plain(batch[0]):
+            super()._update_together(batch)
+        else:
+            self._move_in_lots(batch)
+
+    def _move_in_lots(self, items: list[ParamStep]) -> None:
+        for lot in lots_of(items, self.unit(items[0].group)):
+            self.move_lot(lot)
+
+
+def adamw_lot_(optimizer: ShardedOptimizer, lot: Lot, gradient: Tensor | None = None, hold: bool = False) -> None:
+    """``frozen_zeros.adamw_`` of a lot; ``gradient`` is flat."""
+    group, weights = lot.group, lot.weights
+    kept = torch.cat(weights) != 0 if hold else None
+    R = lot.gradients if gradient is None else lot.parts(gradient)
+    N, correction = rule_of(lot, optimizer, R)
+    batches.decay_together(weights, group)
+    torch._foreach_add_(weights, N, alpha=-group["lr"] * correction)
+    if kept is not None:
+        W = torch.cat(weights)
+        keep_only_(W, kept)
+        torch._foreach_copy_(weights, lot.parts(W))
+
+
+def rule_of(lot: Lot, optimizer: ShardedOptimizer, gradients: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+    """The directions of a lot, and the factor on the learning rate, by one call of the rule."""
+    assert optimizer.rule.together is not None
+    return optimizer.rule.together(gradients, lot.states(), lot.group, batches.clock_of(lot.items))
+
+
+def _is_flat(item: ParamStep) -> bool:
+    """Whether weights and state lie in the order of their places."""
+    return all(tensor.is_contiguous() for tensor in (item.shard.parameter, *item.state.values()))
