@@ -2,40 +2,61 @@
 
 A method says once where one parameter goes, as a generator: it yields coordinates, gets what the rule makes of them,
 and returns the update. Alone, the rule is asked for one. In a batch all are begun, the rule is asked once for all, and
-each is ended. On a CPU, where launches cost next to nothing, each is alone, on the bits of the authors' code.
+each is ended. Where a method is written over leading dimensions, alike matrices are one stack (``distributed/stacks.py``)
+and everything is asked once. On a CPU, where launches cost next to nothing, each is alone, on the bits of the authors'
+code; but small matrices that were born in one tensor, as those of experts, are a stack there too.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
+from enum import Enum
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..distributed import FullShard, Update, has_subspace
+from ..distributed import FullShard, StackedMatrix, StackedState, Update, has_subspace, stacked
 from .clock import steps_of
-from .rules import Rule
+from .rules import MOMENTS, Rule
 from .rules_together import Clock
 from .types import Group, ParamStep, State
 
-AT_ONCE = 2**25  # numbers that a batch makes: 128 MiB in fp32
+AT_ONCE = 2**26  # numbers that a batch makes: 256 MiB in fp32
+# Elements of a matrix, from which on it gives a GPU enough to do by itself: of a method with many kernels a matrix, and
+# of one with few, for which a copy of a gradient costs more than the launches that it saves. And on a CPU.
+MANY_BELOW, FEW_BELOW, BORN_STACKED_BELOW = 2**24, 2**20, 2**16
 
 Found = tuple[Tensor, float]  # the direction of coordinates, and the factor on the learning rate
 Towards = tuple[Update, float]  # the same of a parameter
 Direction = Generator[tuple[Tensor, State], Found, Towards]
 
 
-def found_alone(direction: Direction, rule: Rule, group: Group) -> Towards:
-    """What a direction comes to, by a call of the rule of its own."""
+def found_alone(direction: Direction, rule: Rule, group: Group, shard: FullShard) -> Towards:
+    """What a direction, of one parameter or of a stack, comes to, by a call of the rule of its own."""
     try:
         coordinates, state = next(direction)
     except StopIteration as end:  # a rule of its own
         towards: Towards = end.value
         return towards
-    return _ended(direction, rule.direction(coordinates, state, group))
+    return _ended(direction, ask(rule, coordinates, state, group, shard))
+
+
+def ask(rule: Rule, coordinates: Tensor, state: State, group: Group, shard: FullShard) -> Found:
+    """What a rule makes of coordinates, of a stack too: by as few kernels as it can, where launches cost."""
+    if rule.together is None or not (isinstance(shard, StackedMatrix) and launches_cost(shard.device)):
+        return rule.direction(coordinates, state, group)
+    keys = [key for key in MOMENTS if key in state]
+    states = state.parts(keys) if isinstance(state, StackedState) else [state]
+    clock = partial(shard.workspace.number, steps_of(state), shard.device)
+    if len(states) == 1:
+        (moved,), correction = rule.together([coordinates], states, group, clock)
+        return moved, correction
+    each, correction = rule.together(list(coordinates), states, group, clock)
+    return stacked(each)[0], correction
 
 
 def found_together(directions: Sequence[Direction], rule: Rule, group: Group, clock: Clock) -> Iterator[Towards]:
@@ -62,33 +83,72 @@ def launches_cost(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def is_stacked_at(elements: int, few_kernels: bool) -> bool:
+    """Whether matrices of so many elements are worth being copied into a stack."""
+    return elements < (FEW_BELOW if few_kernels else MANY_BELOW)
+
+
+class Way(Enum):
+    """How a parameter may be moved."""
+
+    ALONE = "by itself"
+    TOGETHER = "the rule is asked once for several"
+    IN_PLACE = "the rule moves several weights, in no memory of its own"
+    STACKED = "as one of several alike matrices"
+
+
 class Batch(NamedTuple):
-    """Parameters that move together; ``in_place`` where they need no memory for it."""
+    """Parameters that move together."""
 
     items: list[ParamStep]
-    in_place: bool = False
+    way: Way = Way.ALONE
 
 
-def batches(
-    portion: Sequence[ParamStep], may: Callable[[ParamStep], bool], in_place: Callable[[ParamStep], bool]
-) -> Iterator[Batch]:
-    """The parameters of a portion, those together that ``may`` be and are alike in group, clock, dtype and device, on
-    every process in the same order."""
+class Movable(NamedTuple):
+    """How a parameter may be moved, how many numbers are then made, and what those of a batch have in common beside
+    group, clock, dtypes and device."""
+
+    way: Way = Way.ALONE
+    numbers: int = 0
+    kind: object = None
+
+
+def batches(portion: Sequence[ParamStep], movable: Callable[[ParamStep, bool], Movable]) -> Iterator[Batch]:
+    """The parameters of a portion, those together that are alike, on every process in the same order.
+
+    ``movable`` says how one may be moved; asked with False, without a stack: there is none of one matrix.
+    """
+    kinds = [_kind(item, movable(item, True)) for item in portion]
+    alike = Counter(kinds)
     waiting: dict[tuple[object, ...], list[ParamStep]] = {}
-    for item in portion:
-        if not (launches_cost(item.shard.device) and may(item)):
+    numbers: Counter[tuple[object, ...]] = Counter()
+    for item, kind in zip(portion, kinds, strict=True):
+        how = movable(item, kind[0] is not Way.STACKED or alike[kind] > 1)
+        kind = _kind(item, how)
+        if how.way is Way.ALONE:
             yield Batch([item])
             continue
-        held = [state.dtype for key, state in item.state.items() if key != "step"]
-        own = in_place(item)
-        kind = own, id(item.group), steps_of(item.state), item.shard.device, item.shard.dtype, *held
         batch = waiting.setdefault(kind, [])
-        if not own and batch and sum(map(numbers_of, [*batch, item])) > AT_ONCE:
-            yield Batch(waiting.pop(kind))
-            batch = waiting.setdefault(kind, [])
+        if batch and numbers[kind] + how.numbers > AT_ONCE:
+            yield _batch(kind, waiting.pop(kind))
+            batch, numbers[kind] = waiting.setdefault(kind, []), 0
         batch.append(item)
+        numbers[kind] += how.numbers
     for kind, batch in waiting.items():
-        yield Batch(batch, bool(kind[0]))
+        yield _batch(kind, batch)
+
+
+def _batch(kind: tuple[object, ...], items: list[ParamStep]) -> Batch:
+    way = kind[0]
+    assert isinstance(way, Way)
+    return Batch(items) if way is Way.STACKED and len(items) == 1 else Batch(items, way)
+
+
+def _kind(item: ParamStep, how: Movable) -> tuple[object, ...]:
+    if how.way is Way.ALONE:
+        return (how.way,)
+    held = [state.dtype for key, state in item.state.items() if key != "step"]
+    return (how.way, how.kind, id(item.group), steps_of(item.state), item.shard.device, item.shard.dtype, *held)
 
 
 def numbers_of(item: ParamStep) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, finite, one_of, require, whole
-from ..core.batches import Direction, launches_cost
+from ..core.batches import Direction, is_stacked_at, launches_cost
 from ..core.clock import every, steps_of
 from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.types import Group, ParamStep, State
@@ -68,6 +68,9 @@ class LowRankOptimizer(ShardedOptimizer):
         finds_together: whether a GPU may find the subspaces of many matrices before any of them moves: not where each
             needs a matrix of its own for it.
         moves_together: whether ``low_rank_direction`` may be asked for many matrices before any of them moves.
+        stack_copies: how many tensors of B x m x n are made to move a stack of matrices, its gradient among them; 0 where
+            ``update`` is written for one matrix.
+        few_kernels: whether a matrix is moved by so few kernels that a large one is not worth being stacked.
     """
 
     matrix_key = "rank"
@@ -75,6 +78,9 @@ class LowRankOptimizer(ShardedOptimizer):
     subspace_methods: ClassVar[tuple[str, ...]] = SUBSPACE_METHODS
     finds_together: ClassVar[bool] = True
     moves_together: ClassVar[bool] = False
+    stack_copies: ClassVar[int] = 0
+    few_kernels: ClassVar[bool] = False
+    only_read = ("basis",)
     checks: ClassVar[Mapping[str, Check]] = {
         "rank": whole(1, optional=True),
         "proj_type": one_of(*PROJ_TYPES),
@@ -216,6 +222,15 @@ class LowRankOptimizer(ShardedOptimizer):
         if not has_subspace(shard):
             return super().moves_by_direction(shard, group)
         return self.moves_together and not shard.split  # of which lines and P are copies, one matrix's at a time
+
+    def stack_numbers(self, item: ParamStep) -> int:
+        shard = item.shard
+        if not (self.stack_copies and has_subspace(shard)) or shard.split:
+            return 0
+        elements, r = math.prod(shard.side.shape), shard.side.rank
+        if not is_stacked_at(elements, self.few_kernels):
+            return 0
+        return self.stack_copies * elements + r * (2 * shard.side.lines + shard.side.line_length)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
