@@ -29,7 +29,12 @@ SMALLER = 64
 LAYERS = 24
 LONG, DIVISIBLE = 85, 88  # 5461 / 64, and what heads and patterns divide
 OTHERS = [(500, 32), (500, 32), *[(32,)] * (2 * LAYERS + 1)]
-LIMITS = [(batches, "AT_ONCE"), (batches, "MANY_BELOW"), (batches, "FEW_BELOW"), (low_rank, "FOUND_AT_ONCE"), (pieces, "ELSEWHERE"), (top_k, "ON_A_GPU")]
+LIMITS = [
+    *((batches, limit) for limit in ("AT_ONCE", "MATRICES_AT_ONCE", "MANY_BELOW", "FEW_BELOW")),
+    (low_rank, "FOUND_AT_ONCE"),
+    (pieces, "ELSEWHERE"),
+    (top_k, "ON_A_GPU"),
+]
 STEPS = 6  # refreshes and changes of masks after 0 and 4
 
 

@@ -2,9 +2,9 @@
 
 A method says once where one parameter goes, as a generator: it yields coordinates, gets what the rule makes of them,
 and returns the update. Alone, the rule is asked for one. In a batch all are begun, the rule is asked once for all, and
-each is ended. Where a method is written over leading dimensions, alike matrices are one stack (``distributed/stacks.py``)
-and everything is asked once. On a CPU, where launches cost next to nothing, each is alone, on the bits of the authors'
-code; but small matrices that were born in one tensor, as those of experts, are a stack there too.
+each is ended. Where a method is written over leading dimensions, alike matrices are one stack (``stacks.py`` of
+``distributed``), and all of it is asked once. On a CPU, where launches cost next to nothing, each is alone, on the bits
+of the authors' code; but small matrices that were born in one tensor, as those of experts, are a stack there too.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import FullShard, StackedMatrix, StackedState, Update, has_subspace, stacked
+from ..distributed import FullShard, StackedState, Update, has_subspace, stacked
 from .clock import steps_of
 from .rules import MOMENTS, Rule
 from .rules_together import Clock
 from .types import Group, ParamStep, State
 
-AT_ONCE = 2**26  # numbers that a batch makes: 256 MiB in fp32
+AT_ONCE = 2**25  # numbers that a batch makes: 128 MiB in fp32
+MATRICES_AT_ONCE = 3 * 2**25  # that one of matrices makes, copies of gradients and state among them: 384 MiB
 # Elements of a matrix, from which on it gives a GPU enough to do by itself: of a method with many kernels a matrix, and
 # of one with few, for which a copy of a gradient costs more than the launches that it saves. And on a CPU.
 MANY_BELOW, FEW_BELOW, BORN_STACKED_BELOW = 2**24, 2**20, 2**16
@@ -47,7 +48,7 @@ def found_alone(direction: Direction, rule: Rule, group: Group, shard: FullShard
 
 def ask(rule: Rule, coordinates: Tensor, state: State, group: Group, shard: FullShard) -> Found:
     """What a rule makes of coordinates, of a stack too: by as few kernels as it can, where launches cost."""
-    if rule.together is None or not (isinstance(shard, StackedMatrix) and launches_cost(shard.device)):
+    if rule.together is None or not launches_cost(coordinates.device):
         return rule.direction(coordinates, state, group)
     keys = [key for key in MOMENTS if key in state]
     states = state.parts(keys) if isinstance(state, StackedState) else [state]
@@ -81,6 +82,11 @@ def _ended(direction: Direction, found: Found) -> Towards:
 def launches_cost(device: torch.device) -> bool:
     """Whether to launch a kernel takes as long as to run it on a small matrix."""
     return device.type != "cpu"
+
+
+def is_born_small(shard: FullShard) -> bool:
+    """Whether matrices were born in one tensor, and are so small that a CPU moves them faster as one."""
+    return shard.born_stacked and shard.parameter.numel() <= BORN_STACKED_BELOW
 
 
 def is_stacked_at(elements: int, few_kernels: bool) -> bool:
@@ -129,7 +135,8 @@ def batches(portion: Sequence[ParamStep], movable: Callable[[ParamStep, bool], M
             yield Batch([item])
             continue
         batch = waiting.setdefault(kind, [])
-        if batch and numbers[kind] + how.numbers > AT_ONCE:
+        most = MATRICES_AT_ONCE if has_subspace(item.shard) else AT_ONCE
+        if batch and numbers[kind] + how.numbers > most:
             yield _batch(kind, waiting.pop(kind))
             batch, numbers[kind] = waiting.setdefault(kind, []), 0
         batch.append(item)

@@ -28,19 +28,18 @@ from ..distributed import (
     FullShard,
     MatrixShard,
     ParamRegistry,
-    StackedMatrix,
-    StackedState,
     UnsupportedLayout,
     Workspace,
     at_once,
     complete_gradients,
     full_shape,
+    has_subspace,
     pieces_of,
+    stack_of,
     wrapped_group,
 )
 from ..state.spec import PLAIN, to_portable
 from .batches import (
-    BORN_STACKED_BELOW,
     Batch,
     Direction,
     Movable,
@@ -49,6 +48,7 @@ from .batches import (
     clock_of,
     found_alone,
     found_together,
+    is_born_small,
     launches_cost,
     move_in_place,
     numbers_of,
@@ -148,7 +148,7 @@ class ShardedOptimizer(DeclaredState):
 
     def stack_numbers(self, item: ParamStep) -> int:
         """How many numbers it makes to ``update`` a matrix as one of a stack of alike ones, B x m x n with state of
-        B x the shape of each; 0 where it must be a matrix by itself."""
+        B x the shape of each, or a vector as one of B x 1 x n; 0 where it must be by itself."""
         return 0
 
     def stack_kind(self, item: ParamStep) -> object:
@@ -274,8 +274,8 @@ class ShardedOptimizer(DeclaredState):
 
     def _update_stacked(self, batch: list[ParamStep]) -> None:
         """``update`` of alike matrices as of one."""
-        shard = StackedMatrix([item.matrix for item in batch])
-        state = StackedState([item.state for item in batch], self.only_read)
+        shard = stack_of([item.shard for item in batch])
+        state = shard.state([item.state for item in batch], self.only_read)
         self.update(shard.stack_gradients([item.take_grad() for item in batch]), shard, batch[0].group, state)
         state.write_back()
 
@@ -284,10 +284,9 @@ class ShardedOptimizer(DeclaredState):
         they are, or, in a stack, through a codec."""
         shard = item.shard
         costly = launches_cost(shard.device)
-        if item.group["stochastic_rounding"] or not (costly or shard.born_stacked):
+        if item.group["stochastic_rounding"] or not (costly or is_born_small(shard)):
             return Movable()
-        few = costly or shard.parameter.numel() <= BORN_STACKED_BELOW
-        numbers = self.stack_numbers(item) if stacks and few else 0
+        numbers = self.stack_numbers(item) if stacks else 0
         if numbers:
             return Movable(Way.STACKED, numbers, self._stack_kind(item))
         together = costly and self.rule.together is not None and self.moves_by_direction(shard, item.group)
@@ -303,10 +302,11 @@ class ShardedOptimizer(DeclaredState):
         return all(item.state[spec.name].is_floating_point() for spec in moments)
 
     def _stack_kind(self, item: ParamStep) -> object:
-        matrix, grad = item.matrix, item.matrix.held_gradient
+        shard, grad = item.shard, item.shard.held_gradient
         assert grad is not None
-        memory = matrix.parameter.untyped_storage()._cdata if matrix.born_stacked else 0
-        return matrix.side, grad.dtype, memory, self.stack_kind(item)
+        memory = shard.parameter.untyped_storage()._cdata if shard.born_stacked else 0
+        side = shard.side if has_subspace(shard) else shard.shape
+        return side, grad.dtype, memory, self.stack_kind(item)
 
     def _is_in_place(self, item: ParamStep) -> bool:
         """Whether a parameter that may be moved with others is moved in no memory of its own."""

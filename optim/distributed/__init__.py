@@ -15,7 +15,7 @@ from .process_group import ProcessGroup
 from .projection import PROJ_TYPES, LowRankUpdate, ProjectionSide, add_product_
 from .row_view import RowView, complete_rows
 from .shard_range import Runs, ShardRange
-from .stacks import StackedMatrix, StackedState, stacked
+from .stacks import StackedMatrix, StackedState, stack_of, stacked
 from .workspace import Workspace
 from .zero_redundancy import wrapped_group
 
@@ -59,6 +59,7 @@ __all__ = [
     "local_flat",
     "pieces_of",
     "spans",
+    "stack_of",
     "stacked",
     "wrapped_group",
 ]

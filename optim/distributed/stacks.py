@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequ
 import torch
 from torch import Tensor
 
-from .full import FullMatrix, PendingSolve, Update, WrittenUpdate
-from .projection import LowRankUpdate
+from .full import FullMatrix, FullShard, PendingSolve, Update, WrittenUpdate, has_subspace
+from .projection import LowRankUpdate, ProjectionSide
 
 State = MutableMapping[str, Tensor]
 
@@ -33,8 +33,8 @@ def _distance(tensors: Sequence[Tensor]) -> int | None:
     """How many numbers lie from the beginning of each to that of the next, where all are in one piece of memory and
     none reaches into the next."""
     first = tensors[0]
-    memory, strides, begin = first.untyped_storage()._cdata, first.stride(), first.storage_offset()
-    step = first.numel() if len(tensors) == 1 else tensors[1].storage_offset() - begin
+    memory, strides, begin = first.untyped_storage()._cdata, first.stride(), int(first.storage_offset())
+    step = first.numel() if len(tensors) == 1 else int(tensors[1].storage_offset()) - begin
     reach = sum((size - 1) * stride for size, stride in zip(first.shape, strides, strict=True))
     if step <= reach or any(stride < 0 for stride in strides):
         return None
@@ -49,8 +49,8 @@ class StackedState(MutableMapping[str, Tensor]):
     """The states of alike matrices as the state of one: what is asked for is stacked (B x its shape, B x 1 x 1 of a
     single number), and ``write_back`` gives it to each matrix, but for ``only_read``. Their clock is one."""
 
-    def __init__(self, states: Sequence[State], only_read: Collection[str] = ()) -> None:
-        self.states, self.only_read = states, only_read
+    def __init__(self, states: Sequence[State], only_read: Collection[str] = (), of_vectors: bool = False) -> None:
+        self.states, self.only_read, self.of_vectors = states, only_read, of_vectors
         self._held: dict[str, tuple[Tensor, bool]] = {}  # and whether it is a view
 
     def __getitem__(self, key: str) -> Tensor:
@@ -61,7 +61,11 @@ class StackedState(MutableMapping[str, Tensor]):
         return self._held[key][0]
 
     def _hold(self, key: str, together: Tensor, is_view: bool) -> None:
-        self._held[key] = together[:, None, None] if together.dim() == 1 else together, is_view
+        if together.dim() == 1:
+            together = together[:, None, None]
+        elif self.of_vectors:
+            together = together.unsqueeze(1)
+        self._held[key] = together, is_view
 
     def __setitem__(self, key: str, value: Tensor) -> None:
         self[key].copy_(value)
@@ -98,10 +102,10 @@ class StackedState(MutableMapping[str, Tensor]):
 class StackedMatrix(FullMatrix):
     """Alike matrices, each held entirely, as one of B x m x n. ``side`` and ``shape`` are those of each."""
 
-    def __init__(self, shards: Sequence[FullMatrix]) -> None:
+    def __init__(self, shards: Sequence[FullShard], side: ProjectionSide) -> None:
         first = shards[0]
-        super().__init__(first.parameter, first.position, first.workspace, first.side)
-        self.shards = shards
+        super().__init__(first.parameter, first.position, first.workspace, side)
+        self.shards, self.shape = shards, first.shape
         self._weights: Tensor | None = None
         self._spare: Tensor | None = None
 
@@ -146,17 +150,17 @@ class StackedMatrix(FullMatrix):
         return weights
 
     def rewrite(self, weights: Tensor) -> None:
-        own, is_view = stacked(self.weights) if _distance(self.weights) is not None else (None, False)
-        if own is None:
+        if _distance(self.weights) is None:
             torch._foreach_copy_(self.weights, list(weights))
-        elif weights.data_ptr() != own.data_ptr():
-            own.copy_(weights)
+        else:
+            stacked(self.weights)[0].copy_(weights)  # of itself nothing
 
     def write(self, update: Update, step_size: float, decay: float | Tensor, decay_first: bool) -> None:
         weights = self._in_one_piece()
         if isinstance(decay, Tensor):  # comes first, one for each
-            factors = 1 - decay
-            torch._foreach_mul_(weights, [factors] if len(weights) == 1 else list(factors.view(-1)))
+            factors = (1 - decay).view(-1)
+            one = len(weights) == 1
+            torch._foreach_mul_(weights, [factors.view(-1, *[1] * len(self.shape))] if one else list(factors))
         elif decay and decay_first:
             torch._foreach_mul_(weights, 1 - decay)
         self.add_(update, -step_size)
@@ -167,14 +171,44 @@ class StackedMatrix(FullMatrix):
         assert not isinstance(update, WrittenUpdate), "of a matrix that has a subspace"
         weights = self._in_one_piece()
         if isinstance(update, LowRankUpdate):
-            update, alpha = update.product().to(self.parameter.dtype), alpha * update.factor
-        torch._foreach_add_(weights, [update] if len(weights) == 1 else list(update), alpha=alpha)
+            dense, alpha = update.product().to(self.parameter.dtype), alpha * update.factor
+        else:
+            dense = update
+        torch._foreach_add_(weights, [dense] if len(weights) == 1 else list(dense), alpha=alpha)
 
     def _in_one_piece(self) -> list[Tensor]:
         """The weights: one tensor where they lie in one, else each."""
         return self.weights if _distance(self.weights) is None else [stacked(self.weights)[0]]
 
+    def state(self, states: Sequence[State], only_read: Collection[str] = ()) -> StackedState:
+        return StackedState(states, only_read)
+
     # ---- the whole matrix -------------------------------------------------------------------------------------------
 
     def solve(self, block: Tensor, find: Callable[[Tensor], Tensor]) -> PendingSolve:
         return super().solve(block, lambda whole: torch.stack([find(matrix) for matrix in whole]))
+
+
+class StackedVectors(StackedMatrix):
+    """Alike vectors of n elements as B matrices of one row, B x 1 x n, whose moments live in their own elements."""
+
+    ranked = False
+
+    def __init__(self, shards: Sequence[FullShard]) -> None:
+        n = shards[0].parameter.numel()
+        super().__init__(shards, ProjectionSide((1, n), n, right=True))
+
+    def stack_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
+        return super().stack_gradients(gradients).unsqueeze(1)
+
+    def state(self, states: Sequence[State], only_read: Collection[str] = ()) -> StackedState:
+        return StackedState(states, only_read, of_vectors=True)
+
+    def add_(self, update: Update, alpha: float) -> None:
+        super().add_(update.squeeze(1) if isinstance(update, Tensor) else update, alpha)
+
+
+def stack_of(shards: Sequence[FullShard]) -> StackedMatrix:
+    """Alike matrices with a subspace, or alike vectors, as one."""
+    first = shards[0]
+    return StackedMatrix(shards, first.side) if has_subspace(first) else StackedVectors(shards)

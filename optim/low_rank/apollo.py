@@ -40,7 +40,7 @@ from ..core.clock import steps_of
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullMatrix
 from ..state.spec import StateSpec, wide_dtype
-from .gaussian import following, gaussian_columns
+from .gaussian import following, gaussian_stack
 from .growth_limiter import limit_growth_
 from .optimizer import LowRankOptimizer
 from .published import Published
@@ -147,9 +147,8 @@ class APOLLOAdamW(LowRankOptimizer):
     def columns(self, shard: FullMatrix, group: Group, state: State) -> Tensor:
         if group["proj"] == "svd":
             return super().columns(shard, group, state)
-        seeds = state["seed"].flatten().tolist()  # on the CPU
-        drawn = [gaussian_columns(shard.side, seed, shard.device) for seed in seeds]
-        return drawn[0] if state["seed"].dim() == 0 else torch.stack(drawn)
+        drawn = gaussian_stack(shard.side, state["seed"].view(-1).tolist(), shard.device)  # of the CPU
+        return drawn if state["seed"].dim() else drawn[0]
 
     def waits_for_gradient(self, group: Group) -> bool:
         return bool(group["proj"] == "svd")

@@ -154,7 +154,7 @@ class DCTAdamW(LowRankOptimizer):
     def columns(self, shard: FullMatrix, group: Group, state: State) -> Tensor:
         Q = cosine_basis(shard.side.basis_shape[0], shard.device)
         i = state["indices"]
-        return Q.index_select(1, i.flatten()).unflatten(1, i.shape).movedim(0, -2)
+        return Q.index_select(1, i.flatten()).view(len(Q), *i.shape).movedim(0, -2)
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         A = self._with_error(G, shard, group, state)

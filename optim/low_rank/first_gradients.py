@@ -41,7 +41,8 @@ class FirstGradients:
         self._read({item.shard.position: item.shard.all_reduce_max_(_moved(item)) for item in unknown})
 
     def look_at(self, G: Tensor, shard: FullShard, usable: Tensor) -> None:
-        """Whether a matrix that is being refreshed has a gradient, if it may be its first; of a stack, each. Collective."""
+        """Whether a matrix that is being refreshed, or each of a stack, has a gradient, if it may be its first.
+        Collective."""
         positions = shard.positions if isinstance(shard, StackedMatrix) else [shard.position]
         unknown = [number for number, position in enumerate(positions) if not self._seen.get(position)]
         if unknown:

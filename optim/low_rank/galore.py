@@ -38,7 +38,7 @@ from ..core.batches import Direction
 from ..core.clock import steps_of
 from ..core.keywords import ACCEPTED, OF_Q_GALORE, Accepted
 from ..core.rules import ADAFACTOR, LION
-from ..core.types import Group, State
+from ..core.types import Group, ParamStep, State
 from ..distributed import FullMatrix, FullShard, has_subspace
 from .optimizer import LowRankOptimizer
 from .published import Published
@@ -249,6 +249,12 @@ class GaLoreAdafactor(GaLore):
         **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
+
+    def stack_numbers(self, item: ParamStep) -> int:
+        shard = item.shard
+        if len(shard.shape) == 1 and not shard.split:
+            return 4 * shard.parameter.numel()
+        return super().stack_numbers(item)
 
     def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         lr = self._learning_rate(shard, group, state)

@@ -39,7 +39,14 @@ from ..core.types import Group, State
 from ..distributed import FullMatrix, FullShard, ProjectionSide, has_subspace
 from ..state.spec import INDICES, MOMENTS, Placement, StateSpec, moment_dtype
 from .galore import GaLore
-from .singular import Columns, leading_singular_vectors, orthogonal_iteration, randomized_range
+from .singular import (
+    Columns,
+    PendingIteration,
+    PendingRange,
+    leading_singular_vectors,
+    orthogonal_iteration,
+    randomized_range,
+)
 from .sparse_residual import absorb_, first_support
 
 
@@ -152,9 +159,13 @@ class GaLorePlusAdamW(GaLore):
         if group["subspace_method"] == "svd":
             return shard.solve(G, lambda whole: leading_singular_vectors(whole[rows], side))
         previous = self.previous_columns(shard, group, state)
-        if group["subspace_method"] == "iterate":
-            return orthogonal_iteration(part, side, previous, shard.all_reduce_)
         width, times = group["oversampling"], group["power_iterations"]
+        if group["subspace_method"] == "iterate":
+            if self.finds_stacked(shard):
+                return PendingIteration(part, side, previous)
+            return orthogonal_iteration(part, side, previous, shard.all_reduce_)
+        if self.finds_stacked(shard):
+            return PendingRange(part, side, previous, seed, width, times)
         return randomized_range(part, side, previous, seed, width, times, shard.all_reduce_)
 
     # ---- the sparse residual ------------------------------------------------------------------------------------

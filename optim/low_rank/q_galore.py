@@ -169,7 +169,7 @@ class GaLoreAdamW8bit(GaLore):
         size = group["quant_group_size"]
         held = {key: shard.all_gather_rows(state[key], -(-length * rank // size)) for key in PACKED}
         rows = unpacked("basis", held, size, group["quant_n_bit"])
-        return rows.flatten(-2)[..., : length * rank].unflatten(-1, (length, rank)).to(shard.dtype)
+        return rows.flatten(-2)[..., : length * rank].reshape(*rows.shape[:-2], length, rank).to(shard.dtype)
 
     def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Columns:
         if group["cos_threshold"] is None or group["subspace_method"] == "svd":
@@ -186,6 +186,9 @@ class GaLoreAdamW8bit(GaLore):
             by_chance = rank / length if rank < length else 0  # all of the space is always itself
             state["overlap"].copy_((rotation.square().sum() / rank - by_chance) / (1 - by_chance))
         self._write_basis(columns, usable, shard, group, state)
+
+    def stores_stacks(self, group: Group) -> bool:
+        return not group["quant"] and group["cos_threshold"] is None
 
     def _write_basis(
         self, columns: Tensor, usable: Tensor | None, shard: FullMatrix, group: Group, state: State
