@@ -320,7 +320,10 @@ class ShardedOptimizer(DeclaredState):
         if not self.moves_by_element(item.shard, item.group):
             yield item
             return
-        for shard, begin, end in pieces_of(item.shard, at_once(item.shard.device)):
+        size = at_once(item.shard.device)
+        if self.moment_codec is not PLAIN and launches_cost(item.shard.device):
+            size //= 2  # moments are made beside their direction
+        for shard, begin, end in pieces_of(item.shard, size):
             if shard is item.shard:
                 yield item
             elif begin < end or self.moment_codec is not PLAIN:  # which every process takes part in
