@@ -52,7 +52,7 @@ def ask(rule: Rule, coordinates: Tensor, state: State, group: Group, shard: Full
         return rule.direction(coordinates, state, group)
     keys = [key for key in MOMENTS if key in state]
     states = state.parts(keys) if isinstance(state, StackedState) else [state]
-    clock = partial(shard.workspace.number, steps_of(state), shard.device)
+    clock = clock_of(state, shard)
     if len(states) == 1:
         (moved,), correction = rule.together([coordinates], states, group, clock)
         return moved, correction
@@ -60,11 +60,11 @@ def ask(rule: Rule, coordinates: Tensor, state: State, group: Group, shard: Full
     return stacked(each)[0], correction
 
 
-def found_together(directions: Sequence[Direction], rule: Rule, group: Group, clock: Clock) -> Iterator[Towards]:
-    """What directions come to, one after the other, by one call of the rule."""
+def found_together(directions: Sequence[Direction], rule: Rule, group: Group, shard: FullShard) -> Iterator[Towards]:
+    """What directions come to, one after the other, by one call of the rule; ``shard`` is one of theirs."""
     assert rule.together is not None
     coordinates, states = zip(*map(next, directions), strict=True)
-    moved, correction = rule.together(coordinates, states, group, clock)
+    moved, correction = rule.together(coordinates, states, group, clock_of(states[0], shard))
     del coordinates
     for direction, own in zip(directions, moved, strict=True):
         yield _ended(direction, (own, correction))
@@ -174,10 +174,9 @@ def decay_together(weights: Sequence[Tensor], group: Group) -> None:
         torch._foreach_mul_(list(weights), 1 - decay)
 
 
-def clock_of(items: Sequence[ParamStep]) -> Clock:
+def clock_of(state: State, shard: FullShard) -> Clock:
     """What gives the clock that the parameters of a batch have in common, on their device."""
-    shard = items[0].shard
-    return partial(shard.workspace.number, steps_of(items[0].state), shard.device)
+    return partial(shard.workspace.number, steps_of(state), shard.device)
 
 
 def move_in_place(items: Sequence[ParamStep], rule: Rule) -> None:
@@ -186,7 +185,8 @@ def move_in_place(items: Sequence[ParamStep], rule: Rule) -> None:
     group, weights = items[0].group, [item.shard.parameter for item in items]
     if rule.decay_first:
         decay_together(weights, group)
-    rule.in_place(weights, [item.take_grad() for item in items], [item.state for item in items], group, clock_of(items))
+    clock = clock_of(items[0].state, items[0].shard)
+    rule.in_place(weights, [item.take_grad() for item in items], [item.state for item in items], group, clock)
     if not rule.decay_first:
         decay_together(weights, group)
 

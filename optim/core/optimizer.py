@@ -45,7 +45,6 @@ from .batches import (
     Movable,
     Way,
     batches,
-    clock_of,
     found_alone,
     found_together,
     is_born_small,
@@ -151,8 +150,8 @@ class ShardedOptimizer(DeclaredState):
         B x the shape of each, or a vector as one of B x 1 x n; 0 where it must be by itself."""
         return 0
 
-    def stack_kind(self, item: ParamStep) -> object:
-        """What matrices of a stack have in common beside shape, side, group, clock and dtypes."""
+    def batch_kind(self, item: ParamStep) -> object:
+        """What parameters that move together have in common beside group, clock and dtypes."""
         return None
 
     def after_step(self, work: list[ParamStep]) -> None:
@@ -269,7 +268,7 @@ class ShardedOptimizer(DeclaredState):
         """``update`` of several parameters that are alike, by one call of the rule."""
         group = batch[0].group
         directions = [self.direction(item.take_grad(), item.shard, group, item.state) for item in batch]
-        towards = found_together(directions, self.rule, group, clock_of(batch))
+        towards = found_together(directions, self.rule, group, batch[0].shard)
         write_together([item.shard for item in batch], towards, group, self.rule.decay_first)
 
     def _update_stacked(self, batch: list[ParamStep]) -> None:
@@ -292,7 +291,9 @@ class ShardedOptimizer(DeclaredState):
         together = costly and self.rule.together is not None and self.moves_by_direction(shard, item.group)
         if not (together and self._holds_numbers(item)):
             return Movable()
-        return Movable(Way.IN_PLACE) if self._is_in_place(item) else Movable(Way.TOGETHER, numbers_of(item))
+        if self._is_in_place(item):
+            return Movable(Way.IN_PLACE)
+        return Movable(Way.TOGETHER, numbers_of(item), self.batch_kind(item))
 
     def _holds_numbers(self, item: ParamStep) -> bool:
         """Whether moments are held as the rule sees them."""
@@ -306,7 +307,7 @@ class ShardedOptimizer(DeclaredState):
         assert grad is not None
         memory = shard.parameter.untyped_storage()._cdata if shard.born_stacked else 0
         side = shard.side if has_subspace(shard) else shard.shape
-        return side, grad.dtype, memory, self.stack_kind(item)
+        return side, grad.dtype, memory, self.batch_kind(item)
 
     def _is_in_place(self, item: ParamStep) -> bool:
         """Whether a parameter that may be moved with others is moved in no memory of its own."""

@@ -145,7 +145,7 @@ class DCTAdamW(LowRankOptimizer):
     def is_due(self, group: Group, state: State) -> bool:
         return False
 
-    def stack_kind(self, item: ParamStep) -> object:
+    def batch_kind(self, item: ParamStep) -> object:
         return self.waited_for_gradient(item.shard)
 
     def find(self, work: list[ParamStep]) -> None:

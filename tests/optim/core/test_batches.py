@@ -8,10 +8,12 @@ from catalogue import VARIANTS
 from torch import nn
 
 from gracile import optim
+from gracile.models.convert import convert
 from gracile.optim.core import batches
 from gracile.optim.core import optimizer as stepping
 from gracile.optim.core.rules import ADAM, LION, TORCH_ADAM
 from gracile.optim.distributed import FullShard, ProjectionSide, StackedState, stack_of, stacked
+from gracile.optim.factored import sst
 from gracile.optim.low_rank import optimizer as optimizer_of
 from gracile.optim.low_rank.singular import PendingIteration, orthogonal_iteration, orthogonal_iterations
 
@@ -220,6 +222,35 @@ def test_codes_of_a_stack_are_those_of_each(rows, one, together, monkeypatch):
             assert value.dtype == expected.state[q][key].dtype
             apart = (value.double() - expected.state[q][key].double()).abs()
             assert apart.mean() < 0.02 if key in ("exp_avg", "exp_avg_sq") else apart.max() < 1e-3, key
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SLTrainAdamW", "SLTrainAdamW8bit", "SSTAdamW", "ReLoRAAdamW"])
+def test_parts_of_layers_move_together_as_each_would_alone(name, together, monkeypatch):
+    """With draws, merges and resets after the fifth step, ages of their own, and parameters of no layer."""
+
+    def trained(on_a_gpu):
+        for module in (batches, optimizer_of, stepping, sst):
+            monkeypatch.setattr(module, "launches_cost", lambda device: on_a_gpu)
+        torch.manual_seed(0)
+        variant = VARIANTS[name]
+        kind, keys, _ = variant.layer
+        model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 8), nn.Linear(8, 8))
+        convert(model, kind, ["0", "1", "2"], rank=3, **keys)
+        held = [p for p in model.parameters() if p.requires_grad]
+        optimizer = variant.cls([{"params": held, "weight_decay": 0.1}], **variant.cells.keys)
+        for _ in range(8):
+            for p in held:
+                p.grad = torch.randn(p.shape)
+            optimizer.step()
+        return [p.detach() for p in model.parameters()] + [v for p in held for v in optimizer.state[p].values()]
+
+    moved = trained(on_a_gpu=True)
+    assert sum(together) >= 8 * 9
+    for one, other in zip(moved, trained(on_a_gpu=False), strict=True):
+        close(one, other, {"rtol": 1e-4, "atol": 2e-6}, name)
 
 
 # ---- rules ----------------------------------------------------------------------------------------------------------
