@@ -27,6 +27,7 @@ from .types import Group, ParamStep, State
 
 AT_ONCE = 2**25  # numbers that a batch makes: 128 MiB in fp32
 MATRICES_AT_ONCE = 3 * 2**25  # that one of matrices makes, copies of gradients and state among them: 384 MiB
+ON_A_CPU = 2**22  # that one of matrices makes there: 16 MiB
 # Elements of a matrix, from which on it gives a GPU enough to do by itself: of a method with many kernels a matrix, and
 # of one with few, for which a copy of a gradient costs more than the launches that it saves. And on a CPU.
 MANY_BELOW, FEW_BELOW, BORN_STACKED_BELOW = 2**24, 2**20, 2**16
@@ -124,25 +125,33 @@ def batches(portion: Sequence[ParamStep], movable: Callable[[ParamStep, bool], M
 
     ``movable`` says how one may be moved; asked with False, without a stack: there is none of one matrix.
     """
-    kinds = [_kind(item, movable(item, True)) for item in portion]
+    found = [movable(item, True) for item in portion]
+    kinds = [_kind(item, how) for item, how in zip(portion, found, strict=True)]
     alike = Counter(kinds)
     waiting: dict[tuple[object, ...], list[ParamStep]] = {}
     numbers: Counter[tuple[object, ...]] = Counter()
-    for item, kind in zip(portion, kinds, strict=True):
-        how = movable(item, kind[0] is not Way.STACKED or alike[kind] > 1)
-        kind = _kind(item, how)
+    for item, how, kind in zip(portion, found, kinds, strict=True):
+        if how.way is Way.STACKED and alike[kind] == 1:
+            how = movable(item, False)
+            kind = _kind(item, how)
         if how.way is Way.ALONE:
             yield Batch([item])
             continue
         batch = waiting.setdefault(kind, [])
-        most = MATRICES_AT_ONCE if has_subspace(item.shard) else AT_ONCE
-        if batch and numbers[kind] + how.numbers > most:
+        if batch and numbers[kind] + how.numbers > _most(item.shard):
             yield _batch(kind, waiting.pop(kind))
             batch, numbers[kind] = waiting.setdefault(kind, []), 0
         batch.append(item)
         numbers[kind] += how.numbers
     for kind, batch in waiting.items():
         yield _batch(kind, batch)
+
+
+def _most(shard: FullShard) -> int:
+    """How many numbers a batch may make."""
+    if not launches_cost(shard.device):
+        return ON_A_CPU
+    return MATRICES_AT_ONCE if has_subspace(shard) else AT_ONCE
 
 
 def _batch(kind: tuple[object, ...], items: list[ParamStep]) -> Batch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -150,13 +151,11 @@ class StackedMatrix(FullMatrix):
         return weights
 
     def rewrite(self, weights: Tensor) -> None:
-        if _distance(self.weights) is None:
-            torch._foreach_copy_(self.weights, list(weights))
-        else:
-            stacked(self.weights)[0].copy_(weights)  # of itself nothing
+        own = self._in_one_piece
+        torch._foreach_copy_(own, [weights] if len(own) == 1 else list(weights))
 
     def write(self, update: Update, step_size: float, decay: float | Tensor, decay_first: bool) -> None:
-        weights = self._in_one_piece()
+        weights = self._in_one_piece
         if isinstance(decay, Tensor):  # comes first, one for each
             factors = (1 - decay).view(-1)
             one = len(weights) == 1
@@ -169,13 +168,14 @@ class StackedMatrix(FullMatrix):
 
     def add_(self, update: Update, alpha: float) -> None:
         assert not isinstance(update, WrittenUpdate), "of a matrix that has a subspace"
-        weights = self._in_one_piece()
+        weights = self._in_one_piece
         if isinstance(update, LowRankUpdate):
             dense, alpha = update.product().to(self.parameter.dtype), alpha * update.factor
         else:
             dense = update
         torch._foreach_add_(weights, [dense] if len(weights) == 1 else list(dense), alpha=alpha)
 
+    @cached_property
     def _in_one_piece(self) -> list[Tensor]:
         """The weights: one tensor where they lie in one, else each."""
         return self.weights if _distance(self.weights) is None else [stacked(self.weights)[0]]
