@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,43 +21,81 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from catalogue import VARIANTS, Variant
 from pretend_device import on_device, pretend
 
+from gracile.models.convert import convert
+from gracile.optim import ReLoRAAdamW, SLTrainAdamW, SLTrainAdamW8bit, SSTAdamW
 from gracile.optim.core import batches
 from gracile.optim.distributed import pieces
 from gracile.optim.low_rank import optimizer as low_rank
 from gracile.optim.sparse import top_k
 
+Made = tuple[list[nn.Parameter], torch.optim.Optimizer]
+
 SMALLER = 64
 LAYERS = 24
 LONG, DIVISIBLE = 85, 88  # 5461 / 64, and what heads and patterns divide
 OTHERS = [(500, 32), (500, 32), *[(32,)] * (2 * LAYERS + 1)]
-LIMITS = [(batches, "AT_ONCE"), (low_rank, "FOUND_AT_ONCE"), (pieces, "ELSEWHERE"), (top_k, "ON_A_GPU")]
+LIMITS = [
+    *((batches, limit) for limit in ("AT_ONCE", "MATRICES_AT_ONCE", "MANY_BELOW", "FEW_BELOW")),
+    (low_rank, "FOUND_AT_ONCE"),
+    (pieces, "ELSEWHERE"),
+    (top_k, "ON_A_GPU"),
+]
+RANK = 512 // SMALLER
 STEPS = 6  # refreshes and changes of masks after 0 and 4
 
 
 def counted(variant: Variant) -> tuple[list[int], list[int]]:
     """Launches and waits of each step."""
-    use = variant.quadratic
-    assert use is not None
-    own = dict(use.matrices or {})
-    own |= {"rank": 512 // SMALLER} if own.get("rank", 1) > 1 else {}
-    long = DIVISIBLE if own.keys() & {"n", "num_heads"} else LONG
-    shapes = [(32, 32)] * 4 + [(long, 32)] * 2 + [(32, long)]
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     launches, waits = [], []
     with pretend() as record:
-        held = [
-            nn.Parameter(on_device(0.1 * torch.randn(shape, generator=generator))) for shape in shapes * LAYERS + OTHERS
-        ]
-        matrices, others = held[: LAYERS * len(shapes)], held[LAYERS * len(shapes) :]
-        optimizer = variant.cls([{"params": matrices, **own}, {"params": others}], **use.keys)
+        held, optimizer = made_of_matrices(variant) if variant.quadratic else made_of_layers(variant)
         for _ in range(STEPS):
             for p in held:
-                p.grad = on_device(torch.randn(p.shape, generator=generator))
+                p.grad = on_device(torch.randn(p.shape))
             record.clear()
             optimizer.step()
             launches.append(record.launches)
             waits.append(record.waits.total() + record.copies.total())
     return launches, waits
+
+
+def made_of_matrices(variant: Variant) -> Made:
+    use = variant.quadratic
+    assert use is not None
+    own = dict(use.matrices or {})
+    own |= {"rank": RANK} if own.get("rank", 1) > 1 else {}
+    matrices = [nn.Parameter(on_device(0.1 * torch.randn(shape))) for shape in matrix_shapes(own) * LAYERS]
+    others = made_others()
+    return matrices + others, variant.cls([{"params": matrices, **own}, {"params": others}], **use.keys)
+
+
+def made_of_layers(variant: Variant) -> Made:
+    """With a change of the layers after every fourth step."""
+    assert variant.layer is not None
+    assert variant.cells is not None
+    kind, keys, _ = variant.layer
+    model = nn.Sequential(*(nn.Linear(n, m, bias=False) for m, n in matrix_shapes({}) * LAYERS))
+    convert(model, kind, [str(number) for number in range(len(model))], rank=RANK, **keys)
+    for layer in model:
+        for tensors in (layer._parameters, layer._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    there = on_device(tensor)
+                    trained = tensors is layer._parameters
+                    tensors[name] = nn.Parameter(there, requires_grad=tensor.requires_grad) if trained else there
+    held = [p for p in model.parameters() if p.requires_grad] + made_others()
+    keys = {key: 4 if key in ("swap_every", "merge_every") else value for key, value in variant.cells.keys.items()}
+    return held, variant.cls(held, **keys)
+
+
+def matrix_shapes(keys: Mapping[str, object]) -> list[tuple[int, int]]:
+    long = DIVISIBLE if keys.keys() & {"n", "num_heads"} else LONG
+    return [(32, 32)] * 4 + [(long, 32)] * 2 + [(32, long)]
+
+
+def made_others() -> list[nn.Parameter]:
+    return [nn.Parameter(on_device(0.1 * torch.randn(shape))) for shape in OTHERS]
 
 
 def main() -> None:
@@ -65,7 +104,8 @@ def main() -> None:
         setattr(module, limit, getattr(module, limit) // SMALLER**2)
     print("| class | an ordinary step | waits | the busiest after the first | waits |\n|---|---|---|---|---|")
     for name, variant in VARIANTS.items():
-        if variant.quadratic is None or not any(word in name for word in sys.argv[1:] or [""]):
+        of_layers = variant.cls in (ReLoRAAdamW, SLTrainAdamW, SLTrainAdamW8bit, SSTAdamW)
+        if not (variant.quadratic or of_layers) or not any(word in name for word in sys.argv[1:] or [""]):
             continue
         launches, waits = counted(variant)
         print(

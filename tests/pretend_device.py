@@ -91,6 +91,9 @@ class OnDevice(Tensor):
     def __repr__(self, **_) -> str:
         return f"OnDevice({self.held})"
 
+    def untyped_storage(self):
+        return self.held.untyped_storage()
+
     def tolist(self):
         _pretending.record.waits[_place()] += 1
         return self.held.tolist()

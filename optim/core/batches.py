@@ -2,47 +2,70 @@
 
 A method says once where one parameter goes, as a generator: it yields coordinates, gets what the rule makes of them,
 and returns the update. Alone, the rule is asked for one. In a batch all are begun, the rule is asked once for all, and
-each is ended. On a CPU, where launches cost next to nothing, each is alone, on the bits of the authors' code.
+each is ended. Where a method is written over leading dimensions, alike matrices are one stack (``stacks.py`` of
+``distributed``), and all of it is asked once. On a CPU, where launches cost next to nothing, each is alone, on the bits
+of the authors' code; but small matrices that were born in one tensor, as those of experts, are a stack there too.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
+from enum import Enum
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..distributed import FullShard, Update, has_subspace
+from ..distributed import FullShard, StackedState, Update, has_subspace, stacked
 from .clock import steps_of
-from .rules import Rule
+from .rules import MOMENTS, Rule
 from .rules_together import Clock
 from .types import Group, ParamStep, State
 
 AT_ONCE = 2**25  # numbers that a batch makes: 128 MiB in fp32
+MATRICES_AT_ONCE = 3 * 2**25  # that one of matrices makes, copies of gradients and state among them: 384 MiB
+ON_A_CPU = 2**22  # that one of matrices makes there: 16 MiB
+# Elements of a matrix, from which on it gives a GPU enough to do by itself: of a method with many kernels a matrix, and
+# of one with few, for which a copy of a gradient costs more than the launches that it saves. And on a CPU.
+MANY_BELOW, FEW_BELOW, BORN_STACKED_BELOW = 2**24, 2**20, 2**16
 
 Found = tuple[Tensor, float]  # the direction of coordinates, and the factor on the learning rate
 Towards = tuple[Update, float]  # the same of a parameter
 Direction = Generator[tuple[Tensor, State], Found, Towards]
 
 
-def found_alone(direction: Direction, rule: Rule, group: Group) -> Towards:
-    """What a direction comes to, by a call of the rule of its own."""
+def found_alone(direction: Direction, rule: Rule, group: Group, shard: FullShard) -> Towards:
+    """What a direction, of one parameter or of a stack, comes to, by a call of the rule of its own."""
     try:
         coordinates, state = next(direction)
     except StopIteration as end:  # a rule of its own
         towards: Towards = end.value
         return towards
-    return _ended(direction, rule.direction(coordinates, state, group))
+    return _ended(direction, ask(rule, coordinates, state, group, shard))
 
 
-def found_together(directions: Sequence[Direction], rule: Rule, group: Group, clock: Clock) -> Iterator[Towards]:
-    """What directions come to, one after the other, by one call of the rule."""
+def ask(rule: Rule, coordinates: Tensor, state: State, group: Group, shard: FullShard) -> Found:
+    """What a rule makes of coordinates, of a stack too: by as few kernels as it can, where launches cost."""
+    if rule.together is None or not launches_cost(coordinates.device):
+        return rule.direction(coordinates, state, group)
+    keys = [key for key in MOMENTS if key in state]
+    states = state.parts(keys) if isinstance(state, StackedState) else [state]
+    clock = clock_of(state, shard)
+    if len(states) == 1:
+        (moved,), correction = rule.together([coordinates], states, group, clock)
+        return moved, correction
+    each, correction = rule.together(list(coordinates), states, group, clock)
+    return stacked(each)[0], correction
+
+
+def found_together(directions: Sequence[Direction], rule: Rule, group: Group, shard: FullShard) -> Iterator[Towards]:
+    """What directions come to, one after the other, by one call of the rule; ``shard`` is one of theirs."""
     assert rule.together is not None
     coordinates, states = zip(*map(next, directions), strict=True)
-    moved, correction = rule.together(coordinates, states, group, clock)
+    moved, correction = rule.together(coordinates, states, group, clock_of(states[0], shard))
     del coordinates
     for direction, own in zip(directions, moved, strict=True):
         yield _ended(direction, (own, correction))
@@ -62,33 +85,86 @@ def launches_cost(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def is_born_small(shard: FullShard) -> bool:
+    """Whether matrices were born in one tensor, and are so small that a CPU moves them faster as one."""
+    return shard.born_stacked and shard.parameter.numel() <= BORN_STACKED_BELOW
+
+
+def is_stacked_at(elements: int, few_kernels: bool) -> bool:
+    """Whether matrices of so many elements are worth being copied into a stack."""
+    return elements < (FEW_BELOW if few_kernels else MANY_BELOW)
+
+
+class Way(Enum):
+    """How a parameter may be moved."""
+
+    ALONE = "by itself"
+    TOGETHER = "the rule is asked once for several"
+    IN_PLACE = "the rule moves several weights, in no memory of its own"
+    STACKED = "as one of several alike matrices"
+
+
 class Batch(NamedTuple):
-    """Parameters that move together; ``in_place`` where they need no memory for it."""
+    """Parameters that move together."""
 
     items: list[ParamStep]
-    in_place: bool = False
+    way: Way = Way.ALONE
 
 
-def batches(
-    portion: Sequence[ParamStep], may: Callable[[ParamStep], bool], in_place: Callable[[ParamStep], bool]
-) -> Iterator[Batch]:
-    """The parameters of a portion, those together that ``may`` be and are alike in group, clock, dtype and device, on
-    every process in the same order."""
+class Movable(NamedTuple):
+    """How a parameter may be moved, how many numbers are then made, and what those of a batch have in common beside
+    group, clock, dtypes and device."""
+
+    way: Way = Way.ALONE
+    numbers: int = 0
+    kind: object = None
+
+
+def batches(portion: Sequence[ParamStep], movable: Callable[[ParamStep, bool], Movable]) -> Iterator[Batch]:
+    """The parameters of a portion, those together that are alike, on every process in the same order.
+
+    ``movable`` says how one may be moved; asked with False, without a stack: there is none of one matrix.
+    """
+    found = [movable(item, True) for item in portion]
+    kinds = [_kind(item, how) for item, how in zip(portion, found, strict=True)]
+    alike = Counter(kinds)
     waiting: dict[tuple[object, ...], list[ParamStep]] = {}
-    for item in portion:
-        if not (launches_cost(item.shard.device) and may(item)):
+    numbers: Counter[tuple[object, ...]] = Counter()
+    for item, how, kind in zip(portion, found, kinds, strict=True):
+        if how.way is Way.STACKED and alike[kind] == 1:
+            how = movable(item, False)
+            kind = _kind(item, how)
+        if how.way is Way.ALONE:
             yield Batch([item])
             continue
-        held = [state.dtype for key, state in item.state.items() if key != "step"]
-        own = in_place(item)
-        kind = own, id(item.group), steps_of(item.state), item.shard.device, item.shard.dtype, *held
         batch = waiting.setdefault(kind, [])
-        if not own and batch and sum(map(numbers_of, [*batch, item])) > AT_ONCE:
-            yield Batch(waiting.pop(kind))
-            batch = waiting.setdefault(kind, [])
+        if batch and numbers[kind] + how.numbers > _most(item.shard):
+            yield _batch(kind, waiting.pop(kind))
+            batch, numbers[kind] = waiting.setdefault(kind, []), 0
         batch.append(item)
+        numbers[kind] += how.numbers
     for kind, batch in waiting.items():
-        yield Batch(batch, bool(kind[0]))
+        yield _batch(kind, batch)
+
+
+def _most(shard: FullShard) -> int:
+    """How many numbers a batch may make."""
+    if not launches_cost(shard.device):
+        return ON_A_CPU
+    return MATRICES_AT_ONCE if has_subspace(shard) else AT_ONCE
+
+
+def _batch(kind: tuple[object, ...], items: list[ParamStep]) -> Batch:
+    way = kind[0]
+    assert isinstance(way, Way)
+    return Batch(items) if way is Way.STACKED and len(items) == 1 else Batch(items, way)
+
+
+def _kind(item: ParamStep, how: Movable) -> tuple[object, ...]:
+    if how.way is Way.ALONE:
+        return (how.way,)
+    held = [state.dtype for key, state in item.state.items() if key != "step"]
+    return (how.way, how.kind, id(item.group), steps_of(item.state), item.shard.device, item.shard.dtype, *held)
 
 
 def numbers_of(item: ParamStep) -> int:
@@ -107,10 +183,9 @@ def decay_together(weights: Sequence[Tensor], group: Group) -> None:
         torch._foreach_mul_(list(weights), 1 - decay)
 
 
-def clock_of(items: Sequence[ParamStep]) -> Clock:
+def clock_of(state: State, shard: FullShard) -> Clock:
     """What gives the clock that the parameters of a batch have in common, on their device."""
-    shard = items[0].shard
-    return partial(shard.workspace.number, steps_of(items[0].state), shard.device)
+    return partial(shard.workspace.number, steps_of(state), shard.device)
 
 
 def move_in_place(items: Sequence[ParamStep], rule: Rule) -> None:
@@ -119,7 +194,8 @@ def move_in_place(items: Sequence[ParamStep], rule: Rule) -> None:
     group, weights = items[0].group, [item.shard.parameter for item in items]
     if rule.decay_first:
         decay_together(weights, group)
-    rule.in_place(weights, [item.take_grad() for item in items], [item.state for item in items], group, clock_of(items))
+    clock = clock_of(items[0].state, items[0].shard)
+    rule.in_place(weights, [item.take_grad() for item in items], [item.state for item in items], group, clock)
     if not rule.decay_first:
         decay_together(weights, group)
 

@@ -14,6 +14,7 @@ A method says what it is by the public verbs of ``ShardedOptimizer``, and overri
 from __future__ import annotations
 
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -32,11 +33,26 @@ from ..distributed import (
     at_once,
     complete_gradients,
     full_shape,
+    has_subspace,
     pieces_of,
+    stack_of,
     wrapped_group,
 )
 from ..state.spec import PLAIN, to_portable
-from .batches import Direction, batches, clock_of, found_alone, found_together, move_in_place, write_together
+from .batches import (
+    Batch,
+    Direction,
+    Movable,
+    Way,
+    batches,
+    found_alone,
+    found_together,
+    is_born_small,
+    launches_cost,
+    move_in_place,
+    numbers_of,
+    write_together,
+)
 from .clock import steps_of
 from .declared_state import DeclaredState
 from .group_checks import COMMON_CHECKS, check_declared, check_rounding, check_tensors, parameters_in
@@ -66,6 +82,7 @@ class ShardedOptimizer(DeclaredState):
         checks: a check for each key of the class's own.
         accepted: keywords and keys of other optimizers, with the values that change nothing.
         renamed: keys by the names that the authors' code has for them.
+        only_read: keys of state that ``update`` does not write to.
         together: what of a model must be stepped together, for a message; None where each parameter may be by itself.
         phase_listener: None, or what is called with the name of each phase and returns a context manager for it; set
             it to see where the time of a step goes. ``find`` comes only where a subspace or a mask is due, also inside
@@ -77,6 +94,7 @@ class ShardedOptimizer(DeclaredState):
     renamed: ClassVar[Mapping[str, str]] = {}
     later_keys: ClassVar[Mapping[str, Any]] = COMMON_KEYS
     together: ClassVar[str | None] = None
+    only_read: ClassVar[tuple[str, ...]] = ()
     phase_listener: PhaseListener | None = None
     _is_unused = False  # whether the state is one that a blank step made, and nothing was loaded or trained since
     _elsewhere: Sequence[State] = ()  # of parameters whose experts are all moved by other processes, in this step
@@ -113,9 +131,10 @@ class ShardedOptimizer(DeclaredState):
         """Find a subspace or a mask for those of a portion that one is due for, before they move. Collective."""
 
     def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
-        """Move one parameter of which ``G`` is the gathered gradient. Its counter has counted this step. Collective."""
+        """Move one parameter, or a stack of alike matrices, of which ``G`` is the gathered gradient. Its counter has
+        counted this step. Collective."""
         with self._dequantized(shard, group, state) as wide:
-            direction, correction = found_alone(self.direction(G, shard, group, wide), self.rule, group)
+            direction, correction = found_alone(self.direction(G, shard, group, wide), self.rule, group, shard)
         decay = group["lr"] * group["weight_decay"]
         shard.write(direction, group["lr"] * correction, decay, self.rule.decay_first)
 
@@ -126,6 +145,15 @@ class ShardedOptimizer(DeclaredState):
         parameters at once, where launches cost more than memory does.
         """
         return (yield G, state)
+
+    def stack_numbers(self, item: ParamStep) -> int:
+        """How many numbers it makes to ``update`` a matrix as one of a stack of alike ones, B x m x n with state of
+        B x the shape of each, or a vector as one of B x 1 x n; 0 where it must be by itself."""
+        return 0
+
+    def batch_kind(self, item: ParamStep) -> object:
+        """What parameters that move together have in common beside group, clock and dtypes."""
+        return None
 
     def after_step(self, work: list[ParamStep]) -> None:
         """What is done to several parameters together, when every one has moved. Collective."""
@@ -216,17 +244,22 @@ class ShardedOptimizer(DeclaredState):
             with self.phase(UPDATE):
                 for item in portion:
                     item.state["step"] += 1
-                for batch in batches(portion, self._is_batched, self._is_in_place):
-                    if batch.in_place:
-                        move_in_place(batch.items, self.rule)
-                    elif len(batch.items) > 1:
-                        self._update_together(batch.items)
-                    else:
-                        self._update_alone(batch.items[0])
+                for batch in batches(portion, self._movable):
+                    self._update_batch(batch)
         for state in self._elsewhere:
             state["step"] += 1
         with self.phase(AFTER):
             self.after_step(work)
+
+    def _update_batch(self, batch: Batch) -> None:
+        if batch.way is Way.IN_PLACE:
+            move_in_place(batch.items, self.rule)
+        elif batch.way is Way.STACKED:
+            self._update_stacked(batch.items)
+        elif len(batch.items) > 1:
+            self._update_together(batch.items)
+        else:
+            self._update_alone(batch.items[0])
 
     def _update_alone(self, item: ParamStep) -> None:
         for part in self._in_pieces(item):
@@ -238,17 +271,46 @@ class ShardedOptimizer(DeclaredState):
         """``update`` of several parameters that are alike, by one call of the rule."""
         group = batch[0].group
         directions = [self.direction(item.take_grad(), item.shard, group, item.state) for item in batch]
-        towards = found_together(directions, self.rule, group, clock_of(batch))
+        towards = found_together(directions, self.rule, group, batch[0].shard)
         write_together([item.shard for item in batch], towards, group, self.rule.decay_first)
 
-    def _is_batched(self, item: ParamStep) -> bool:
-        """Whether a parameter may be moved with others: where its moments and weights are written as they are."""
-        return (
-            self.rule.together is not None
-            and self.moment_codec is PLAIN
-            and not item.group["stochastic_rounding"]
-            and self.moves_by_direction(item.shard, item.group)
-        )
+    def _update_stacked(self, batch: list[ParamStep]) -> None:
+        """``update`` of alike matrices as of one."""
+        shard = stack_of([item.shard for item in batch])
+        state = shard.state([item.state for item in batch], self.only_read)
+        self.update(shard.stack_gradients([item.take_grad() for item in batch]), shard, batch[0].group, state)
+        state.write_back()
+
+    def _movable(self, item: ParamStep, stacks: bool) -> Movable:
+        """How a parameter may be moved: with others where launches cost, and its moments and weights are written as
+        they are, or, in a stack, through a codec."""
+        shard = item.shard
+        costly = launches_cost(shard.device)
+        if item.group["stochastic_rounding"] or not (costly or is_born_small(shard)):
+            return Movable()
+        numbers = self.stack_numbers(item) if stacks else 0
+        if numbers:
+            return Movable(Way.STACKED, numbers, self._stack_kind(item))
+        together = costly and self.rule.together is not None and self.moves_by_direction(shard, item.group)
+        if not (together and self._holds_numbers(item)):
+            return Movable()
+        if self._is_in_place(item):
+            return Movable(Way.IN_PLACE)
+        return Movable(Way.TOGETHER, numbers_of(item), self.batch_kind(item))
+
+    def _holds_numbers(self, item: ParamStep) -> bool:
+        """Whether moments are held as the rule sees them."""
+        if self.moment_codec is PLAIN:
+            return True
+        moments = self.stored_moments(item.shard, item.group)
+        return all(item.state[spec.name].is_floating_point() for spec in moments)
+
+    def _stack_kind(self, item: ParamStep) -> object:
+        shard, grad = item.shard, item.shard.held_gradient
+        assert grad is not None
+        memory = shard.parameter.untyped_storage()._cdata if shard.born_stacked else 0
+        side = shard.side if has_subspace(shard) else shard.shape
+        return side, grad.dtype, memory, self.batch_kind(item)
 
     def _is_in_place(self, item: ParamStep) -> bool:
         """Whether a parameter that may be moved with others is moved in no memory of its own."""
@@ -262,7 +324,10 @@ class ShardedOptimizer(DeclaredState):
         if not self.moves_by_element(item.shard, item.group):
             yield item
             return
-        for shard, begin, end in pieces_of(item.shard, at_once(item.shard.device)):
+        size = at_once(item.shard.device)
+        if self.moment_codec is not PLAIN and launches_cost(item.shard.device):
+            size //= 2  # moments are made beside their direction
+        for shard, begin, end in pieces_of(item.shard, size):
             if shard is item.shard:
                 yield item
             elif begin < end or self.moment_codec is not PLAIN:  # which every process takes part in
@@ -358,7 +423,7 @@ class ShardedOptimizer(DeclaredState):
             return
         specs = self.stored_moments(shard, group)
         moments = to_portable(specs, shard, state)
-        wide = {**state, **moments}
+        wide: State = ChainMap(moments, state)
         yield wide
         for spec in specs:
             spec.codec.encode(wide.pop(spec.name), spec, shard, state)

@@ -62,14 +62,13 @@ def adamw_in_place(
 def lion_together(
     gradients: Sequence[Tensor], states: Sequence[State], group: Group, clock: Clock
 ) -> tuple[list[Tensor], float]:
-    """``rules.lion`` of several tensors, which does not ask the clock."""
+    """``rules.lion`` of several tensors, which does not ask the clock; M + (1 - b) (R - M) for b M + (1 - b) R."""
     beta1, beta2 = group["betas"]
-    M, R = [state["exp_avg"] for state in states], list(gradients)
-    moved = list(torch._foreach_mul(M, beta1))
-    torch._foreach_add_(moved, R, alpha=1 - beta1)
+    M = [state["exp_avg"] for state in states]
+    R = [own.to(moment.dtype) for own, moment in zip(gradients, M, strict=True)]
+    moved = list(torch._foreach_lerp(M, R, 1 - beta1))
     torch._foreach_sign_(moved)
-    torch._foreach_mul_(M, beta2)
-    torch._foreach_add_(M, R, alpha=1 - beta2)
+    torch._foreach_lerp_(M, R, 1 - beta2)
     return moved, 1.0
 
 

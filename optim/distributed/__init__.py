@@ -13,9 +13,10 @@ from .param_registry import ParamRegistry, PrefixedState
 from .partition import Cut, as_one_buffer, by_rows, each_alone, flat_length
 from .pieces import at_once, pieces_of, spans
 from .process_group import ProcessGroup
-from .projection import PROJ_TYPES, LowRankUpdate, ProjectionSide
+from .projection import PROJ_TYPES, LowRankUpdate, ProjectionSide, add_product_
 from .row_view import RowView, complete_rows
 from .shard_range import Runs, ShardRange
+from .stacks import StackedMatrix, StackedState, stack_of, stacked
 from .workspace import Workspace
 from .zero_redundancy import wrapped_group
 
@@ -39,10 +40,13 @@ __all__ = [
     "RowView",
     "Runs",
     "ShardRange",
+    "StackedMatrix",
+    "StackedState",
     "UnsupportedLayout",
     "Update",
     "Workspace",
     "WrittenUpdate",
+    "add_product_",
     "all_reduce_shares_",
     "as_one_buffer",
     "at_once",
@@ -58,5 +62,7 @@ __all__ = [
     "local_flat",
     "pieces_of",
     "spans",
+    "stack_of",
+    "stacked",
     "wrapped_group",
 ]

@@ -60,7 +60,7 @@ class FullShard:
     ranked = False  # whether its moments live in a subspace
     split = False  # whether other processes hold parts of it
     maximize = False  # whether the parameter goes up: its gradient is then seen turned round
-    born_stacked = False  # whether it is one of several that lie in one tensor, with their gradients and state
+    born_stacked = False  # whether parameter, gradient and state are parts of tensors that hold those of many alike
     alone = False  # whether other processes, of several, know nothing of it
 
     def __init__(self, parameter: Tensor, position: int, workspace: Workspace) -> None:
@@ -113,6 +113,10 @@ class FullShard:
     def gather_grad(self) -> Tensor:
         """The gradient as the rule or the method wants it: of a matrix, its lines. Collective; once a step."""
         return self.gradient
+
+    def spare(self, G: Tensor) -> Tensor | None:
+        """The memory of a gathered gradient, where it is a copy that a method may write its update to."""
+        return None
 
     @property
     def coordinates_shape(self) -> tuple[int, ...]:
@@ -278,12 +282,12 @@ class FullMatrix(FullShard):
 
     def row_sums(self, like: Tensor) -> Tensor:
         """m x 1."""
-        sums: Tensor = like.sum(dim=1, keepdim=True)
+        sums: Tensor = like.sum(dim=-1, keepdim=True)
         return sums
 
     def row_norms(self, like: Tensor) -> Tensor:
         """m x 1."""
-        norms: Tensor = torch.linalg.vector_norm(like, dim=1, keepdim=True)
+        norms: Tensor = torch.linalg.vector_norm(like, dim=-1, keepdim=True)
         return norms
 
     def solve(self, block: Tensor, find: Callable[[Tensor], Tensor]) -> PendingSolve:

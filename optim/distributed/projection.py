@@ -56,7 +56,8 @@ class ProjectionSide:
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """``factor * N P^T`` (right) or ``factor * P N`` (left), m x n, kept as its factors until a shard writes it."""
+    """``factor * N P^T`` (right) or ``factor * P N`` (left), m x n, kept as its factors until a shard writes it. Of
+    several alike matrices where its factors have a dimension more."""
 
     left: Tensor
     right: Tensor
@@ -67,11 +68,22 @@ class LowRankUpdate:
 
     def add_to_(self, dense: Tensor) -> Tensor:
         """dense += this, for gradients and updates, which are of one size with it."""
-        return dense.addmm_(self.left.to(dense.dtype), self.right.to(dense.dtype), alpha=self.factor)
+        return add_product_(dense, self.left.to(dense.dtype), self.right.to(dense.dtype), self.factor)
 
-    def added_to(self, dense: Tensor) -> Tensor:
-        """dense + this, in one new tensor."""
-        return torch.addmm(dense, self.left.to(dense.dtype), self.right.to(dense.dtype), alpha=self.factor)
+    def added_to(self, dense: Tensor, out: Tensor | None = None) -> Tensor:
+        """dense + this, in one new tensor or in ``out``, which may be ``dense``."""
+        add = torch.addmm if dense.dim() == 2 else torch.baddbmm
+        return add(dense, self.left.to(dense.dtype), self.right.to(dense.dtype), alpha=self.factor, out=out)
 
-    def dense(self) -> Tensor:
-        return torch.mm(self.left, self.right).mul_(self.factor)
+    def product(self) -> Tensor:
+        """This without its factor."""
+        return self.left @ self.right
+
+    def dense(self, out: Tensor | None = None) -> Tensor:
+        return torch.matmul(self.left, self.right, out=out).mul_(self.factor)
+
+
+def add_product_(dense: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """dense += factor * left right, of matrices or of stacks of them."""
+    add = dense.addmm_ if dense.dim() == 2 else dense.baddbmm_
+    return add(left, right, alpha=factor)

@@ -134,6 +134,9 @@ class FactoredOptimizer(ShardedOptimizer):
     def moves_by_element(self, shard: FullShard, group: Group) -> bool:
         return super().moves_by_element(shard, group) and self.part_of(shard) is None
 
+    def moves_by_direction(self, shard: FullShard, group: Group) -> bool:
+        return True
+
     def after_step(self, work: list[ParamStep]) -> None:
         found: dict[int, LayerStep] = {}
         for item in work:

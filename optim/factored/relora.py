@@ -31,7 +31,7 @@ from ..core.batches import Direction
 from ..core.clock import since, steps_of, with_age
 from ..core.optimizer import FIND
 from ..core.rules import MOMENTS
-from ..core.types import Group, State
+from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard
 from .optimizer import FactoredOptimizer, LayerStep
 
@@ -116,6 +116,9 @@ class ReLoRAAdamW(FactoredOptimizer):
         if self.part_of(shard) is not None and group["reset_step"]:
             state = with_age(state, since(steps_of(state), _reset_every(group)))
         return super().direction(G, shard, group, state)
+
+    def batch_kind(self, item: ParamStep) -> object:
+        return self.part_of(item.shard) is not None  # which may have an age of its own
 
     def after_layers(self, layers: list[LayerStep]) -> None:
         for layer in layers:

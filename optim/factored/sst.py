@@ -34,13 +34,17 @@ from torch.optim.optimizer import ParamsT
 
 from ...rng import generator_of
 from ...validation import Check, flag, whole
-from ..core.batches import Direction
+from ..core import batches
+from ..core.batches import Direction, launches_cost
 from ..core.clock import since, steps_of, with_age
 from ..core.optimizer import FIND
 from ..core.rules import MOMENTS
-from ..core.types import Group, State
-from ..distributed import FullShard, ProcessGroup, all_reduce_shares_
+from ..core.types import Group, ParamStep, State
+from ..distributed import FullShard, ProcessGroup, all_reduce_shares_, stacked
 from .optimizer import FactoredOptimizer, LayerStep, Parts
+
+VECTORS = ("U", "V")
+SHORTEST = 1e-12  # a column's norm is taken for no less
 
 
 class SSTAdamW(FactoredOptimizer):
@@ -122,22 +126,33 @@ class SSTAdamW(FactoredOptimizer):
     ) -> None:
         super().__init__(params, locals())
 
-    def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
-        vectors = self.part_of(shard) in ("U", "V")
-        super().update(G, shard, {**group, "weight_decay": 0.0} if vectors else group, state)
+    def advance(self, work: list[ParamStep]) -> None:
+        undecayed: dict[int, Group] = {}
+        for item in work:
+            if self.part_of(item.shard) in VECTORS:
+                item.group = undecayed.setdefault(id(item.group), {**item.group, "weight_decay": 0.0})
+        super().advance(work)
 
     def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> Direction:
         name, t = self.part_of(shard), steps_of(state)
         if name is None:
             return (yield from super().direction(G, shard, group, state))
-        if name == "sigma":
-            period = self._round(self._parts[shard.position].layer, group)
-            age = since(t, group["swap_every"] if group["reset_sigma"] else period)
-            return (yield from super().direction(G, shard, group, with_age(state, age)))
-        age = since(t, group["swap_every"])
+        age = self._age(shard, group, t)
         N, correction = yield from super().direction(G, shard, group, with_age(state, age))
-        rising = age < min(t, group["warmup_steps"])  # not at first: that is the schedule's business
+        rising = name in VECTORS and age < min(
+            t, group["warmup_steps"]
+        )  # not at first: that is the schedule's business
         return N, correction * (age / group["warmup_steps"] if rising else 1.0)
+
+    def batch_kind(self, item: ParamStep) -> object:
+        name = self.part_of(item.shard)
+        return None if name is None else (name in VECTORS, self._age(item.shard, item.group, steps_of(item.state)))
+
+    def _age(self, shard: FullShard, group: Group, t: int) -> int:
+        """Of the moments of a layer's part."""
+        if self.part_of(shard) in VECTORS or group["reset_sigma"]:
+            return since(t, group["swap_every"])
+        return since(t, self._round(self._parts[shard.position].layer, group))
 
     def _round(self, layer: Any, group: Group) -> int:
         """Steps between singular value decompositions of a layer."""
@@ -166,13 +181,15 @@ class SSTAdamW(FactoredOptimizer):
                 self._decompose(over[begin : begin + processes.size], processes)
 
     def _renormalize(self, layers: list[LayerStep]) -> None:
-        columns = [layer.stepped[name].shard for layer in layers for name in ("U", "V")]
+        torch._foreach_clamp_min_([layer.stepped["sigma"].shard.parameter for layer in layers], 0)
+        columns = [layer.stepped[name].shard for layer in layers for name in VECTORS]
+        if launches_cost(columns[0].device) and not any(shard.split for shard in columns):
+            _normalize_together([shard.parameter for shard in columns])
+            return
         squares = [shard.column_squares() for shard in columns]
         all_reduce_shares_(list(zip(columns, squares, strict=True)))
         for shard, square in zip(columns, squares, strict=True):
-            shard.divide_columns(square.sqrt_().clamp_(min=1e-12))
-        for layer in layers:
-            layer.stepped["sigma"].shard.parameter.clamp_(min=0)
+            shard.divide_columns(square.sqrt_().clamp_(min=SHORTEST))
 
     def _decompose(self, layers: list[LayerStep], processes: ProcessGroup) -> None:
         """Layers decomposed, each by one process: none holds more of them whole than its own and one at a time."""
@@ -204,6 +221,20 @@ class SSTAdamW(FactoredOptimizer):
                     state[key].zero_()
                 else:
                     state[key].copy_(shard.part_of(shard.gather_whole(state[key])[order]))
+
+
+def _normalize_together(weights: list[Tensor]) -> None:
+    """Each column of each weight divided by its norm: of alike weights by the same kernels."""
+    alike: dict[object, list[Tensor]] = {}
+    for W in weights:
+        alike.setdefault((W.shape, W.dtype, W.device), []).append(W)
+    for together in alike.values():
+        at_once = max(1, batches.AT_ONCE // (3 * together[0].numel()))
+        for begin in range(0, len(together), at_once):
+            part = together[begin : begin + at_once]
+            W, _ = stacked(part)
+            squares = W.to(torch.promote_types(W.dtype, torch.float32)).square().sum(-2, keepdim=True)
+            torch._foreach_copy_(part, list(W / squares.sqrt_().clamp_(min=SHORTEST)))
 
 
 def _processes_of(layer: LayerStep) -> ProcessGroup:

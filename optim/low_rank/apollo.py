@@ -40,7 +40,7 @@ from ..core.clock import steps_of
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullMatrix
 from ..state.spec import StateSpec, wide_dtype
-from .gaussian import following, gaussian_columns
+from .gaussian import following, gaussian_stack
 from .growth_limiter import limit_growth_
 from .optimizer import LowRankOptimizer
 from .published import Published
@@ -104,7 +104,8 @@ class APOLLOAdamW(LowRankOptimizer):
         "seed": _seed,
     }
 
-    moves_together = True
+    stack_copies = 1
+    only_read = ("basis", "seed")
     published = Published("apollo-torch", renamed={"update_norm": "scaled_grad"}, derived=("seed",))
 
     def __init__(
@@ -146,7 +147,8 @@ class APOLLOAdamW(LowRankOptimizer):
     def columns(self, shard: FullMatrix, group: Group, state: State) -> Tensor:
         if group["proj"] == "svd":
             return super().columns(shard, group, state)
-        return gaussian_columns(shard.side, int(state["seed"].item()), shard.device)
+        drawn = gaussian_stack(shard.side, state["seed"].view(-1).tolist(), shard.device)  # of the CPU
+        return drawn if state["seed"].dim() else drawn[0]
 
     def waits_for_gradient(self, group: Group) -> bool:
         return bool(group["proj"] == "svd")
@@ -174,7 +176,7 @@ class APOLLOAdamW(LowRankOptimizer):
         if group["scale_front"]:
             s = s * math.sqrt(group["scale"])
         # |R_j| = 0 where |N_j| is not: a factor that fp16 cannot hold
-        Z = G * s.clamp(max=torch.finfo(G.dtype).max).to(G.dtype)
+        Z = torch.mul(G, s.clamp(max=torch.finfo(G.dtype).max).to(G.dtype), out=shard.spare(G))
         if not group["disable_nl"]:
             limit_growth_(Z, shard, state["update_norm"], GROWTH)
         return Z, correction if group["scale_front"] else correction * math.sqrt(group["scale"])

@@ -9,7 +9,8 @@ from ..distributed import LowRankUpdate, ProjectionSide
 
 
 class Basis:
-    """P on its side of a matrix: ``project`` an m x n gradient to its coordinates, ``lift`` coordinates back."""
+    """P on its side of a matrix: ``project`` an m x n gradient to its coordinates, ``lift`` coordinates back. Of alike
+    matrices, all of which have a dimension more, as of one."""
 
     def __init__(self, columns: Tensor, side: ProjectionSide) -> None:
         self.columns, self.side = columns, side
@@ -17,16 +18,16 @@ class Basis:
     def project(self, gradient: Tensor) -> Tensor:
         P = self.columns
         G = gradient.to(P.dtype)
-        return G @ P if self.side.right else P.t() @ G
+        return G @ P if self.side.right else P.mT @ G
 
     def lift(self, coordinates: Tensor) -> LowRankUpdate:
         P = self.columns
         N = coordinates.to(P.dtype)
-        return LowRankUpdate(N, P.t()) if self.side.right else LowRankUpdate(P, N)
+        return LowRankUpdate(N, P.mT) if self.side.right else LowRankUpdate(P, N)
 
     def line_norms(self, coordinates: Tensor) -> Tensor:
         """The norm of each line of coordinates along the projected axis, m x 1 (right) or 1 x n (left)."""
-        norms: Tensor = torch.linalg.vector_norm(coordinates, dim=1 if self.side.right else 0, keepdim=True)
+        norms: Tensor = torch.linalg.vector_norm(coordinates, dim=-1 if self.side.right else -2, keepdim=True)
         return norms
 
 

@@ -29,24 +29,24 @@ def cosine_basis(k: int, device: torch.device) -> Tensor:
 
 
 def column_scores(A: Tensor, Q: Tensor, side: ProjectionSide, p: int) -> Tensor:
-    """sum |S|^p over each of the k lines of S = A Q (right) or Q^T A (left): what each column holds of A (m x n)."""
-    lines = A if side.right else A.t()
-    scores = torch.zeros(Q.shape[0], dtype=Q.dtype, device=Q.device)
-    for part in torch.chunk(lines, BLOCKS):
+    """sum |S|^p over each of the k lines of S = A Q (right) or Q^T A (left): what each column holds of A (m x n). Here
+    and below, of several matrices where there is a dimension before."""
+    lines = A if side.right else A.mT
+    scores = torch.zeros(*A.shape[:-2], Q.shape[0], dtype=Q.dtype, device=Q.device)
+    for part in torch.chunk(lines, BLOCKS, dim=-2):
         S = part @ Q
-        scores += S.abs_().sum(dim=0) if p == 1 else S.square_().sum(dim=0)
+        scores += S.abs_().sum(dim=-2) if p == 1 else S.square_().sum(dim=-2)
     return scores
 
 
 def best_columns(scores: Tensor, r: int) -> Tensor:
     """Indices of the r largest scores, largest first, ties by index (r, int32)."""
-    return torch.sort(scores, descending=True, stable=True).indices[:r].to(torch.int32)
+    return torch.sort(scores, descending=True, stable=True).indices[..., :r].to(torch.int32)
 
 
 def kept_places(previous: Tensor, current: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """For each current column, its place among the previous ones (r, int64), and whether it has one (r, bool)."""
-    r = previous.numel()
-    places = torch.full((k,), -1, dtype=torch.int64, device=previous.device)
-    places[previous.long()] = torch.arange(r, device=previous.device)
-    place = places[current.long()]
+    places = torch.full((*previous.shape[:-1], k), -1, dtype=torch.int64, device=previous.device)
+    numbers = torch.arange(previous.shape[-1], device=previous.device).expand(previous.shape)
+    place = places.scatter_(-1, previous.long(), numbers).gather(-1, current.long())
     return place.clamp(min=0), place >= 0

@@ -98,6 +98,8 @@ class DCTAdamW(LowRankOptimizer):
     """
 
     rule = TORCH_ADAM
+    stack_copies = 2
+    only_read = ()
     checks: ClassVar[Mapping[str, Check]] = {
         "ell_norm": _norm,
         "rotate_subspace": flag(),
@@ -143,12 +145,16 @@ class DCTAdamW(LowRankOptimizer):
     def is_due(self, group: Group, state: State) -> bool:
         return False
 
+    def batch_kind(self, item: ParamStep) -> object:
+        return self.waited_for_gradient(item.shard)
+
     def find(self, work: list[ParamStep]) -> None:
         """Nothing: columns are chosen in ``low_rank_direction``, for the gradient and the error together."""
 
     def columns(self, shard: FullMatrix, group: Group, state: State) -> Tensor:
         Q = cosine_basis(shard.side.basis_shape[0], shard.device)
-        return Q.index_select(1, state["indices"])
+        i = state["indices"]
+        return Q.index_select(1, i.flatten()).view(len(Q), *i.shape).movedim(0, -2)
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         A = self._with_error(G, shard, group, state)
@@ -169,13 +175,13 @@ class DCTAdamW(LowRankOptimizer):
         chosen = best_columns(scores, side.rank)
         if group["rotate_subspace"]:
             place, kept = kept_places(state["indices"], chosen, k)
-            axis = 1 if side.right else 0
-            kept = kept if side.right else kept.unsqueeze(1)
+            axis = -1 if side.right else -2
+            place, kept = (of_columns.unsqueeze(-2 if side.right else -1) for of_columns in (place, kept))
             for key in ("exp_avg", "exp_avg_sq"):
-                state[key].copy_(state[key].index_select(axis, place).mul_(kept))
+                state[key].copy_(torch.take_along_dim(state[key], place, axis).mul_(kept))
         state["indices"].copy_(chosen)
         if self.waits_for_gradient(group):
-            self.look_at_gradient(A, shard, torch.isfinite(scores).all())
+            self.look_at_gradient(A, shard, torch.isfinite(scores).all(-1))
 
     def _with_error(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor:
         """A (m x n, fp32). With fp32 feedback it is the error buffer itself."""
@@ -186,8 +192,8 @@ class DCTAdamW(LowRankOptimizer):
             return state["error"].add_(G)
         right = shard.side.right
         shard.workspace.clear()
-        E = unpacked("error", state, G.shape[1 if right else 0], ERROR_BITS[feedback])
-        return (E if right else E.t()).add_(G)
+        E = unpacked("error", state, G.shape[-1 if right else -2], ERROR_BITS[feedback])
+        return (E if right else E.mT).add_(G)
 
     def _keep_error(self, A: Tensor, R: Tensor, P: Basis, shard: FullMatrix, group: Group, state: State) -> None:
         feedback = group["error_feedback"]
@@ -195,4 +201,4 @@ class DCTAdamW(LowRankOptimizer):
             return
         (-1.0 * P.lift(R)).add_to_(A)
         if feedback != "fp32":
-            pack_("error", A if shard.side.right else A.t(), ERROR_BITS[feedback], state)
+            pack_("error", A if shard.side.right else A.mT, ERROR_BITS[feedback], state)

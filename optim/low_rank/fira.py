@@ -79,7 +79,7 @@ class FiraAdamW(LowRankOptimizer):
         "limit_after_bias_correction": flag(),
     }
 
-    moves_together = True
+    stack_copies = 1
     renamed: ClassVar[Mapping[str, str]] = {"alpha": "scale"}  # of their groups
     published = Published("fira", scale="alpha", renamed={"residual_norm": "scaling_grad"})
 
@@ -115,7 +115,7 @@ class FiraAdamW(LowRankOptimizer):
         N, correction = yield R, state
         f = P.line_norms(N) / (P.line_norms(R) + 1e-8)
         subtracted = group["scale"] if group["residual"] == "reference" else 1.0
-        S = (-subtracted * P.lift(R)).added_to(G).mul_(f)
+        S = (-subtracted * P.lift(R)).added_to(G, out=shard.spare(G)).mul_(f)
         if group["limit_after_bias_correction"]:
             limit_growth_(S.mul_(correction), shard, state["residual_norm"], group["growth"])
             S.div_(correction)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.clock import steps_of
 from ..core.types import ParamStep
-from ..distributed import FullShard
+from ..distributed import FullShard, StackedMatrix
 
 NOTHING = 1e-29  # Adafactor's second moments have 1e-30 of no gradient
 
@@ -41,9 +41,13 @@ class FirstGradients:
         self._read({item.shard.position: item.shard.all_reduce_max_(_moved(item)) for item in unknown})
 
     def look_at(self, G: Tensor, shard: FullShard, usable: Tensor) -> None:
-        """Whether a matrix that is being refreshed has a gradient, if it may be its first. Collective."""
-        if not self._seen.get(shard.position):
-            self._looked[shard.position] = (shard.norm(G, torch.float64) > 0) & usable
+        """Whether a matrix that is being refreshed, or each of a stack, has a gradient, if it may be its first.
+        Collective."""
+        positions = shard.positions if isinstance(shard, StackedMatrix) else [shard.position]
+        unknown = [number for number, position in enumerate(positions) if not self._seen.get(position)]
+        if unknown:
+            flags = (shard.norm(G, torch.float64).view(-1) > 0) & usable.view(-1)
+            self._looked |= {positions[number]: flags[number] for number in unknown}
 
     def note(self) -> None:
         """Keep what was seen in this step: one read of the device for all matrices."""

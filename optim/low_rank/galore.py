@@ -38,7 +38,7 @@ from ..core.batches import Direction
 from ..core.clock import steps_of
 from ..core.keywords import ACCEPTED, OF_Q_GALORE, Accepted
 from ..core.rules import ADAFACTOR, LION
-from ..core.types import Group, State
+from ..core.types import Group, ParamStep, State
 from ..distributed import FullMatrix, FullShard, has_subspace
 from .optimizer import LowRankOptimizer
 from .published import Published
@@ -50,6 +50,8 @@ class GaLore(LowRankOptimizer):
     accepted: ClassVar[Mapping[str, Accepted]] = {**ACCEPTED, **OF_Q_GALORE}
 
     moves_together = True
+    stack_copies = 1
+    few_kernels = True
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         P = self.basis(shard, group, state)
@@ -221,6 +223,7 @@ class GaLoreAdafactor(GaLore):
     """
 
     rule = ADAFACTOR
+    few_kernels = False
     published = Published("galore-torch", derived=("RMS",))
 
     def __init__(
@@ -247,6 +250,12 @@ class GaLoreAdafactor(GaLore):
     ) -> None:
         super().__init__(params, locals())
 
+    def stack_numbers(self, item: ParamStep) -> int:
+        shard = item.shard
+        if len(shard.shape) == 1 and not shard.split:
+            return 4 * shard.parameter.numel()
+        return super().stack_numbers(item)
+
     def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         lr = self._learning_rate(shard, group, state)
         P = self.basis(shard, group, state) if has_subspace(shard) else None
@@ -254,7 +263,8 @@ class GaLoreAdafactor(GaLore):
         N.mul_(lr)
         if group["beta1"] is not None:  # averages whole steps, their learning rates too
             N = state["exp_avg"].mul_(group["beta1"]).add_(N, alpha=1 - group["beta1"])
-        shard.write(group["scale"] * P.lift(N) if P else N, 1.0, lr * group["weight_decay"], self.rule.decay_first)
+        decay = lr * group["weight_decay"] if group["weight_decay"] else 0.0
+        shard.write(group["scale"] * P.lift(N) if P else N, 1.0, decay, self.rule.decay_first)
 
     def _learning_rate(self, shard: FullShard, group: Group, state: State) -> float | Tensor:
         t = steps_of(state)

@@ -32,14 +32,21 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, number, require, whole
-from ..core.batches import Direction
+from ..core.batches import Direction, ask
 from ..core.clock import steps_of, with_age
-from ..core.rules import adam
+from ..core.rules import ADAM
 from ..core.types import Group, State
 from ..distributed import FullMatrix, FullShard, ProjectionSide, has_subspace
 from ..state.spec import INDICES, MOMENTS, Placement, StateSpec, moment_dtype
 from .galore import GaLore
-from .singular import Columns, leading_singular_vectors, orthogonal_iteration, randomized_range
+from .singular import (
+    Columns,
+    PendingIteration,
+    PendingRange,
+    leading_singular_vectors,
+    orthogonal_iteration,
+    randomized_range,
+)
 from .sparse_residual import absorb_, first_support
 
 
@@ -82,6 +89,7 @@ class GaLorePlusAdamW(GaLore):
         {'basis': (64, 8), 'residual_places': (64, 1)}
     """
 
+    few_kernels = False
     subspace_methods = ("randomized", *GaLore.subspace_methods)
     checks: ClassVar[Mapping[str, Check]] = {
         "num_heads": whole(1, optional=True),
@@ -151,9 +159,13 @@ class GaLorePlusAdamW(GaLore):
         previous = self.previous_columns(shard, group, state)
         if group["subspace_method"] == "svd":
             return shard.solve(G, lambda whole: leading_singular_vectors(whole[rows], side, previous))
-        if group["subspace_method"] == "iterate":
-            return orthogonal_iteration(part, side, previous, shard.all_reduce_)
         width, times = group["oversampling"], group["power_iterations"]
+        if group["subspace_method"] == "iterate":
+            if self.finds_stacked(shard):
+                return PendingIteration(part, side, previous)
+            return orthogonal_iteration(part, side, previous, shard.all_reduce_)
+        if self.finds_stacked(shard):
+            return PendingRange(part, side, previous, seed, width, times)
         return randomized_range(part, side, previous, seed, width, times, shard.all_reduce_)
 
     # ---- the sparse residual ------------------------------------------------------------------------------------
@@ -183,13 +195,14 @@ class GaLorePlusAdamW(GaLore):
         R = P.project(G)
         N, correction = yield R, state
         U = group["scale"] * P.lift(N)
-        entries = self._residual((-1.0 * P.lift(R)).added_to(G), shard, group, state)
+        missed = (-1.0 * P.lift(R)).added_to(G, out=shard.spare(G))
+        entries = self._residual(missed, shard, group, state)
         if entries is None:
             return U, correction
         N_E, own_correction = entries
-        dense = U.dense()
+        dense = U.dense(out=missed)
         values = N_E.mul_(group["scale"] * own_correction / correction).to(dense.dtype)
-        _lines(dense, shard).scatter_add_(1, state["residual_places"].long(), values)
+        _lines(dense, shard).scatter_add_(-1, state["residual_places"].long(), values)
         return dense, correction
 
     def _residual(self, missed: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor, float] | None:
@@ -200,16 +213,16 @@ class GaLorePlusAdamW(GaLore):
         if age <= 0:
             absorb_(support, scores, missed.abs_().to(scores.dtype))
             if age == 0:
-                support.copy_(support.sort(dim=1).values)
+                support.copy_(support.sort(dim=-1).values)
                 scores.zero_()
             return None
         moments = {"exp_avg": scores, "exp_avg_sq": state["residual_exp_avg_sq"]}
-        return adam(missed.gather(1, support.long()), with_age(moments, age), group)
+        return ask(ADAM, missed.gather(-1, support.long()), with_age(moments, age), group, shard)
 
 
 def _lines(dense: Tensor, shard: FullMatrix) -> Tensor:
     """A view with a line in each row: rows on the right, columns on the left."""
-    return dense if shard.side.right else dense.t()
+    return dense if shard.side.right else dense.mT
 
 
 def _mixed(*numbers: int) -> int:

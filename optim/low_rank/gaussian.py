@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,11 +18,19 @@ def gaussian_columns(side: ProjectionSide, seed: int, device: torch.device) -> T
 
     Drawn on ``device``, in the order of APOLLO's code; a GPU and a CPU draw different numbers from one seed.
     """
+    return gaussian_stack(side, [seed], device)[0]
+
+
+def gaussian_stack(side: ProjectionSide, seeds: Sequence[int], device: torch.device) -> Tensor:
+    """``gaussian_columns`` of each seed (seeds x side x r)."""
     length, rank = side.basis_shape
     shape = (rank, length) if side.right else (length, rank)
-    generator = torch.Generator(device=device).manual_seed(seed)
-    columns = torch.randn(shape, generator=generator, device=device, dtype=torch.float32).div_(math.sqrt(rank))
-    return columns.t() if side.right else columns
+    columns = torch.empty(len(seeds), *shape, dtype=torch.float32, device=device)
+    generator = torch.Generator(device=device)
+    for own, seed in zip(columns, seeds, strict=True):
+        own.normal_(generator=generator.manual_seed(seed))
+    columns.div_(math.sqrt(rank))
+    return columns.mT if side.right else columns
 
 
 def following(seed: int) -> int:

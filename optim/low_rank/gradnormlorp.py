@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..core.rules import MOMENTS, adam
+from ..core.batches import ask
+from ..core.rules import MOMENTS
 from ..core.types import Group, State
 from ..distributed import FullMatrix, FullShard, has_subspace
 from ..state.spec import Placement, StateSpec, wide_dtype
@@ -68,6 +69,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
     """
 
     finds_together = False  # the gradient of directions is a matrix of its own
+    stack_copies = 3  # of the gradient, the weights, and the gradient of directions
 
     def __init__(
         self,
@@ -112,9 +114,9 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         D, dg = _gradients(G, W, shard, state)
         R = P.project(D)
         del D  # before the next m x n
-        N, correction = adam(R, state, group)
+        N, correction = ask(self.rule, R, state, group, shard)
         moments = {"step": state["step"]} | {key: state[f"length_{key}"] for key in MOMENTS}
-        N_g, _ = adam(dg, moments, group)
+        N_g, _ = ask(self.rule, dg, moments, group, shard)
         if group["lr"] == 0:
             return  # put together again, W would differ by a rounding
         s = group["lr"] * correction

@@ -11,14 +11,15 @@ TINY = 1e-12  # a norm below this is no norm to grow from
 
 
 def limit_growth_(residual: Tensor, shard: FullMatrix, previous_norm: Tensor, growth: float) -> None:
-    """Scale ``residual`` (m x n) in place: its norm is at most ``growth`` times the previous one, which it replaces.
+    """Scale ``residual`` (m x n, or B x m x n) in place: its norm is at most ``growth`` times the previous one, which
+    it replaces.
 
-    Fira's limiter (Chen et al. 2024, arXiv:2410.01623). ``previous_norm`` is a scalar on the residual's device, zero
-    before the first; nothing is read by the host. A norm that vanishes (1e-12 or less) is not stored:
-    growing from it by one percent a step would take thousands of steps.
+    Fira's limiter (Chen et al. 2024, arXiv:2410.01623). ``previous_norm`` is a scalar on the residual's device, of a
+    stack B x 1 x 1, zero before the first; nothing is read by the host. A norm that vanishes (1e-12 or less) is not
+    stored: growing from it by one percent a step would take thousands of steps.
     """
     norm = shard.norm(residual, previous_norm.dtype)
-    excess = torch.where(previous_norm > 0, (norm / (previous_norm + 1e-8)).clamp(min=growth) / growth, 1.0)
+    excess = (norm / (previous_norm + 1e-8)).clamp_(min=growth).div_(growth).masked_fill_(previous_norm <= 0, 1.0)
     residual.div_(excess.to(residual.dtype))
     limited = norm / excess
-    previous_norm.copy_(torch.where(limited > TINY, limited, previous_norm))
+    torch.where(limited > TINY, limited, previous_norm, out=previous_norm)

@@ -40,7 +40,7 @@ from ..core.clock import steps_of
 from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, State
-from ..distributed import FullMatrix
+from ..distributed import FullMatrix, add_product_
 from ..state.spec import ERRORS, Placement, StateSpec, basis_spec, wide_dtype
 from .basis import Basis
 from .optimizer import LowRankOptimizer
@@ -78,6 +78,8 @@ class LDAdamW(LowRankOptimizer):
     """
 
     rule = TORCH_ADAM
+    stack_copies = 2
+    only_read = ()
     checks: ClassVar[Mapping[str, Check]] = {"rho": number("in [0, 1]"), "error_feedback": flag()}
 
     def __init__(
@@ -130,7 +132,7 @@ class LDAdamW(LowRankOptimizer):
 
 def _wide(dense: Tensor, shard: FullMatrix) -> Tensor:
     """A view with the projected side first: short x long, or r x long."""
-    return dense.t() if shard.side.right else dense
+    return dense.mT if shard.side.right else dense
 
 
 def _next_columns(A: Tensor, P: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor:
@@ -138,8 +140,8 @@ def _next_columns(A: Tensor, P: Tensor, shard: FullMatrix, group: Group, state: 
     rho, (beta1, _) = group["rho"], group["betas"]
     A, M = (_wide(shard.own(X), shard) for X in (A, state["exp_avg"]))
     M = M.to(P.dtype) / (1 - beta1 ** (steps_of(state) - 1))
-    Y = (P.t() @ A).mul_(1 - rho).add_(M, alpha=rho)  # (B^T P)^T, r x long
-    Z = (A @ Y.t()).mul_(1 - rho).addmm_(P, M @ Y.t(), alpha=rho)
+    Y = (P.mT @ A).mul_(1 - rho).add_(M, alpha=rho)  # (B^T P)^T, r x long
+    Z = add_product_((A @ Y.mT).mul_(1 - rho), P, M @ Y.mT, rho)
     return orthonormalized(shard.all_reduce_(Z), P)
 
 
@@ -147,12 +149,13 @@ def _carry(E: Tensor | None, previous: Tensor, P: Tensor, shard: FullMatrix, gro
     """M and V (r x long) rotated into the new subspace; what M loses goes to E (short x long)."""
     beta1, beta2 = group["betas"]
     t = steps_of(state) - 1
-    C = P.t() @ previous
+    C = P.mT @ previous
     held = _wide(state["exp_avg"], shard), _wide(state["exp_avg_sq"], shard)
     M, V = (moment.to(P.dtype) for moment in held)
     rotated = C @ M
     if E is not None:
-        E.addmm_(previous, M, alpha=beta1 / (1 - beta1)).addmm_(P, rotated, alpha=-beta1 / (1 - beta1))
+        add_product_(E, previous, M, beta1 / (1 - beta1))
+        add_product_(E, P, rotated, -beta1 / (1 - beta1))
     first, second = 1 - beta1**t, 1 - beta2**t
     spread = C.square() @ (V / second).sub_((M / first).square_())
     held[1].copy_(spread.add_((rotated / first).square_()).abs_().mul_(second))

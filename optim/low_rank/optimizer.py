@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, finite, one_of, require, whole
-from ..core.batches import Direction, launches_cost
+from ..core.batches import Direction, is_born_small, is_stacked_at, launches_cost
 from ..core.clock import every, steps_of
 from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.types import Group, ParamStep, State
@@ -36,6 +36,7 @@ from ..distributed import (
     ProjectionSide,
     has_subspace,
     is_dtensor,
+    stack_of,
 )
 from ..state.spec import StateSpec, basis_spec
 from .basis import Basis, first_columns
@@ -47,10 +48,9 @@ from .singular import (
     PendingIteration,
     leading_singular_vectors,
     orthogonal_iteration,
-    orthogonal_iterations,
 )
 
-FOUND_AT_ONCE = 2**22  # elements of bases that a GPU finds together: 32 MiB for each of the fp64 tensors it takes
+FOUND_AT_ONCE = 3 * 2**22  # elements of bases that a GPU finds together: 384 MiB for what it makes of them, in fp64
 
 
 def _optional_flag(key: str, value: object) -> None:
@@ -69,6 +69,9 @@ class LowRankOptimizer(ShardedOptimizer):
         finds_together: whether a GPU may find the subspaces of many matrices before any of them moves: not where each
             needs a matrix of its own for it.
         moves_together: whether ``low_rank_direction`` may be asked for many matrices before any of them moves.
+        stack_copies: how many tensors of B x m x n are made to move a stack of matrices, its gradient among them; 0
+            where ``update`` is written for one matrix.
+        few_kernels: whether a matrix is moved by so few kernels that a large one is not worth being stacked.
     """
 
     matrix_key = "rank"
@@ -76,6 +79,9 @@ class LowRankOptimizer(ShardedOptimizer):
     subspace_methods: ClassVar[tuple[str, ...]] = SUBSPACE_METHODS
     finds_together: ClassVar[bool] = True
     moves_together: ClassVar[bool] = False
+    stack_copies: ClassVar[int] = 0
+    few_kernels: ClassVar[bool] = False
+    only_read: ClassVar[tuple[str, ...]] = ("basis",)
     checks: ClassVar[Mapping[str, Check]] = {
         "rank": whole(1, optional=True),
         "proj_type": one_of(*PROJ_TYPES),
@@ -138,6 +144,10 @@ class LowRankOptimizer(ShardedOptimizer):
     def store_basis(self, columns: Tensor, usable: Tensor, shard: FullMatrix, group: Group, state: State) -> None:
         """Write new columns into ``state`` where ``usable``, a flag on the device."""
         state["basis"].copy_(torch.where(usable, shard.shard_rows(columns), state["basis"]))
+
+    def stores_stacks(self, group: Group) -> bool:
+        """Whether ``store_basis`` takes a stack."""
+        return True
 
     def columns(self, shard: FullMatrix, group: Group, state: State) -> Tensor:
         """P of one matrix (side x r), from how the state keeps it. Collective where each process keeps a part."""
@@ -219,14 +229,24 @@ class LowRankOptimizer(ShardedOptimizer):
         """The leading singular vectors of a matrix of which ``dense`` is this process's lines."""
         if group["subspace_method"] == "svd":
             return shard.solve(dense, partial(leading_singular_vectors, side=shard.side, previous=previous))
-        if not shard.split and launches_cost(shard.device):
+        if self.finds_stacked(shard):
             return PendingIteration(dense, shard.side, previous)
         return orthogonal_iteration(shard.own(dense), shard.side, previous, shard.all_reduce_)
 
     def moves_by_direction(self, shard: FullShard, group: Group) -> bool:
         if not has_subspace(shard):
             return super().moves_by_direction(shard, group)
-        return self.moves_together and not shard.split  # of which lines and P are copies, one matrix's at a time
+        small = is_stacked_at(math.prod(shard.side.shape), few_kernels=False)
+        return self.moves_together and small and not shard.split  # of which lines and P are copies, one at a time
+
+    def stack_numbers(self, item: ParamStep) -> int:
+        shard = item.shard
+        if not (self.stack_copies and has_subspace(shard)) or shard.split:
+            return 0
+        elements, r = math.prod(shard.side.shape), shard.side.rank
+        if not is_stacked_at(elements, self.few_kernels):
+            return 0
+        return self.stack_copies * elements + r * (2 * shard.side.lines + shard.side.line_length)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
@@ -252,10 +272,16 @@ class LowRankOptimizer(ShardedOptimizer):
         """Whether a subspace may be found together with those that are due before it."""
         if "svd" in (item.group.get("subspace_method"), item.group.get("proj")):
             return len(due) < item.matrix.solvers
-        together = self.finds_together and not item.shard.split and launches_cost(item.shard.device)
-        if not together or item.shard.maximize:  # whose gradient is a copy
-            return False
-        return sum(math.prod(other.matrix.side.basis_shape) for other in [*due, item]) <= FOUND_AT_ONCE
+        return self._is_found_together(item)
+
+    def _is_found_together(self, item: ParamStep) -> bool:
+        """Whether a subspace may be found before the matrices ahead of it have moved: their gradients stay."""
+        copied = item.shard.maximize or not self.finds_together  # gradients, or what a subspace is found from
+        return self.finds_stacked(item.shard) and not copied
+
+    def finds_stacked(self, shard: FullShard) -> bool:
+        """Whether the subspaces of alike matrices are found as one."""
+        return not shard.split and (launches_cost(shard.device) or is_born_small(shard))
 
     def _is_due_now(self, item: ParamStep) -> bool:
         waits = self.waits_for_gradient(item.group) and self.waited_for_gradient(item.shard)
@@ -270,20 +296,59 @@ class LowRankOptimizer(ShardedOptimizer):
     def refresh(self, due: list[ParamStep]) -> None:
         """New bases for some matrices: each process solves one before any of them is waited for. Collective."""
         due[0].shard.workspace.clear()  # a solve needs as much for something else
+        for together in self._found_at_once(due):
+            self._refresh(together)
+
+    def _found_at_once(self, due: list[ParamStep]) -> Iterator[list[ParamStep]]:
+        """Those that are alike, as many as memory is for, and the others."""
+        waiting: dict[tuple[object, ...], list[ParamStep]] = {}
+        for item in due:
+            kind: tuple[object, ...] = ()
+            if self._is_found_together(item):
+                first = steps_of(item.state) == 0 or self.waited_for_gradient(item.shard)
+                kind = item.matrix.side, id(item.group), item.gather_grad().dtype, item.shard.device, first
+                most = FOUND_AT_ONCE // math.prod(item.matrix.side.basis_shape)
+                if len(waiting.get(kind, [])) >= max(1, most):
+                    yield waiting.pop(kind)
+            waiting.setdefault(kind, []).append(item)
+        yield from waiting.values()
+
+    def _refresh(self, due: list[ParamStep]) -> None:
         found = [self.find_basis(item.gather_grad(), item.matrix, item.group, item.state) for item in due]
-        for columns in found:
-            if isinstance(columns, PendingSolve):
-                columns.solve()
-        iterated = _iterated([one for one in found if isinstance(one, PendingIteration)])
+        for pending in found:
+            if isinstance(pending, PendingSolve):
+                pending.solve()
+        begun = [one for one in found if isinstance(one, PendingIteration)]
+        if begun and len(begun) == len(found):
+            self._store_stack(begun[0].run(begun), due)
+            return
         for item, pending in zip(due, found, strict=True):
-            # A non-finite gradient has no singular vectors: keep the old ones, without asking the device.
             if isinstance(pending, PendingIteration):
-                columns, item.usable = iterated[id(pending)]
+                columns = pending.run([pending])[0]
             else:
                 columns = pending.result() if isinstance(pending, PendingSolve) else pending
-                item.usable = torch.isfinite(columns).all()
-            self._first_gradients.look_at(item.gathered, item.shard, item.usable)
-            self.store_basis(columns, item.usable, item.matrix, item.group, item.state)
+            self._store(columns, torch.isfinite(columns).all(), item)
+
+    def _store(self, columns: Tensor, usable: Tensor, item: ParamStep) -> None:
+        """A non-finite gradient has no singular vectors: keep the old ones, without asking the device."""
+        item.usable = usable
+        self._first_gradients.look_at(item.gathered, item.shard, usable)
+        self.store_basis(columns, usable, item.matrix, item.group, item.state)
+
+    def _store_stack(self, columns: Tensor, due: list[ParamStep]) -> None:
+        """New columns of alike matrices (B x side x r)."""
+        usable = torch.isfinite(columns).flatten(1).all(dim=1)
+        if not self.stores_stacks(due[0].group):
+            for item, own, flag in zip(due, columns, usable, strict=True):
+                self._store(own, flag, item)
+            return
+        for item, flag in zip(due, usable, strict=True):
+            item.usable = flag
+            self._first_gradients.look_at(item.gathered, item.shard, flag)
+        shard = stack_of([item.shard for item in due])
+        state = shard.state([item.state for item in due])
+        self.store_basis(columns, usable[:, None, None], shard, due[0].group, state)
+        state.write_back()
 
     def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> Direction:
         if has_subspace(shard):
@@ -301,17 +366,3 @@ class LowRankOptimizer(ShardedOptimizer):
         if not torch.stack([flag.to(flags[0].device) for flag in flags]).all():  # one host read for all matrices
             self._warned_non_finite = True
             warnings.warn("a gradient was not finite at a refresh; its matrix keeps its old subspace", stacklevel=6)
-
-
-def _iterated(pending: list[PendingIteration]) -> dict[int, tuple[Tensor, Tensor]]:
-    """By the id of each: its columns, and a flag on the device whether they are finite."""
-    alike: dict[tuple[object, ...], list[PendingIteration]] = {}
-    for one in pending:
-        alike.setdefault(one.kind, []).append(one)
-    found = {}
-    for together in alike.values():
-        columns = orthogonal_iterations(together)
-        usable = torch.isfinite(columns).flatten(1).all(dim=1)
-        for one, own, flag in zip(together, columns, usable, strict=True):
-            found[id(one)] = own, flag
-    return found

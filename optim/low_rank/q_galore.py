@@ -27,7 +27,7 @@ elements stay fp32. Weights of groups without a rank decay after the step, as ma
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -37,10 +37,10 @@ from torch.optim.optimizer import ParamsT
 from ...validation import Check, flag, is_whole, number, require, whole
 from ..core.clock import steps_of
 from ..core.keywords import ACCEPTED, OF_8_BITS, Accepted
-from ..core.rules import Rule, adam, adam_specs, check_adam
+from ..core.rules import TORCH_ADAM
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullMatrix, FullShard, has_subspace
-from ..state.blockwise_8bit import IN_8_BITS, require_bitsandbytes
+from ..state.blockwise_8bit import BLOCK, IN_8_BITS, require_bitsandbytes, scales_key
 from ..state.packed_rows import BITS, packed, packed_specs, unpacked
 from ..state.spec import PROJECTORS, Placement, StateSpec
 from .basis import first_columns
@@ -96,8 +96,10 @@ class GaLoreAdamW8bit(GaLore):
         1343492
     """
 
-    rule = Rule(check_adam, adam_specs, partial(adam, torch_eps=True))
+    rule = replace(TORCH_ADAM, decay_first=False)
     moment_codec = IN_8_BITS
+    few_kernels = False
+    only_read = PACKED
     published = Published("galore-torch", scratch=("unorm_vec",))
     accepted: ClassVar[Mapping[str, Accepted]] = {**ACCEPTED, **OF_8_BITS}
     checks: ClassVar[Mapping[str, Check]] = {
@@ -134,6 +136,10 @@ class GaLoreAdamW8bit(GaLore):
         require_bitsandbytes()
         super().__init__(params, locals())
 
+    def stack_numbers(self, item: ParamStep) -> int:
+        whole = scales_key("exp_avg") not in item.state or item.state["exp_avg"].numel() % BLOCK == 0
+        return super().stack_numbers(item) if whole else 0  # no block of a stack reaches into the next matrix
+
     # ---- the packed projector -----------------------------------------------------------------------------------
 
     def basis_specs(self, shard: FullMatrix, group: Group) -> list[StateSpec]:
@@ -163,7 +169,7 @@ class GaLoreAdamW8bit(GaLore):
         size = group["quant_group_size"]
         held = {key: shard.all_gather_rows(state[key], -(-length * rank // size)) for key in PACKED}
         rows = unpacked("basis", held, size, group["quant_n_bit"])
-        return rows.flatten()[: length * rank].view(length, rank).to(shard.dtype)
+        return rows.flatten(-2)[..., : length * rank].reshape(*rows.shape[:-2], length, rank).to(shard.dtype)
 
     def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Columns:
         if group["cos_threshold"] is None or group["subspace_method"] == "svd":
@@ -180,6 +186,9 @@ class GaLoreAdamW8bit(GaLore):
             by_chance = rank / length if rank < length else 0  # all of the space is always itself
             state["overlap"].copy_((rotation.square().sum() / rank - by_chance) / (1 - by_chance))
         self._write_basis(columns, usable, shard, group, state)
+
+    def stores_stacks(self, group: Group) -> bool:
+        return not group["quant"] and group["cos_threshold"] is None
 
     def _write_basis(
         self, columns: Tensor, usable: Tensor | None, shard: FullMatrix, group: Group, state: State

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..distributed import PendingSolve, ProjectionSide
+from ..core.batches import is_stacked_at
+from ..distributed import PendingSolve, ProjectionSide, stacked
 
 Total = Callable[[Tensor], Tensor]  # in place
 
@@ -78,38 +79,79 @@ def orthogonal_iteration(
 
 @dataclass(frozen=True)
 class PendingIteration:
-    """``orthogonal_iteration`` of a whole matrix, to be run together with those of others."""
+    """``orthogonal_iteration`` of a whole matrix, to be run together with those of alike matrices."""
 
     gradient: Tensor
     side: ProjectionSide
     previous: Tensor | None
 
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """Those that are alike are run together."""
-        return self.side, self.gradient.dtype, self.gradient.device, self.previous is None
+    @staticmethod
+    def run(pending: Sequence[PendingIteration]) -> Tensor:
+        return orthogonal_iterations(pending)
+
+
+@dataclass(frozen=True)
+class PendingRange(PendingIteration):
+    """``randomized_range`` likewise."""
+
+    seed: int
+    oversampling: int
+    iterations: int
+
+    @staticmethod
+    def run(pending: Sequence[PendingIteration]) -> Tensor:
+        return randomized_ranges([one for one in pending if isinstance(one, PendingRange)])
 
 
 Columns = Tensor | PendingSolve | PendingIteration  # found, or begun
 
 
 def orthogonal_iterations(pending: Sequence[PendingIteration]) -> Tensor:
-    """``orthogonal_iteration`` of several matrices that are alike (matrices x side x r): products one by one, and all
-    orthonormalized together, where each launch costs."""
+    """``orthogonal_iteration`` of several matrices that are alike (matrices x side x r), all orthonormalized together,
+    where each launch costs."""
     side, like = pending[0].side, pending[0].gradient
     wide = torch.promote_types(like.dtype, torch.float32)
-    held = [one.previous for one in pending if one.previous is not None]
-    if held:
-        Q = torch.stack(held).to(wide)
-    else:
+    Q = _stacked_previous(pending, wide)
+    warm = Q is not None
+    if Q is None:
         Q = random_columns(side.basis_shape, 0, like.new_empty(0, dtype=wide)).expand(len(pending), -1, -1)
-    for _ in range(1 if held else COLD_ITERATIONS):
-        Z = []
-        for one, columns in zip(pending, Q, strict=True):
-            G = one.gradient.to(wide)
-            Z.append(G.t() @ (G @ columns) if side.right else G @ (G.t() @ columns))
-        Q = orthonormalized(torch.stack(Z), Q)
+    G = _Matrices([one.gradient for one in pending], wide)
+    for _ in range(1 if warm else COLD_ITERATIONS):
+        Z = G.transposed_times(G.times(Q)) if side.right else G.times(G.transposed_times(Q))
+        Q = orthonormalized(Z, Q)
     return Q.to(like.dtype)
+
+
+def _stacked_previous(pending: Sequence[PendingIteration], dtype: torch.dtype) -> Tensor | None:
+    held = [one.previous for one in pending if one.previous is not None]
+    return torch.stack(held).to(dtype) if held else None
+
+
+class _Matrices:
+    """Alike matrices for products with a stack: a stack too where they are small or lie so, else one by one."""
+
+    def __init__(self, held: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.held, self.dtype = held, dtype
+        small = is_stacked_at(held[0].numel(), few_kernels=True)
+        self.stack = stacked(held)[0].to(dtype) if small else None
+
+    def times(self, X: Tensor) -> Tensor:
+        """G X of each."""
+        if self.stack is not None:
+            return self.stack @ X
+        return self._one_by_one(X, self.held[0].shape[0], lambda G: G)
+
+    def transposed_times(self, X: Tensor) -> Tensor:
+        """G^T X of each."""
+        if self.stack is not None:
+            return self.stack.mT @ X
+        return self._one_by_one(X, self.held[0].shape[1], lambda G: G.t())
+
+    def _one_by_one(self, X: Tensor, rows: int, seen: Callable[[Tensor], Tensor]) -> Tensor:
+        found = X.new_empty(len(self.held), rows, X.shape[-1])
+        for G, own, product in zip(self.held, X, found, strict=True):
+            torch.mm(seen(G.to(self.dtype)), own, out=product)
+        return found
 
 
 def orthonormalized(columns: Tensor, previous: Tensor) -> Tensor:
@@ -173,35 +215,72 @@ def randomized_range(
     """
     G = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     A = G.t() if side.right else G
-    short, rank = side.basis_shape
-    width = min(rank + oversampling, *side.shape)
-    if previous is None:
-        Q = random_columns((short, width), seed, A)
-    else:
-        Q = torch.cat([previous.to(A.dtype), _normal((short, width - rank), seed, A)], dim=1)
-        Q = torch.linalg.qr(Q)[0]
+    width = min(side.rank + oversampling, *side.shape)
+    wide = None if previous is None else previous.to(A.dtype)
+    Q = _first_range(side, None if wide is None else wide[None], width, [seed], A)[0]
     for _ in range(iterations + (previous is None)):
         Q = orthonormalized(total(A @ (A.t() @ Q)), Q)
     small = Q.t() @ A  # (r + p) x long
-    squares = total(small @ small.t()).double()  # its eigenvectors are U, at the price of one small symmetric problem
-    finite = torch.isfinite(squares).all()  # LAPACK would raise; asking the device would stop it
-    U = torch.linalg.eigh(torch.where(finite, squares, 0))[1].flip(1)[:, :rank].to(A.dtype)
+    columns = _leading(Q, total(small @ small.t()), side.rank, wide)
+    return columns.to(gradient.dtype)
+
+
+def randomized_ranges(pending: Sequence[PendingRange]) -> Tensor:
+    """``randomized_range`` of several matrices that are alike (matrices x side x r)."""
+    side, first = pending[0].side, pending[0]
+    dtype = torch.promote_types(first.gradient.dtype, torch.float32)
+    width = min(side.rank + first.oversampling, *side.shape)
+    wide = _stacked_previous(pending, dtype)
+    like = first.gradient.new_empty(0, dtype=dtype)
+    Q = _first_range(side, wide, width, [one.seed for one in pending], like)
+    G = _Matrices([one.gradient for one in pending], dtype)
+    times, transposed = (G.transposed_times, G.times) if side.right else (G.times, G.transposed_times)
+    for _ in range(first.iterations + (wide is None)):
+        Q = orthonormalized(times(transposed(Q)), Q)
+    small = transposed(Q)  # long x (r + p)
+    return _leading(Q, small.mT @ small, side.rank, wide).to(first.gradient.dtype)
+
+
+def _first_range(
+    side: ProjectionSide, previous: Tensor | None, width: int, seeds: Sequence[int], like: Tensor
+) -> Tensor:
+    """Orthonormal columns to begin with, of each of several matrices (matrices x short x width)."""
+    short, rank = side.basis_shape
+    if previous is None:
+        return positive_qr(_normals((short, width), seeds, like.new_empty(0, dtype=torch.float64))).to(like.dtype)
+    Q: Tensor = torch.linalg.qr(torch.cat([previous, _normals((short, width - rank), seeds, like)], dim=-1))[0]
+    return Q
+
+
+def _leading(Q: Tensor, squares: Tensor, rank: int, previous: Tensor | None) -> Tensor:
+    """The ``rank`` leading left singular vectors of A among the span of Q, of which ``squares`` is Q^T A A^T Q: its
+    eigenvectors, at the price of one small symmetric problem."""
+    squares = squares.double()
+    finite = (
+        torch.isfinite(squares).all(-1, keepdim=True).all(-2, keepdim=True)
+    )  # LAPACK would raise; asking would wait
+    U = torch.linalg.eigh(torch.where(finite, squares, 0))[1].flip(-1)[..., :rank].to(Q.dtype)
     columns = Q @ U
-    largest = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True))  # one row of signs
+    largest = columns.gather(-2, columns.abs().argmax(dim=-2, keepdim=True))  # one row of signs
     columns = columns * torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)
     if previous is not None:
-        columns = torch.where(torch.diagonal(squares).sum() > 0, columns, previous.to(columns.dtype))
-    return torch.where(finite, columns, torch.nan).to(gradient.dtype)
+        energy = torch.diagonal(squares, dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        columns = torch.where(energy > 0, columns, previous)
+    found: Tensor = torch.where(finite, columns, torch.nan)
+    return found
 
 
 def random_columns(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
     """Orthonormal columns, uniform over all, from ``seed`` alone."""
-    return positive_qr(_normal(shape, seed, like.new_empty(0, dtype=torch.float64))).to(like.dtype)
+    return positive_qr(_normals(shape, [seed], like.new_empty(0, dtype=torch.float64))[0]).to(like.dtype)
 
 
-def _normal(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)  # the same numbers on every device and process
-    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
+def _normals(shape: tuple[int, int], seeds: Sequence[int], like: Tensor) -> Tensor:
+    """The same numbers on every device and process (seeds x shape)."""
+    numbers = torch.empty(len(seeds), *shape, dtype=torch.float64, device="cpu")
+    for own, seed in zip(numbers, seeds, strict=True):
+        own.normal_(generator=torch.Generator("cpu").manual_seed(seed))
+    return numbers.to(like)
 
 
 def positive_qr(columns: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ def absorb_(support: Tensor, totals: Tensor, scores: Tensor) -> None:
     the q largest stay. Memory is that of the support, not of the matrix. ``scores`` is used up.
     """
     held = support.long()
-    q = held.shape[1]
-    totals.add_(scores.gather(1, held))
-    best, places = scores.scatter_(1, held, -1.0).topk(min(q, scores.shape[1] - q), dim=1)
-    kept, order = torch.cat([totals, best], dim=1).topk(q, dim=1)
-    support.copy_(torch.cat([held, places], dim=1).gather(1, order))
+    q = held.shape[-1]
+    totals.add_(scores.gather(-1, held))
+    best, places = scores.scatter_(-1, held, -1.0).topk(min(q, scores.shape[-1] - q), dim=-1)
+    kept, order = torch.cat([totals, best], dim=-1).topk(q, dim=-1)
+    support.copy_(torch.cat([held, places], dim=-1).gather(-1, order))
     totals.copy_(kept)

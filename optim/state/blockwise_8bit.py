@@ -193,7 +193,8 @@ def dequantize(state: Mapping[str, Tensor], key: str, shard: FullShard | None = 
         return codes.float()
     blocks = Blocks(shard, codes.device) if shard is not None and shard.split else None
     padded = codes if blocks is None else blocks.padded(codes)
-    values: Tensor = dequantize_blockwise(padded, absmax=absmax, code=_code_of(key, codes.device), blocksize=BLOCK)
+    code = _code_of(key, codes.device)
+    values: Tensor = dequantize_blockwise(padded, absmax=absmax.view(-1), code=code, blocksize=BLOCK)
     return values if blocks is None else blocks.cut_from(values, codes)
 
 
@@ -209,4 +210,4 @@ def quantize_(values: Tensor, state: State, key: str, shard: FullShard) -> None:
         return
     codes, scales = quantize_blockwise(values, code=_code_of(key, values.device), blocksize=BLOCK)
     state[key].copy_(codes if blocks is None else blocks.cut_from(codes, state[key]))
-    state[scales_key(key)].copy_(scales.absmax)
+    state[scales_key(key)].copy_(scales.absmax.view_as(state[scales_key(key)]))

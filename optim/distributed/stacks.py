@@ -1,0 +1,214 @@
+"""Alike matrices as one tensor with a dimension before their own, so that one kernel works on all of them.
+
+Tensors that lie equally spaced in one piece of memory, as the views ``t[e]`` of a tensor of experts do, are such a
+tensor already: nothing is copied, and what is written to it is written. Others are copied, and copied back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .full import FullMatrix, FullShard, PendingSolve, Update, WrittenUpdate, has_subspace
+from .projection import LowRankUpdate, ProjectionSide
+
+State = MutableMapping[str, Tensor]
+
+
+def stacked(tensors: Sequence[Tensor]) -> tuple[Tensor, bool]:
+    """Tensors of one shape, dtype and device (each of any shape) as one (B x their shape), and whether it is a view of
+    the memory that they have."""
+    first = tensors[0]
+    step = _distance(tensors)
+    if step is None:
+        return torch.stack(list(tensors)), False
+    size, strides = (len(tensors), *first.shape), (step, *first.stride())
+    return first.as_strided(size, strides, first.storage_offset()), True
+
+
+def _distance(tensors: Sequence[Tensor]) -> int | None:
+    """How many numbers lie from the beginning of each to that of the next, where all are in one piece of memory and
+    none reaches into the next."""
+    first = tensors[0]
+    memory, strides, begin = first.untyped_storage()._cdata, first.stride(), int(first.storage_offset())
+    step = first.numel() if len(tensors) == 1 else int(tensors[1].storage_offset()) - begin
+    reach = sum((size - 1) * stride for size, stride in zip(first.shape, strides, strict=True))
+    if step <= reach or any(stride < 0 for stride in strides):
+        return None
+    for number, other in enumerate(tensors):
+        placed = other.storage_offset() == begin + number * step and other.stride() == strides
+        if not placed or other.untyped_storage()._cdata != memory:
+            return None
+    return step
+
+
+class StackedState(MutableMapping[str, Tensor]):
+    """The states of alike matrices as the state of one: what is asked for is stacked (B x its shape, B x 1 x 1 of a
+    single number), and ``write_back`` gives it to each matrix, but for ``only_read``. Their clock is one."""
+
+    def __init__(self, states: Sequence[State], only_read: Collection[str] = (), of_vectors: bool = False) -> None:
+        self.states, self.only_read, self.of_vectors = states, only_read, of_vectors
+        self._held: dict[str, tuple[Tensor, bool]] = {}  # and whether it is a view
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key == "step":
+            return self.states[0]["step"]
+        if key not in self._held:
+            self._hold(key, *stacked([state[key] for state in self.states]))
+        return self._held[key][0]
+
+    def _hold(self, key: str, together: Tensor, is_view: bool) -> None:
+        if together.dim() == 1:
+            together = together[:, None, None]
+        elif self.of_vectors:
+            together = together.unsqueeze(1)
+        self._held[key] = together, is_view
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        self[key].copy_(value)
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError(f"{key} is state of several matrices")
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.states[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.states[0])
+
+    def __len__(self) -> int:
+        return len(self.states[0])
+
+    def parts(self, keys: Sequence[str]) -> Sequence[State]:
+        """The states that a rule is asked with: this one where ``keys`` are stacked already, or lie so, else each."""
+        for key in keys:
+            held = [state[key] for state in self.states]
+            if key not in self._held and _distance(held) is not None:
+                self._hold(key, *stacked(held))
+        return [self] if all(key in self._held for key in keys) else self.states
+
+    def write_back(self) -> None:
+        """Into the matrices' own tensors, what was stacked to be written to."""
+        for key, (together, is_view) in self._held.items():
+            if not (is_view or key in self.only_read):
+                own = [state[key] for state in self.states]
+                torch._foreach_copy_(own, [part.view(like.shape) for part, like in zip(together, own, strict=True)])
+        self._held.clear()
+
+
+class StackedMatrix(FullMatrix):
+    """Alike matrices, each held entirely, as one of B x m x n. ``side`` and ``shape`` are those of each."""
+
+    def __init__(self, shards: Sequence[FullShard], side: ProjectionSide) -> None:
+        first = shards[0]
+        super().__init__(first.parameter, first.position, first.workspace, side)
+        self.shards, self.shape = shards, first.shape
+        self._weights: Tensor | None = None
+        self._spare: Tensor | None = None
+
+    @property
+    def positions(self) -> list[int]:
+        return [shard.position for shard in self.shards]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [shard.parameter for shard in self.shards]
+
+    def stack_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
+        """B x m x n."""
+        G, is_view = stacked(gradients)
+        self._spare = None if is_view else G
+        return G
+
+    def spare(self, G: Tensor) -> Tensor | None:
+        return G if G is self._spare else None
+
+    # ---- what all elements of a matrix have in common: B x 1 x 1 --------------------------------------------------
+
+    def norm(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(like, dim=(-2, -1), keepdim=True, dtype=dtype)
+        return norm
+
+    def count(self, like: Tensor) -> int:
+        return like.numel() // len(self.shards)
+
+    def weight_rms(self) -> Tensor:
+        norms = torch._foreach_norm(self.weights, dtype=self._wide)
+        return torch.stack(list(norms))[:, None, None] / math.sqrt(self.shards[0].parameter.numel())
+
+    # ---- the weights ------------------------------------------------------------------------------------------------
+
+    def gather_weights(self, keep: bool = False) -> Tensor:
+        weights, self._weights = self._weights, None
+        if weights is None:
+            weights, _ = stacked(self.weights)
+        if keep:
+            self._weights = weights
+        return weights
+
+    def rewrite(self, weights: Tensor) -> None:
+        own = self._in_one_piece
+        torch._foreach_copy_(own, [weights] if len(own) == 1 else list(weights))
+
+    def write(self, update: Update, step_size: float, decay: float | Tensor, decay_first: bool) -> None:
+        weights = self._in_one_piece
+        if isinstance(decay, Tensor):  # comes first, one for each
+            factors = (1 - decay).view(-1)
+            one = len(weights) == 1
+            torch._foreach_mul_(weights, [factors.view(-1, *[1] * len(self.shape))] if one else list(factors))
+        elif decay and decay_first:
+            torch._foreach_mul_(weights, 1 - decay)
+        self.add_(update, -step_size)
+        if not isinstance(decay, Tensor) and decay and not decay_first:
+            torch._foreach_mul_(weights, 1 - decay)
+
+    def add_(self, update: Update, alpha: float) -> None:
+        assert not isinstance(update, WrittenUpdate), "of a matrix that has a subspace"
+        weights = self._in_one_piece
+        if isinstance(update, LowRankUpdate):
+            dense, alpha = update.product().to(self.parameter.dtype), alpha * update.factor
+        else:
+            dense = update
+        torch._foreach_add_(weights, [dense] if len(weights) == 1 else list(dense), alpha=alpha)
+
+    @cached_property
+    def _in_one_piece(self) -> list[Tensor]:
+        """The weights: one tensor where they lie in one, else each."""
+        return self.weights if _distance(self.weights) is None else [stacked(self.weights)[0]]
+
+    def state(self, states: Sequence[State], only_read: Collection[str] = ()) -> StackedState:
+        return StackedState(states, only_read)
+
+    # ---- the whole matrix -------------------------------------------------------------------------------------------
+
+    def solve(self, block: Tensor, find: Callable[[Tensor], Tensor]) -> PendingSolve:
+        return super().solve(block, lambda whole: torch.stack([find(matrix) for matrix in whole]))
+
+
+class StackedVectors(StackedMatrix):
+    """Alike vectors of n elements as B matrices of one row, B x 1 x n, whose moments live in their own elements."""
+
+    ranked = False
+
+    def __init__(self, shards: Sequence[FullShard]) -> None:
+        n = shards[0].parameter.numel()
+        super().__init__(shards, ProjectionSide((1, n), n, right=True))
+
+    def stack_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
+        return super().stack_gradients(gradients).unsqueeze(1)
+
+    def state(self, states: Sequence[State], only_read: Collection[str] = ()) -> StackedState:
+        return StackedState(states, only_read, of_vectors=True)
+
+    def add_(self, update: Update, alpha: float) -> None:
+        super().add_(update.squeeze(1) if isinstance(update, Tensor) else update, alpha)
+
+
+def stack_of(shards: Sequence[FullShard]) -> StackedMatrix:
+    """Alike matrices with a subspace, or alike vectors, as one."""
+    first = shards[0]
+    return StackedMatrix(shards, first.side) if has_subspace(first) else StackedVectors(shards)
