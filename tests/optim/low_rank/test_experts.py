@@ -10,6 +10,7 @@ from torch import nn
 
 from gracile import optim
 from gracile.optim import full_state, load_full_state, param_groups, state_bytes
+from gracile.optim.core import batches
 from gracile.optim.full_state import full_state_of
 from gracile.optim.low_rank.optimizer import LowRankOptimizer
 
@@ -40,6 +41,37 @@ def train(parameter, optimizer, grads):
         optimizer.step()
 
 
+def watched(move, told):
+    def moves(batch):
+        told.append(len(batch))
+        move(batch)
+
+    return moves
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """Small ones are moved as one stack, by other kernels."""
+    monkeypatch.setattr(batches, "BORN_STACKED_BELOW", 0)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in DRAWN])
+def test_small_experts_are_moved_together_as_they_would_be_one_by_one(name, monkeypatch):
+    for shape in SHAPES:
+        W = torch.randn(shape, generator=torch.Generator().manual_seed(100))
+        ends, moved = [], []
+        for most in (0, 2**16):
+            monkeypatch.setattr(batches, "BORN_STACKED_BELOW", most)
+            held, optimizer = built(name, W)
+            optimizer._update_stacked = watched(optimizer._update_stacked, moved)
+            train(held, optimizer, gradients(shape, idle=[(1, 0), (1, 1), (1, 4), (0, 8)]))
+            ends.append(held.detach())
+        assert max(moved) == shape[0]
+        far = (ends[0] - ends[1]).norm() / (ends[0] - W).norm()
+        assert far < (0.02 if "bit" in name else 1e-4)
+
+
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize("name", NAMES)
 def test_each_expert_moves_as_a_matrix_of_its_own(name):
     for shape in DIVISIBLE.get(name, SHAPES):
@@ -114,6 +146,7 @@ def test_an_expert_is_due_until_it_has_seen_a_gradient_and_keeps_its_basis_where
     assert torch.allclose(after["exp_avg_sq"][2], 0.999 * before["exp_avg_sq"][2])
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_moments_in_8_bits_are_of_each_expert():
     """4,140 and 4,100 numbers: blocks of 256 that do not end where an expert does."""
     for shape, rank in [((2, 690, 8), 6), ((2, 6, 820), 5)]:
