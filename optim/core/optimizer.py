@@ -36,6 +36,7 @@ from ..distributed import (
     wrapped_group,
 )
 from ..state.spec import PLAIN, to_portable
+from . import batches as batching
 from .batches import Direction, batches, clock_of, found_alone, found_together, move_in_place, write_together
 from .clock import steps_of
 from .declared_state import DeclaredState
@@ -125,6 +126,18 @@ class ShardedOptimizer(DeclaredState):
         parameters at once, where launches cost more than memory does.
         """
         return (yield G, state)
+
+    def moves_plainly(self, item: ParamStep) -> bool:
+        """Whether a parameter goes where the rule says in this step, and no other way."""
+        return self.moves_by_rule(item.shard, item.group)
+
+    def moves_in_lots(self, item: ParamStep) -> bool:
+        """Whether ``move_lots`` may move a parameter, where launches cost."""
+        return False
+
+    def move_lots(self, items: list[ParamStep]) -> None:
+        """``update`` of parameters that are alike in group, clock and dtypes."""
+        raise NotImplementedError
 
     def after_step(self, work: list[ParamStep]) -> None:
         """What is done to several parameters together, when every one has moved. Collective."""
@@ -218,6 +231,8 @@ class ShardedOptimizer(DeclaredState):
                 for batch in batches(portion, self._is_batched, self._is_in_place):
                     if batch.in_place:
                         move_in_place(batch.items, self.rule)
+                    elif batching.launches_cost(batch.items[0].shard.device) and self.moves_in_lots(batch.items[0]):
+                        self.move_lots(batch.items)
                     elif len(batch.items) > 1:
                         self._update_together(batch.items)
                     else:
@@ -244,7 +259,9 @@ class ShardedOptimizer(DeclaredState):
             self.rule.together is not None
             and self.moment_codec is PLAIN
             and not item.group["stochastic_rounding"]
-            and self.moves_by_direction(item.shard, item.group)
+            and (
+                self.moves_by_direction(item.shard, item.group) or self.moves_plainly(item) or self.moves_in_lots(item)
+            )
         )
 
     def _is_in_place(self, item: ParamStep) -> bool:
@@ -252,7 +269,7 @@ class ShardedOptimizer(DeclaredState):
         W, grad = item.shard.parameter, item.shard.held_gradient
         assert grad is not None
         held = {(t.dtype, t.stride()) for t in (W, grad, *(t for key, t in item.state.items() if key != "step"))}
-        return len(held) == 1 and self.rule.in_place is not None and self.moves_by_rule(item.shard, item.group)
+        return len(held) == 1 and self.rule.in_place is not None and self.moves_plainly(item)
 
     def _in_pieces(self, item: ParamStep) -> Iterator[ParamStep]:
         """A parameter, in pieces where it is large and each element moves by itself: a step's memory is then theirs."""
