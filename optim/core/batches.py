@@ -102,6 +102,7 @@ class Way(Enum):
     TOGETHER = "the rule is asked once for several"
     IN_PLACE = "the rule moves several weights, in no memory of its own"
     STACKED = "as one of several alike matrices"
+    IN_LOTS = "in pieces, with those of others"
 
 
 class Batch(NamedTuple):

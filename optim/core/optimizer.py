@@ -155,6 +155,18 @@ class ShardedOptimizer(DeclaredState):
         """What parameters that move together have in common beside group, clock and dtypes."""
         return None
 
+    def moves_plainly(self, item: ParamStep) -> bool:
+        """Whether a parameter goes where the rule says in this step, and no other way."""
+        return self.moves_by_rule(item.shard, item.group)
+
+    def moves_in_lots(self, item: ParamStep) -> bool:
+        """Whether ``move_lots`` may move a parameter, where launches cost."""
+        return False
+
+    def move_lots(self, items: list[ParamStep]) -> None:
+        """``update`` of parameters that are alike in group, clock and dtypes."""
+        raise NotImplementedError
+
     def after_step(self, work: list[ParamStep]) -> None:
         """What is done to several parameters together, when every one has moved. Collective."""
 
@@ -256,6 +268,8 @@ class ShardedOptimizer(DeclaredState):
             move_in_place(batch.items, self.rule)
         elif batch.way is Way.STACKED:
             self._update_stacked(batch.items)
+        elif batch.way is Way.IN_LOTS:
+            self.move_lots(batch.items)
         elif len(batch.items) > 1:
             self._update_together(batch.items)
         else:
@@ -291,8 +305,10 @@ class ShardedOptimizer(DeclaredState):
         numbers = self.stack_numbers(item) if stacks else 0
         if numbers:
             return Movable(Way.STACKED, numbers, self._stack_kind(item))
-        together = costly and self.rule.together is not None and self.moves_by_direction(shard, item.group)
-        if not (together and self._holds_numbers(item)):
+        if costly and self.moves_in_lots(item):
+            return Movable(Way.IN_LOTS, numbers_of(item), self.batch_kind(item))
+        alike = self.moves_by_direction(shard, item.group) or self.moves_plainly(item)
+        if not (costly and alike and self.rule.together is not None and self._holds_numbers(item)):
             return Movable()
         if self._is_in_place(item):
             return Movable(Way.IN_PLACE)
@@ -317,7 +333,7 @@ class ShardedOptimizer(DeclaredState):
         W, grad = item.shard.parameter, item.shard.held_gradient
         assert grad is not None
         held = {(t.dtype, t.stride()) for t in (W, grad, *(t for key, t in item.state.items() if key != "step"))}
-        return len(held) == 1 and self.rule.in_place is not None and self.moves_by_rule(item.shard, item.group)
+        return len(held) == 1 and self.rule.in_place is not None and self.moves_plainly(item)
 
     def _in_pieces(self, item: ParamStep) -> Iterator[ParamStep]:
         """A parameter, in pieces where it is large and each element moves by itself: a step's memory is then theirs."""

@@ -150,8 +150,8 @@ class HyperSparseAdamW(MovedInLots):
 
             adamw_(shard, group, state, penalised)
 
-    def moves_plainly(self, item: ParamStep) -> bool:
-        return self._strength(item.group, item.state) == 0 and not _was_pruned(item.state)
+    def is_plain(self, group: Group, state: State) -> bool:
+        return self._strength(group, state) == 0 and not _was_pruned(state)
 
     def move_lot(self, lot: Lot) -> None:
         group, state = lot.group, lot.items[0].state  # all of a group have the same numbers

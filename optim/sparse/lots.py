@@ -15,7 +15,6 @@ from ..core import batches
 from ..core.optimizer import ShardedOptimizer
 from ..core.rules import MOMENTS
 from ..core.types import Group, ParamStep, State
-from ..distributed import FullShard
 from ..state.spec import PLAIN
 from .frozen_zeros import keep_only_
 
@@ -73,15 +72,15 @@ def lots_of(items: Sequence[ParamStep], unit: int = 1) -> Iterator[Lot]:
 
 
 class MovedInLots(ShardedOptimizer):
-    """An optimizer that says by ``move_lot`` where a lot goes, and by ``moves_plainly`` where the rule says it."""
+    """An optimizer that says by ``move_lot`` where a lot goes, and by ``is_plain`` where the rule says it."""
+
+    def is_plain(self, group: Group, state: State) -> bool:
+        """Whether a matrix goes where the rule says in this step, and no other way."""
+        return False
 
     def fits_in_lots(self, item: ParamStep) -> bool:
         """Whether pieces of a matrix move as it does."""
         return True
-
-    def moves_plainly(self, item: ParamStep) -> bool:
-        """Whether a matrix goes where the rule says in this step, and no other way."""
-        return False
 
     def unit(self, group: Group) -> int:
         """How many elements of a matrix are together in one piece."""
@@ -90,35 +89,18 @@ class MovedInLots(ShardedOptimizer):
     def move_lot(self, lot: Lot) -> None:
         raise NotImplementedError
 
-    def _is_batched(self, item: ParamStep) -> bool:
+    def moves_plainly(self, item: ParamStep) -> bool:
         if not self.is_for_matrices(item.group):
-            return super()._is_batched(item)
-        alike = self.rule.together is not None and self.moment_codec is PLAIN
-        may = self.moves_plainly(item) or (_is_flat(item) and self.fits_in_lots(item))
-        return alike and may and not item.group["stochastic_rounding"]
+            return super().moves_plainly(item)
+        return self.is_plain(item.group, item.state)
 
-    def _is_in_place(self, item: ParamStep) -> bool:
-        return super()._is_in_place(item) if self._is_plain(item) else False
+    def moves_in_lots(self, item: ParamStep) -> bool:
+        if not self.is_for_matrices(item.group) or self.is_plain(item.group, item.state):
+            return False
+        rounded = self.moment_codec is not PLAIN or item.group["stochastic_rounding"]
+        return not rounded and _is_flat(item) and self.fits_in_lots(item)
 
-    def moves_by_rule(self, shard: FullShard, group: Group) -> bool:
-        return True  # of what is plain
-
-    def _is_plain(self, item: ParamStep) -> bool:
-        return not self.is_for_matrices(item.group) or self.moves_plainly(item)
-
-    def _update_alone(self, item: ParamStep) -> None:
-        if self._is_plain(item) or not (batches.launches_cost(item.shard.device) and self._is_batched(item)):
-            super()._update_alone(item)
-        else:
-            self._move_in_lots([item])
-
-    def _update_together(self, batch: list[ParamStep]) -> None:
-        if self._is_plain(batch[0]):
-            super()._update_together(batch)
-        else:
-            self._move_in_lots(batch)
-
-    def _move_in_lots(self, items: list[ParamStep]) -> None:
+    def move_lots(self, items: list[ParamStep]) -> None:
         for lot in lots_of(items, self.unit(items[0].group)):
             self.move_lot(lot)
 
@@ -140,7 +122,9 @@ def adamw_lot_(optimizer: ShardedOptimizer, lot: Lot, gradient: Tensor | None = 
 def rule_of(lot: Lot, optimizer: ShardedOptimizer, gradients: Sequence[Tensor]) -> tuple[list[Tensor], float]:
     """The directions of a lot, and the factor on the learning rate, by one call of the rule."""
     assert optimizer.rule.together is not None
-    return optimizer.rule.together(gradients, lot.states(), lot.group, batches.clock_of(lot.items))
+    return optimizer.rule.together(
+        gradients, lot.states(), lot.group, batches.clock_of(lot.items[0].state, lot.items[0].shard)
+    )
 
 
 def _is_flat(item: ParamStep) -> bool:

@@ -272,7 +272,10 @@ class SparseOptimizer(ShardedOptimizer):
                 continue
             if now not in counts:
                 counts[now] = self.counts_at(matrix.group, matrix.clock)
-            found.append(counts[now][position][matrix.expert or 0])
+            of_each = counts[now][position]
+            if matrix.expert is None and len(of_each) > 1:
+                raise UnsupportedLayout(f"experts came as a tensor of shape {matrix.shard.shape}, without matrices")
+            found.append(of_each[matrix.expert or 0])
         return found
 
     def _begin(self, parameters: Sequence[Masked]) -> None:

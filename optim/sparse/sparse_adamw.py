@@ -16,7 +16,8 @@ class SparseAdamW(SparseOptimizer):
     and SNFS, below. Groups with a ``sparsity`` (or ``density``) hold matrices and are masked, others get plain AdamW;
     ``gracile.optim.param_groups(model, sparsity=0.9)`` makes them. Masks are drawn, and weights outside of them set to
     zero, when the optimizer is built, also of a model that is split already; a matrix that is as sparse as it should be
-    keeps its mask.
+    keeps its mask. A parameter of three dimensions (E x m x n) is E matrices, the experts of a layer: each has a budget
+    and a mask of its own, as E parameters would.
 
     Args:
         params: parameters, named parameters or groups, as for ``torch.optim.AdamW``.

@@ -136,8 +136,8 @@ class WGSEFAdamW(MovedInLots):
         else:
             adamw_(shard, group, state, hold=_is_finished(group, state))
 
-    def moves_plainly(self, item: ParamStep) -> bool:
-        return not _is_finished(item.group, item.state)
+    def is_plain(self, group: Group, state: State) -> bool:
+        return not _is_finished(group, state)
 
     def move_lot(self, lot: Lot) -> None:
         adamw_lot_(self, lot, hold=True)

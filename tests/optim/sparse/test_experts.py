@@ -18,7 +18,7 @@ from gracile.optim import (
     SRSTEAdamW,
     WGSEFAdamW,
 )
-from gracile.optim.distributed import FlatShard, FullShard, ShardRange, Workspace
+from gracile.optim.distributed import FlatShard, FullShard, ShardRange, UnsupportedLayout, Workspace
 from gracile.optim.distributed.process_group import FakeGroup
 from gracile.optim.sparse import masks
 from gracile.optim.sparse.experts import experts_of, matrices_in
@@ -160,12 +160,45 @@ def test_experts_are_drawn_apart():
     assert all((one != other).any() for one, other in itertools.combinations(p.detach() != 0, 2))
 
 
+def test_experts_that_an_engine_has_flattened_are_refused():
+    p = nn.Parameter(torch.randn(3, 8, 4))
+    optimizer = RigLAdamW([p], sparsity=0.5, t_end=9)
+    p.data = torch.randn(96)
+    p.grad = torch.ones(96)
+    with pytest.raises(UnsupportedLayout, match=r"experts came as a tensor of shape \(96,\), without matrices"):
+        optimizer.step()
+
+
 def test_a_convolution_is_one_matrix():
     one, other = nn.Parameter(torch.randn(8, 4, 3, 3)), nn.Parameter(torch.empty(8, 36))
     other.data.copy_(one.data.view(8, 36))
     for p in (one, other):
         SRigLAdamW([p], sparsity=0.5, t_end=9, distribution="uniform")
     assert torch.equal(one.view(8, 36), other)
+
+
+@pytest.mark.parametrize("name", ["SRigL", "momentum", "BLaST", "lamp"])
+def test_a_run_of_experts_that_is_resumed_keeps_every_bit(name):
+    cls, own = MASKED[name]
+
+    def make(params):
+        return cls(params, sparsity=0.7, **ADAM, **CLOCK, **own)
+
+    held, optimizer = trained(make, weights(torch.float32), split=False)
+    twins = [nn.Parameter(torch.randn_like(p)) for p in held]
+    resumed = make(twins)
+    resumed.load_state_dict(optimizer.state_dict())
+    for p, q in zip(held, twins, strict=True):
+        q.data.copy_(p)
+    for t in range(4):
+        generator = torch.Generator().manual_seed(t)
+        for p, q in zip(held, twins, strict=True):
+            p.grad = q.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+        resumed.step()
+    for p, q in zip(held, twins, strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(value, resumed.state[q][key]) for key, value in optimizer.state[p].items())
 
 
 @pytest.mark.parametrize("bounds", [(0, 0, 5, 12, 23, 23, 40, 48), (0, 24, 48), (0, 13, 48), (0, 12, 36, 48)])

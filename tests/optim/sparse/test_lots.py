@@ -7,6 +7,7 @@ from torch import nn
 from gracile.nm_pattern import largest
 from gracile.optim import CastAdamS, HyperSparseAdamW, SRSTEAdamW, WGSEFAdamW
 from gracile.optim.core import batches
+from gracile.optim.core import optimizer as stepping
 from gracile.optim.core.types import ParamStep
 from gracile.optim.distributed import FlatShard, FullShard, ShardRange, Workspace
 from gracile.optim.distributed.process_group import FakeGroup
@@ -58,7 +59,7 @@ def trained(name, dtype=torch.float32, **more):
 def on_a_gpu(monkeypatch):
     """As on one. The lots that were moved."""
     lots = []
-    for module in (batches, prune_smallest):
+    for module in (batches, stepping, prune_smallest):
         monkeypatch.setattr(module, "launches_cost", lambda device: True)
     for cls in (SRSTEAdamW, CastAdamS, HyperSparseAdamW, WGSEFAdamW):
         move = cls.move_lot
@@ -72,7 +73,7 @@ def test_a_lot_moves_each_as_it_would_move_alone(name, dtype, on_a_gpu, monkeypa
     """Rounded otherwise: the rule is a fused kernel there."""
     together = trained(name, dtype)
     assert on_a_gpu or "uneven" in name  # whose plain steps need none
-    for module in (batches, prune_smallest):
+    for module in (batches, stepping, prune_smallest):
         monkeypatch.setattr(module, "launches_cost", lambda device: False)
     loose = 1e-5 if dtype == torch.float32 else 2e-2
     for one, other in zip(together, trained(name, dtype), strict=True):

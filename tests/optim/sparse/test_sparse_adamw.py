@@ -28,7 +28,7 @@ from tests.oracle import sparse as oracle
 
 ADAM = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6}
 CLOCK = {"update_every": 4, "drop_fraction": 0.4, "t_end": 18}
-SHAPES = {"tall": (24, 12), "wide": (12, 24), "square": (16, 16), "kernel": (8, 4, 3, 3)}
+SHAPES = {"tall": (24, 12), "wide": (12, 24), "square": (16, 16), "kernel": (8, 4, 3, 3), "experts": (3, 8, 12)}
 
 MADE = {
     "SET": (SETAdamW, {}),
