@@ -15,6 +15,10 @@ from ..distributed import PendingSolve, ProjectionSide, stacked
 Total = Callable[[Tensor], Tensor]  # in place
 
 SUBSPACE_METHODS = ("svd", "iterate")
+# Of the previous columns, how much an iteration adds: far more than rounding, for a gradient of fewer than r directions
+# leaves the others to one or the other (an expert's that few tokens came to); and so little that directions of a
+# hundredth of the largest singular value are found all the same.
+FILL = 2.0**-13
 COLD_ITERATIONS = 8  # from a random start; afterwards one from the previous subspace holds the energy
 
 
@@ -73,7 +77,7 @@ def orthogonal_iteration(
     Q = random_columns(side.basis_shape, seed, G) if previous is None else previous.to(G.dtype)
     for _ in range(COLD_ITERATIONS if previous is None else 1):
         Z = total(G.t() @ (G @ Q) if side.right else G @ (G.t() @ Q))
-        Q = orthonormalized(Z, Q)
+        Q = orthonormalized(Z, Q, FILL)
     return Q.to(gradient.dtype)
 
 
@@ -118,7 +122,7 @@ def orthogonal_iterations(pending: Sequence[PendingIteration]) -> Tensor:
     G = _Matrices([one.gradient for one in pending], wide)
     for _ in range(1 if warm else COLD_ITERATIONS):
         Z = G.transposed_times(G.times(Q)) if side.right else G.times(G.transposed_times(Q))
-        Q = orthonormalized(Z, Q)
+        Q = orthonormalized(Z, Q, FILL)
     return Q.to(like.dtype)
 
 
@@ -154,19 +158,20 @@ class _Matrices:
         return found
 
 
-def orthonormalized(columns: Tensor, previous: Tensor) -> Tensor:
+def orthonormalized(columns: Tensor, previous: Tensor, fill: float | None = None) -> Tensor:
     """An orthonormal basis of the span of ``columns``, filled up by ``previous`` where they span less than r. Of one
     matrix (side x r), or of each of several.
 
-    One rounding error of the previous columns is added: nothing beside a direction that the new ones have,
-    everything where they have none. The result is Q of the QR with a positive diagonal, which has one answer, found
-    from the Gram matrix (Cholesky QR, twice): its triangles are r x r, where Householder's QR takes longer than both
-    products of an iteration. In fp64, because rounding in fp32 shows up tenfold in the directions of least energy.
+    ``fill`` of the previous columns is added, by default one rounding error: nothing beside a direction that the new
+    ones have, everything where they have none. The result is Q of the QR with a positive diagonal, which has one
+    answer, found from the Gram matrix (Cholesky QR, twice): its triangles are r x r, where Householder's QR takes
+    longer than both products of an iteration. In fp64, because rounding in fp32 shows up tenfold in the directions of
+    least energy.
     """
     precision = torch.finfo(columns.dtype)
     size = torch.linalg.vector_norm(columns, torch.inf, dim=(-2, -1), keepdim=True)
     size.clamp_(min=precision.tiny)  # squares could overflow
-    Z = (columns / size).add_(previous, alpha=precision.eps)
+    Z = (columns / size).add_(previous, alpha=precision.eps if fill is None else fill)
     if Z.dtype == torch.float64:  # no wider type to square them in
         return positive_qr(Z)
     # unit columns: what is left is their angles

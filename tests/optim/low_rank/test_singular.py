@@ -79,7 +79,7 @@ def test_a_gradient_of_few_directions_keeps_the_old_ones_beside_them(shape, fram
     Q = orthogonal_iteration(torch.outer(u, v), frame, old)
     assert (Q.t() @ Q - torch.eye(RANK)).abs().max() < 1e-12
     direction = v / v.norm() if frame.right else u / u.norm()
-    assert (direction - Q @ (Q.t() @ direction)).norm() < 1e-6
+    assert (direction - Q @ (Q.t() @ direction)).norm() < 1e-4
 
 
 @pytest.mark.parametrize("noise", [0, 1e-6, 1e-3])
@@ -113,3 +113,20 @@ def test_a_run_with_iterate_follows_the_iteration_and_one_with_svd_does_not():
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="subspace_method must be one of svd, iterate, got 'qr'"):
         GaLoreAdamW([nn.Parameter(decaying(8, 4))], rank=2, subspace_method="qr")
+
+
+@pytest.mark.parametrize("proj_type", ["right", "left"])
+def test_where_a_gradient_has_few_directions_the_others_are_the_previous_and_not_rounding(proj_type):
+    """Gradients of rank 10, summed in two orders: 22 of 32 columns were rounding, and 0.4 of the two spans was alike."""
+    side = ProjectionSide.of((256, 192), 32, proj_type)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(256, generator=generator)
+    found = [None, None]
+    for _ in range(6):
+        G = torch.randn(256, 10, generator=generator) @ torch.randn(10, 192, generator=generator)
+        other = G[order] if side.right else G[:, torch.randperm(192, generator=generator)]
+        found = [orthogonal_iteration(g, side, previous) for g, previous in zip((G, other), found, strict=True)]
+    one, two = found
+    assert (one.t() @ two).square().sum() / 32 > 0.999
+    energy = (G @ one).square().sum() if side.right else (one.t() @ G).square().sum()
+    assert energy > 0.9999 * G.square().sum()
