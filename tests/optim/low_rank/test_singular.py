@@ -117,7 +117,7 @@ def test_an_unknown_method_is_refused():
 
 @pytest.mark.parametrize("proj_type", ["right", "left"])
 def test_where_a_gradient_has_few_directions_the_others_are_the_previous_and_not_rounding(proj_type):
-    """Gradients of rank 10, summed in two orders: 22 of 32 columns were rounding, and 0.4 of the two spans was alike."""
+    """Gradients of rank 10, summed in two orders: 22 of 32 columns were rounding, and 0.4 of both spans was alike."""
     side = ProjectionSide.of((256, 192), 32, proj_type)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(256, generator=generator)
