@@ -47,8 +47,9 @@ class Masked:
 
     @property
     def weights(self) -> Tensor:
-        """Flat: a view, but of what is stored transposed."""
-        return self.shard.parameter.reshape(-1)
+        """Flat: a view, but of an expert that is stored transposed."""
+        W = self.shard.parameter
+        return W.view(-1) if self.expert is None else W.reshape(-1)
 
     @property
     def device(self) -> torch.device:
