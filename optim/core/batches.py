@@ -49,7 +49,7 @@ def found_alone(direction: Direction, rule: Rule, group: Group, shard: FullShard
 
 def ask(rule: Rule, coordinates: Tensor, state: State, group: Group, shard: FullShard) -> Found:
     """What a rule makes of coordinates, of a stack too: by as few kernels as it can, where launches cost."""
-    if rule.together is None or not launches_cost(coordinates.device):
+    if rule.together is None or not (launches_cost(coordinates.device) and coordinates.numel()):
         return rule.direction(coordinates, state, group)
     keys = [key for key in MOMENTS if key in state]
     states = state.parts(keys) if isinstance(state, StackedState) else [state]

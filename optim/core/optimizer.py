@@ -322,7 +322,8 @@ class ShardedOptimizer(DeclaredState):
             yield item
             return
         size = at_once(item.shard.device)
-        if self.moment_codec is not PLAIN and launches_cost(item.shard.device):
+        widens = self.moment_codec is not PLAIN or item.group["stochastic_rounding"]
+        if widens and launches_cost(item.shard.device):
             size //= 2  # moments are made beside their direction
         for shard, begin, end in pieces_of(item.shard, size):
             if shard is item.shard:

@@ -90,7 +90,8 @@ def adam(
     V.mul_(beta2).addcmul_(R, R, value=1 - beta2)
     t = state["step"].item()  # lives on the CPU: reading it does not stop a GPU
     root = math.sqrt(1 - beta2**t)
-    N = V.sqrt().add_(group["eps"] * root if torch_eps else group["eps"])
+    N = V.sqrt() if R is gradient else torch.sqrt(V, out=R)  # a copy is used up
+    N.add_(group["eps"] * root if torch_eps else group["eps"])
     torch.div(M, N, out=N)
     return N, root / (1 - beta1**t)
 

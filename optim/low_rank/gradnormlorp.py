@@ -103,7 +103,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
 
     def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Columns:
         D, _ = _gradients(G, shard.gather_weights(keep=True), shard, state)
-        return self.singular_vectors(D.to(shard.dtype), self.previous_columns(shard, group, state), shard, group)
+        return self.singular_vectors(D, self.previous_columns(shard, group, state), shard, group)
 
     def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         if not has_subspace(shard):
