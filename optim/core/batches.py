@@ -120,12 +120,18 @@ class Movable(NamedTuple):
     kind: object = None
 
 
+BY_ITSELF = Movable()
+
+
 def batches(portion: Sequence[ParamStep], movable: Callable[[ParamStep, bool], Movable]) -> Iterator[Batch]:
     """The parameters of a portion, those together that are alike, on every process in the same order.
 
     ``movable`` says how one may be moved; asked with False, without a stack: there is none of one matrix.
     """
     found = [movable(item, True) for item in portion]
+    if all(how.way is Way.ALONE for how in found):
+        yield from (Batch([item]) for item in portion)
+        return
     kinds = [_kind(item, how) for item, how in zip(portion, found, strict=True)]
     alike = Counter(kinds)
     waiting: dict[tuple[object, ...], list[ParamStep]] = {}

@@ -40,6 +40,7 @@ from ..distributed import (
 )
 from ..state.spec import PLAIN, to_portable
 from .batches import (
+    BY_ITSELF,
     Batch,
     Direction,
     Movable,
@@ -284,13 +285,13 @@ class ShardedOptimizer(DeclaredState):
         shard = item.shard
         costly = launches_cost(shard.device)
         if item.group["stochastic_rounding"] or not (costly or is_born_small(shard)):
-            return Movable()
+            return BY_ITSELF
         numbers = self.stack_numbers(item) if stacks else 0
         if numbers:
             return Movable(Way.STACKED, numbers, self._stack_kind(item))
         together = costly and self.rule.together is not None and self.moves_by_direction(shard, item.group)
         if not (together and self._holds_numbers(item)):
-            return Movable()
+            return BY_ITSELF
         if self._is_in_place(item):
             return Movable(Way.IN_PLACE)
         return Movable(Way.TOGETHER, numbers_of(item), self.batch_kind(item))
