@@ -233,9 +233,14 @@ def test_codes_of_a_stack_are_those_of_each(rows, one, together, monkeypatch):
 # ---- layers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SLTrainAdamW", "SLTrainAdamW8bit", "SSTAdamW", "ReLoRAAdamW"])
-def test_parts_of_layers_move_together_as_each_would_alone(name, together, monkeypatch):
-    """With draws, merges and resets after the fifth step, ages of their own, and parameters of no layer."""
+LAYERED = ["SLTrainAdamW", "SLTrainAdamW8bit", "SSTAdamW", "ReLoRAAdamW"]
+WIDER = [(name, {"state_dtype": torch.float64}) for name in LAYERED if "8bit" not in name]
+
+
+@pytest.mark.parametrize(("name", "more"), [*((name, {}) for name in LAYERED), *WIDER])
+def test_parts_of_layers_move_together_as_each_would_alone(name, more, together, monkeypatch):
+    """With draws, merges and resets after the fifth step, ages of their own, and parameters of no layer, which are
+    moved with the parts where weights are narrower than moments."""
 
     def trained(on_a_gpu):
         for module in (batches, optimizer_of, stepping, sst):
@@ -246,7 +251,7 @@ def test_parts_of_layers_move_together_as_each_would_alone(name, together, monke
         model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 8), nn.Linear(8, 8))
         convert(model, kind, ["0", "1", "2"], rank=3, **keys)
         held = [p for p in model.parameters() if p.requires_grad]
-        optimizer = variant.cls([{"params": held, "weight_decay": 0.1}], **variant.cells.keys)
+        optimizer = variant.cls([{"params": held, "weight_decay": 0.1}], **variant.cells.keys, **more)
         for _ in range(8):
             for p in held:
                 p.grad = torch.randn(p.shape)
