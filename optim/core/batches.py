@@ -49,7 +49,7 @@ def found_alone(direction: Direction, rule: Rule, group: Group, shard: FullShard
 
 def ask(rule: Rule, coordinates: Tensor, state: State, group: Group, shard: FullShard) -> Found:
     """What a rule makes of coordinates, of a stack too: by as few kernels as it can, where launches cost."""
-    if rule.together is None or not launches_cost(coordinates.device):
+    if rule.together is None or not (launches_cost(coordinates.device) and coordinates.numel()):
         return rule.direction(coordinates, state, group)
     keys = [key for key in MOMENTS if key in state]
     states = state.parts(keys) if isinstance(state, StackedState) else [state]
@@ -121,12 +121,18 @@ class Movable(NamedTuple):
     kind: object = None
 
 
+BY_ITSELF = Movable()
+
+
 def batches(portion: Sequence[ParamStep], movable: Callable[[ParamStep, bool], Movable]) -> Iterator[Batch]:
     """The parameters of a portion, those together that are alike, on every process in the same order.
 
     ``movable`` says how one may be moved; asked with False, without a stack: there is none of one matrix.
     """
     found = [movable(item, True) for item in portion]
+    if all(how.way is Way.ALONE for how in found):
+        yield from (Batch([item]) for item in portion)
+        return
     kinds = [_kind(item, how) for item, how in zip(portion, found, strict=True)]
     alike = Counter(kinds)
     waiting: dict[tuple[object, ...], list[ParamStep]] = {}

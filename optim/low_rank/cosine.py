@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..distributed import ProjectionSide
 
+ROWS = 512  # of the cosines that are made at a time, in fp64
 BLOCKS = 8  # a product of m x k is looked at in parts, so that it never stands whole in memory
 
 
@@ -20,12 +21,14 @@ def cosine_basis(k: int, device: torch.device) -> Tensor:
     The phase is reduced modulo its period in whole numbers and the cosine taken in fp64: orthogonal to 1e-7, where
     fp32 phases lose three digits at k = 4096.
     """
-    i = torch.arange(k, device=device).unsqueeze(1)
-    j = torch.arange(k, device=device).unsqueeze(0)
-    phase = (i * (2 * j + 1)) % (4 * k)
-    Q = torch.cos(phase.double() * (math.pi / (2 * k))).mul_(math.sqrt(2 / k))
-    Q[0] *= math.sqrt(0.5)
-    return Q.float()
+    Q = torch.empty(k, k, device=device)
+    odd = 2 * torch.arange(k, device=device) + 1
+    rows = torch.arange(k, device=device).unsqueeze(1)
+    for i, part in zip(torch.split(rows, ROWS), torch.split(Q, ROWS), strict=True):
+        phase = (i * odd) % (4 * k)
+        cosines = torch.cos(phase.double() * (math.pi / (2 * k))).mul_(math.sqrt(2 / k))
+        part.copy_(torch.where(i == 0, cosines * math.sqrt(0.5), cosines))
+    return Q
 
 
 def column_scores(A: Tensor, Q: Tensor, side: ProjectionSide, p: int) -> Tensor:
@@ -34,7 +37,7 @@ def column_scores(A: Tensor, Q: Tensor, side: ProjectionSide, p: int) -> Tensor:
     lines = A if side.right else A.mT
     scores = torch.zeros(*A.shape[:-2], Q.shape[0], dtype=Q.dtype, device=Q.device)
     for part in torch.chunk(lines, BLOCKS, dim=-2):
-        S = part @ Q
+        S = part.to(Q.dtype) @ Q
         scores += S.abs_().sum(dim=-2) if p == 1 else S.square_().sum(dim=-2)
     return scores
 

@@ -19,6 +19,7 @@ SUBSPACE_METHODS = ("svd", "iterate")
 # leaves the others to one or the other (an expert's that few tokens came to); and so little that directions of a
 # hundredth of the largest singular value are found all the same.
 FILL = 2.0**-13
+WIDENED = 2**22  # elements of a gradient that are made wider at a time
 COLD_ITERATIONS = 8  # from a random start; afterwards one from the previous subspace holds the energy
 
 
@@ -73,12 +74,24 @@ def orthogonal_iteration(
 
     ``gradient`` may be some lines of the matrix, each process's own: ``total`` then sums over processes.
     """
-    G = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    Q = random_columns(side.basis_shape, seed, G) if previous is None else previous.to(G.dtype)
+    wide = gradient.new_empty(0, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    Q = random_columns(side.basis_shape, seed, wide) if previous is None else previous.to(wide.dtype)
     for _ in range(COLD_ITERATIONS if previous is None else 1):
-        Z = total(G.t() @ (G @ Q) if side.right else G @ (G.t() @ Q))
+        Z = total(_gram_times(gradient if side.right else gradient.t(), Q))
         Q = orthonormalized(Z, Q, FILL)
     return Q.to(gradient.dtype)
+
+
+def _gram_times(lines: Tensor, Q: Tensor, out: Tensor | None = None) -> Tensor:
+    """G^T G Q of G (lines x side), which is made as wide as Q some lines at a time."""
+    if lines.dtype == Q.dtype or lines.numel() <= WIDENED:
+        G = lines.to(Q.dtype)
+        return torch.mm(G.t(), G @ Q, out=out)
+    Z = torch.zeros_like(Q) if out is None else out.zero_()
+    for part in torch.split(lines, max(1, WIDENED // lines.shape[1])):
+        G = part.to(Q.dtype)
+        Z.addmm_(G.t(), G @ Q)
+    return Z
 
 
 @dataclass(frozen=True)
@@ -121,8 +134,7 @@ def orthogonal_iterations(pending: Sequence[PendingIteration]) -> Tensor:
         Q = random_columns(side.basis_shape, 0, like.new_empty(0, dtype=wide)).expand(len(pending), -1, -1)
     G = _Matrices([one.gradient for one in pending], wide)
     for _ in range(1 if warm else COLD_ITERATIONS):
-        Z = G.transposed_times(G.times(Q)) if side.right else G.times(G.transposed_times(Q))
-        Q = orthonormalized(Z, Q, FILL)
+        Q = orthonormalized(G.gram_times(Q, side.right), Q, FILL)
     return Q.to(like.dtype)
 
 
@@ -150,6 +162,15 @@ class _Matrices:
         if self.stack is not None:
             return self.stack.mT @ X
         return self._one_by_one(X, self.held[0].shape[1], lambda G: G.t())
+
+    def gram_times(self, Q: Tensor, right: bool) -> Tensor:
+        """G^T G Q (right) or G G^T Q of each."""
+        if self.stack is not None:
+            return self.transposed_times(self.times(Q)) if right else self.times(self.transposed_times(Q))
+        found = Q.new_empty(Q.shape)
+        for G, own, product in zip(self.held, Q, found, strict=True):
+            _gram_times(G if right else G.t(), own, out=product)
+        return found
 
     def _one_by_one(self, X: Tensor, rows: int, seen: Callable[[Tensor], Tensor]) -> Tensor:
         found = X.new_empty(len(self.held), rows, X.shape[-1])
