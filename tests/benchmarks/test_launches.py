@@ -12,12 +12,12 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "launches.py"
 ALWAYS = {
     "GaLoreAdamW iterate": (400, 1500, 1),
     "FiraAdamW": (800, 1500, 1),
-    "SRigLAdamW": (500, 3000, 12),
+    "SRigLAdamW": (470, 2800, 12),
 }
 THOROUGH = {
     "GaLoreAdamW8bit": (800, 1500, 1),
     "GaLoreAdafactor": (800, 1600, 1),
-    "GaLoreLion": (400, 1500, 1),
+    "GaLoreLion": (430, 1500, 1),
     "GaLorePlusAdamW": (600, 2700, 400),
     "APOLLOAdamW": (800, 800, 0),
     "GradNormLoRPAdamW": (2400, 16000, 1),
@@ -26,8 +26,8 @@ THOROUGH = {
     "SLTrainAdamW": (100, 100, 1),
     "ReLoRAAdamW": (100, 1600, 400),
     "SSTAdamW": (400, 7200, 2000),
-    "SETAdamW": (500, 2500, 1),
-    "RigLAdamW": (500, 2000, 1),
+    "SETAdamW": (470, 2400, 1),
+    "RigLAdamW": (470, 1900, 1),
     "BlockSparseAdamW": (550, 2600, 1),
     "SRSTEAdamW decoupled": (900, 900, 0),
     "CastAdamS": (1000, 1700, 0),
