@@ -187,20 +187,21 @@ def orthonormalized(columns: Tensor, previous: Tensor, fill: float | None = None
     ones have, everything where they have none. The result is Q of the QR with a positive diagonal, which has one
     answer, found from the Gram matrix (Cholesky QR, twice): its triangles are r x r, where Householder's QR takes
     longer than both products of an iteration. In fp64, because rounding in fp32 shows up tenfold in the directions of
-    least energy.
+    least energy. ``columns`` is used up.
     """
     precision = torch.finfo(columns.dtype)
     size = torch.linalg.vector_norm(columns, torch.inf, dim=(-2, -1), keepdim=True)
     size.clamp_(min=precision.tiny)  # squares could overflow
-    Z = (columns / size).add_(previous, alpha=precision.eps if fill is None else fill)
+    Z = columns.div_(size).add_(previous, alpha=precision.eps if fill is None else fill)
     if Z.dtype == torch.float64:  # no wider type to square them in
         return positive_qr(Z)
     # unit columns: what is left is their angles
-    X = (Z / torch.linalg.vector_norm(Z, dim=-2, keepdim=True)).double().mT
+    X = Z.div_(torch.linalg.vector_norm(Z, dim=-2, keepdim=True)).double().mT
     L = _cholesky(X @ X.mT)
-    X = torch.linalg.solve_triangular(L, X, upper=False).to(Z.dtype)  # r x side, orthonormal to about 1e-3 at worst
-    L = _cholesky((X @ X.mT).double()).to(Z.dtype)
-    orthonormal: Tensor = torch.linalg.solve_triangular(L, X, upper=False).mT
+    Z.mT.copy_(torch.linalg.solve_triangular(L, X, upper=False, out=X))  # orthonormal to about 1e-3 at worst
+    del X
+    L = _cholesky((Z.mT @ Z).double()).to(Z.dtype)
+    orthonormal: Tensor = torch.linalg.solve_triangular(L, Z.mT, upper=False).mT
     return orthonormal
 
 
@@ -208,15 +209,17 @@ def _cholesky(gram: Tensor) -> Tensor:
     """The lower triangle of a Gram matrix of r unit vectors, which rounding may leave with negative eigenvalues.
 
     They are lifted by r rounding errors, and by more where that was too little: hundreds of nearly parallel vectors, as
-    a gradient of rank one makes them, are off by as much. Whether it went well is not asked of the device.
+    a gradient of rank one makes them, are off by as much. Whether it went well is not asked of the device. ``gram`` is
+    used up.
     """
     r, error = gram.shape[-1], torch.finfo(gram.dtype).eps
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(r * error)
     lower, failed = torch.linalg.cholesky_ex(gram)
     diagonal.add_(r * r / 16 * error)
-    lifted: Tensor = torch.linalg.cholesky_ex(gram).L
-    return torch.where(failed[..., None, None] == 0, lower, lifted)
+    lifted, _ = torch.linalg.cholesky_ex(gram, out=(gram, torch.empty_like(failed)))
+    found: Tensor = torch.where(failed[..., None, None] == 0, lower, lifted, out=lower)
+    return found
 
 
 def randomized_range(
