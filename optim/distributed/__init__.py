@@ -8,6 +8,7 @@ from .experts import Expert, Experts
 from .flat import FlatShard, all_reduce_shares_
 from .full import FullMatrix, FullShard, PendingSolve, Update, WrittenUpdate, has_subspace
 from .layout import ParamRef, UnsupportedLayout, full_shape, held_shard, is_dtensor, local_flat
+from .made_once import MadeOnce
 from .matrix import MatrixShard, RowShard, complete_gradients
 from .param_registry import ParamRegistry, PrefixedState
 from .partition import Cut, as_one_buffer, by_rows, each_alone, flat_length
@@ -29,6 +30,7 @@ __all__ = [
     "FullMatrix",
     "FullShard",
     "LowRankUpdate",
+    "MadeOnce",
     "MatrixShard",
     "ParamRef",
     "ParamRegistry",

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..distributed import ProjectionSide
+from ..distributed import MadeOnce, ProjectionSide
 
 ROWS = 512  # of the cosines that are made at a time, in fp64
 BLOCKS = 8  # a product of m x k is looked at in parts, so that it never stands whole in memory
 
 
-@lru_cache(maxsize=16)
+@MadeOnce
 def cosine_basis(k: int, device: torch.device) -> Tensor:
     """Q_ij = sqrt(2 / k) cos(i (2 j + 1) pi / (2 k)), row 0 times sqrt(1/2): k x k, fp32, shared by all matrices.
 

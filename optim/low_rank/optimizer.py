@@ -277,7 +277,8 @@ class LowRankOptimizer(ShardedOptimizer):
     def _is_found_together(self, item: ParamStep) -> bool:
         """Whether a subspace may be found before the matrices ahead of it have moved: their gradients stay."""
         copied = item.shard.maximize or not self.finds_together  # gradients, or what a subspace is found from
-        return self.finds_stacked(item.shard) and not copied
+        small = is_stacked_at(math.prod(item.shard.shape), few_kernels=False)
+        return small and self.finds_stacked(item.shard) and not copied
 
     def finds_stacked(self, shard: FullShard) -> bool:
         """Whether the subspaces of alike matrices are found as one."""

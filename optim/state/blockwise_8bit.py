@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping
-from functools import cached_property, lru_cache
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..distributed import FullShard
+from ..distributed import FullShard, MadeOnce
 from .spec import Codec, HeldTensor, State, StateSpec
 
 BLOCK = 256  # elements that share one scale
@@ -85,7 +85,7 @@ def require_bitsandbytes() -> None:
         raise ImportError("8-bit state needs bitsandbytes; install it with: pip install 'gracile[8bit]'")
 
 
-@lru_cache(maxsize=16)
+@MadeOnce
 def _code(signed: bool, device: torch.device) -> Tensor:
     """The 256 values that codes stand for: more of them near zero."""
     from bitsandbytes.functional import create_dynamic_map  # here: importing it takes a second

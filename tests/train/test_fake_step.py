@@ -10,6 +10,8 @@ from torch import nn
 from gracile import optim
 from gracile.models import build_llama
 from gracile.optim.distributed import as_one_buffer, by_rows, each_alone
+from gracile.optim.low_rank import cosine
+from gracile.optim.state import blockwise_8bit
 from gracile.train.measurement.fake_pass import Ledger
 from gracile.train.measurement.fake_step import step_bytes
 from gracile.train.memory import main
@@ -96,3 +98,26 @@ def test_a_plan_has_the_step_and_its_peak(capsys):
     assert (at_peak["activations"], at_peak["temporary"]) == (0, 0)
     assert at_peak["gradients"] == galore["held"]["gradients"]
     assert galore["peak"] == sum(at_peak.values())
+
+
+@pytest.mark.parametrize(("cls", "keys"), [(optim.GaLoreAdamW8bit, {"lr": 0.1}), (optim.DCTAdamW, {"lr": 0.1})])
+def test_a_plan_leaves_nothing_to_the_run_after_it(cls, keys):
+    """Tables that are made once for a device were stand-ins without numbers: moments in 8 bits became zeros."""
+
+    def moved():
+        W = nn.Parameter(torch.randn(139, 64, generator=torch.Generator().manual_seed(0)))
+        optimizer = cls([W], rank=32, **keys)
+        for t in range(2):
+            W.grad = torch.randn(139, 64, generator=torch.Generator().manual_seed(t))
+            optimizer.step()
+        return W.detach()
+
+    for table in (blockwise_8bit._code, cosine.cosine_basis):
+        table.known.clear()
+    with torch.device("meta"):
+        planned = cls([nn.Parameter(torch.empty(139, 64))], rank=32, **keys)
+    assert step_bytes(planned, device="cpu") > 0
+    after = moved()
+    for table in (blockwise_8bit._code, cosine.cosine_basis):
+        table.known.clear()
+    assert torch.equal(after, moved())

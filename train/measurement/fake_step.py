@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...optim.core import optimizer as stepping
 from ...optim.core import rounding
-from ...optim.core.batches import AT_ONCE, launches_cost
+from ...optim.core.batches import AT_ONCE, MATRICES_AT_ONCE, launches_cost
 from ...optim.core.optimizer import ShardedOptimizer
 from ...optim.core.rules import with_numbers
 from ...optim.core.types import Group, ParamStep, State
@@ -54,7 +54,7 @@ class _FakeStep:
     def __init__(self, optimizer: ShardedOptimizer, *planned: Any) -> None:
         self.optimizer, self.mode = optimizer, FakeTensorMode(allow_non_fake_inputs=True)
         self.known: list[Tensor] = []
-        self.numbers: dict[int, Group] = {}  # by group, which parameters that move together have in common
+        self.groups: dict[int, Group] = {}  # one for all parameters of each, as in a step: they move together
         cut, index, size, dtype, device = planned
         states = dict(optimizer.planned_state(cut, index, size, dtype))
         with self.mode:
@@ -76,7 +76,8 @@ class _FakeStep:
             shard.parameter.grad = torch.empty_like(shard.parameter)
         assert shard.held_gradient is not None
         self.known += [shard.parameter, shard.held_gradient]
-        numbers = self.numbers.setdefault(id(group), {**self.optimizer.later_keys, **with_numbers(group)})
+        numbers = {**self.optimizer.later_keys, **with_numbers(group)}
+        numbers = self.groups.setdefault(group["group_number"], numbers)
         return [ParamStep(part, numbers, its) for part, its in self.optimizer.matrices_of(shard, group, state)]
 
     def bytes_at(self, step: int) -> int:
@@ -99,7 +100,8 @@ def _some_of_each(shards: list[tuple[FullShard, Group]]) -> Iterator[tuple[FullS
         held = getattr(shard, "held", None)
         kind = (group["group_number"], shard.shape, None if held is None else held.bounds)
         seen[kind] += 1
-        batch = AT_ONCE // max(1, math.prod(shard.coordinates_shape)) if launches_cost(shard.device) else 0
+        most = MATRICES_AT_ONCE // 2 if shard.ranked else AT_ONCE
+        batch = most // max(1, math.prod(shard.coordinates_shape)) if launches_cost(shard.device) else 0
         if seen[kind] <= ALIKE + batch:
             yield shard, group
 
