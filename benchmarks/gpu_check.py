@@ -7,7 +7,7 @@
    masks, on the GPU and on the CPU from the same weights and gradients; waits for the device (``set_sync_debug_mode``)
    and kernels launched in an ordinary step and in the busiest one; state saved, loaded and gone on with, to the bit.
 2. A step between refreshes at 350M and 1B beside torch's fused AdamW, galore-torch, apollo-torch and bitsandbytes,
-   taking turns, and the allocator's peak over a step beside what ``gracile memory`` plans for it.
+   and the allocator's peak over a step, beside which ``--plans`` puts what is planned for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from gracile import optim
-from gracile.train.measurement.fake_step import step_bytes
+from gracile.train.measurement import fake_step
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
@@ -204,21 +204,22 @@ def cost(size: str, repeats: int, budget: float) -> dict[str, dict[str, float]]:
         optimizer.step()
         torch.cuda.synchronize()
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        told[name] = {"ms": statistics.median(times), "peak_mib": peak, "planned_mib": planned(make, shapes)}
-        row = told[name]
-        print(f"{size} {name:<28} {row['ms']:9.2f} ms   {peak:8.1f} MiB, {row['planned_mib']:8.1f} planned", flush=True)
+        told[name] = {"ms": statistics.median(times), "peak_mib": peak}
+        print(f"{size} {name:<28} {told[name]['ms']:9.2f} ms   {peak:8.1f} MiB", flush=True)
         del optimizer
         torch.cuda.empty_cache()
     return told
 
 
-def planned(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], shapes: list[tuple[int, int]]) -> float:
-    """MiB that a step is planned to need for a moment; nothing for classes of others."""
-    held = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
-    try:
-        return step_bytes(make(held)) / 2**20
-    except Exception:  # others' constructors may not take parameters without memory
-        return 0.0
+def add_plans(told: dict[str, Any]) -> None:
+    """MiB that a step between refreshes is planned to need for a moment, beside what was measured. Needs no GPU."""
+    for size, rows in told["costs"].items():
+        made = contenders(SIZES[size])
+        shapes = layer_shapes(size) * LAYERS[size]
+        for name, row in rows.items():
+            if hasattr(optim, name):
+                optimizer = made[name]([nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes])
+                row["planned_mib"] = fake_step._FakeStep(optimizer, None, 0, 1, None, "meta").bytes_at(1) / 2**20
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def table(told: dict[str, Any]) -> str:
         for name, row in rows.items():
             share = f"{row['ms'] / base:.1f}" if base else ""
             peak = f"{row['peak_mib']:.0f} MiB"
-            plan = f"{row['planned_mib']:.0f} MiB" if hasattr(optim, name) else ""
+            plan = f"{row['planned_mib']:.0f} MiB" if "planned_mib" in row else ""
             lines.append(f"| {name} | {row['ms']:.2f} | {share} | {peak} | {plan} |")
     return "\n".join(lines) + "\n"
 
@@ -253,13 +254,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=(), metavar="TEXT", help="variants whose names hold one of these")
     parser.add_argument("--skip_costs", action="store_true")
+    parser.add_argument("--plans", action="store_true", help="only put plans beside the results that are there")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--budget", type=float, default=60.0, help="seconds for the steps of a size")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "gpu_check.json")
     options = parser.parse_args()
+    if options.plans:
+        told = json.loads(options.output.read_text())
+        add_plans(told)
+        options.output.write_text(json.dumps(told, indent=1) + "\n")
+        options.output.with_suffix(".md").write_text(table(told))
+        return
     if not torch.cuda.is_available():
         raise SystemExit("gpu_check.py needs a CUDA device: torch sees none")
-    told: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    told = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     told |= {"cuda": torch.version.cuda, "variants": {}, "costs": {}}
 
     def keep() -> None:

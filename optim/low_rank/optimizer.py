@@ -38,7 +38,7 @@ from ..distributed import (
     is_dtensor,
     stack_of,
 )
-from ..state.spec import StateSpec, basis_spec
+from ..state.spec import PLAIN, StateSpec, basis_spec
 from .basis import Basis, first_columns
 from .first_gradients import FirstGradients
 from .published import Published, PublishedState, is_foreign
@@ -246,7 +246,8 @@ class LowRankOptimizer(ShardedOptimizer):
         elements, r = math.prod(shard.side.shape), shard.side.rank
         if not is_stacked_at(elements, self.few_kernels):
             return 0
-        return self.stack_copies * elements + r * (2 * shard.side.lines + shard.side.line_length)
+        wide = 0 if self.moment_codec is PLAIN else 3  # moments as numbers, and what is quantized of them
+        return self.stack_copies * elements + r * ((2 + wide) * shard.side.lines + shard.side.line_length)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
