@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ...fp64 import fp64_device
 from ..distributed import ProjectionSide
 
 BLOCKS = 8  # a product of m x k is looked at in parts, so that it never stands whole in memory
@@ -20,12 +21,13 @@ def cosine_basis(k: int, device: torch.device) -> Tensor:
     The phase is reduced modulo its period in whole numbers and the cosine taken in fp64: orthogonal to 1e-7, where
     fp32 phases lose three digits at k = 4096.
     """
-    i = torch.arange(k, device=device).unsqueeze(1)
-    j = torch.arange(k, device=device).unsqueeze(0)
+    at = fp64_device(device)
+    i = torch.arange(k, device=at).unsqueeze(1)
+    j = torch.arange(k, device=at).unsqueeze(0)
     phase = (i * (2 * j + 1)) % (4 * k)
     Q = torch.cos(phase.double() * (math.pi / (2 * k))).mul_(math.sqrt(2 / k))
     Q[0] *= math.sqrt(0.5)
-    return Q.float()
+    return Q.float().to(device)
 
 
 def column_scores(A: Tensor, Q: Tensor, side: ProjectionSide, p: int) -> Tensor:
