@@ -1,8 +1,9 @@
-"""A step on a mixture of experts, in one tensor (E, m, n), beside the same matrices as separate layers; medians.
+"""Experts in one tensor (E, m, n): what a step costs beside the same matrices as separate layers, and what state.
 
-    python benchmarks/experts.py            # one thread; the table in RESULTS.md
+    python benchmarks/experts.py            # one thread; the tables in RESULTS.md
 
-Contenders take turns. Below one, the tensor is faster.
+Contenders take turns; medians. Below one, the tensor is faster. State is planned for models of transformers' default
+sizes, which are those of published ones, in bf16 at rank 128.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from gracile import optim
+from gracile.optim.memory import planned_state
 
 EXPERTS, TURNS = 8, 41
 SIZES = [(48, 32), (192, 64), (768, 256), (1408, 512)]
@@ -43,7 +46,25 @@ def stepped(name: str, tensors: list[torch.Tensor]) -> Callable[[], object]:
     return step
 
 
+def state() -> None:
+    """GaLore's state of real mixtures beside AdamW's, and how many of their matrices have a rank."""
+    print("| mixture | parameters | of its matrices ranked | state, GiB | of AdamW's |\n|---|---|---|---|---|")
+    for kind in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"):
+        config = transformers.AutoConfig.for_model(kind)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        groups = optim.param_groups(model, rank=128)
+        held = sum(own.nbytes for own in planned_state(optim.GaLoreAdamW(groups, state_dtype=torch.bfloat16)))
+        outer = ("embed_tokens.weight", "lm_head.weight", "bias")
+        matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and not name.endswith(outer))
+        ranked = sum(p.numel() for p in groups[0]["params"])
+        whole = sum(p.numel() for p in model.parameters())
+        cells = f"{whole / 1e9:.1f}B", f"{ranked / matrices:.2%}", f"{held / 2**30:.1f}", f"{held / (4 * whole):.3f}"
+        print(f"| {kind} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
+    state()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     heads = [f"{m} x {n}" for m, n in SIZES]

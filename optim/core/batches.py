@@ -25,7 +25,7 @@ from .rules import MOMENTS, Rule
 from .rules_together import Clock
 from .types import Group, ParamStep, State
 
-AT_ONCE = 2**25  # numbers that a batch makes: 128 MiB in fp32
+AT_ONCE = 5 * 2**23  # numbers that a batch makes: 160 MiB in fp32
 MATRICES_AT_ONCE = 3 * 2**25  # that one of matrices makes, copies of gradients and state among them: 384 MiB
 ON_A_CPU = 2**22  # that one of matrices makes there: 16 MiB
 # Elements of a matrix, from which on it gives a GPU enough to do by itself: of a method with many kernels a matrix, and
@@ -49,7 +49,7 @@ def found_alone(direction: Direction, rule: Rule, group: Group, shard: FullShard
 
 def ask(rule: Rule, coordinates: Tensor, state: State, group: Group, shard: FullShard) -> Found:
     """What a rule makes of coordinates, of a stack too: by as few kernels as it can, where launches cost."""
-    if rule.together is None or not launches_cost(coordinates.device):
+    if rule.together is None or not (launches_cost(coordinates.device) and coordinates.numel()):
         return rule.direction(coordinates, state, group)
     keys = [key for key in MOMENTS if key in state]
     states = state.parts(keys) if isinstance(state, StackedState) else [state]
@@ -121,12 +121,18 @@ class Movable(NamedTuple):
     kind: object = None
 
 
+BY_ITSELF = Movable()
+
+
 def batches(portion: Sequence[ParamStep], movable: Callable[[ParamStep, bool], Movable]) -> Iterator[Batch]:
     """The parameters of a portion, those together that are alike, on every process in the same order.
 
     ``movable`` says how one may be moved; asked with False, without a stack: there is none of one matrix.
     """
     found = [movable(item, True) for item in portion]
+    if all(how.way is Way.ALONE for how in found):
+        yield from (Batch([item]) for item in portion)
+        return
     kinds = [_kind(item, how) for item, how in zip(portion, found, strict=True)]
     alike = Counter(kinds)
     waiting: dict[tuple[object, ...], list[ParamStep]] = {}
@@ -139,7 +145,7 @@ def batches(portion: Sequence[ParamStep], movable: Callable[[ParamStep, bool], M
             yield Batch([item])
             continue
         batch = waiting.setdefault(kind, [])
-        if batch and numbers[kind] + how.numbers > _most(item.shard):
+        if batch and numbers[kind] + how.numbers > _most(item.shard, how.way):
             yield _batch(kind, waiting.pop(kind))
             batch, numbers[kind] = waiting.setdefault(kind, []), 0
         batch.append(item)
@@ -148,11 +154,11 @@ def batches(portion: Sequence[ParamStep], movable: Callable[[ParamStep, bool], M
         yield _batch(kind, batch)
 
 
-def _most(shard: FullShard) -> int:
+def _most(shard: FullShard, way: Way) -> int:
     """How many numbers a batch may make."""
     if not launches_cost(shard.device):
         return ON_A_CPU
-    return MATRICES_AT_ONCE if has_subspace(shard) else AT_ONCE
+    return MATRICES_AT_ONCE if way is Way.STACKED else AT_ONCE
 
 
 def _batch(kind: tuple[object, ...], items: list[ParamStep]) -> Batch:

@@ -40,6 +40,7 @@ from ..distributed import (
 )
 from ..state.spec import PLAIN, to_portable
 from .batches import (
+    BY_ITSELF,
     Batch,
     Direction,
     Movable,
@@ -301,7 +302,7 @@ class ShardedOptimizer(DeclaredState):
         shard = item.shard
         costly = launches_cost(shard.device)
         if item.group["stochastic_rounding"] or not (costly or is_born_small(shard)):
-            return Movable()
+            return BY_ITSELF
         numbers = self.stack_numbers(item) if stacks else 0
         if numbers:
             return Movable(Way.STACKED, numbers, self._stack_kind(item))
@@ -309,7 +310,7 @@ class ShardedOptimizer(DeclaredState):
             return Movable(Way.IN_LOTS, numbers_of(item), self.batch_kind(item))
         alike = self.moves_by_direction(shard, item.group) or self.moves_plainly(item)
         if not (costly and alike and self.rule.together is not None and self._holds_numbers(item)):
-            return Movable()
+            return BY_ITSELF
         if self._is_in_place(item):
             return Movable(Way.IN_PLACE)
         return Movable(Way.TOGETHER, numbers_of(item), self.batch_kind(item))
@@ -341,7 +342,8 @@ class ShardedOptimizer(DeclaredState):
             yield item
             return
         size = at_once(item.shard.device)
-        if self.moment_codec is not PLAIN and launches_cost(item.shard.device):
+        widens = self.moment_codec is not PLAIN or item.group["stochastic_rounding"]
+        if widens and launches_cost(item.shard.device):
             size //= 2  # moments are made beside their direction
         for shard, begin, end in pieces_of(item.shard, size):
             if shard is item.shard:

@@ -68,7 +68,8 @@ def round_(narrow: Tensor, wide: Tensor, key: tuple[int, int], places: Places) -
     """narrow (bf16) <- wide (fp32), of one shape, rounded by the noise of ``key`` at the places of their elements."""
     flat = wide.reshape(-1)  # in the order of the elements, which a transposed weight has otherwise in memory
     rounded = narrow.view(-1) if narrow.is_contiguous() else torch.empty_like(flat, dtype=narrow.dtype)
-    for part in spans(len(flat), at_once(flat.device) // 2):  # the noise takes as much memory again
+    size = at_once(flat.device) // (2 if flat.device.type == "cpu" else 8)  # the noise takes four times as much memory
+    for part in spans(len(flat), size):
         rounded[part] = _rounded(flat[part], noise(places(part.start, part.stop), key))
     if not narrow.is_contiguous():
         narrow.copy_(rounded.view(narrow.shape))

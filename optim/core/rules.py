@@ -90,7 +90,8 @@ def adam(
     V.mul_(beta2).addcmul_(R, R, value=1 - beta2)
     t = state["step"].item()  # lives on the CPU: reading it does not stop a GPU
     root = math.sqrt(1 - beta2**t)
-    N = V.sqrt().add_(group["eps"] * root if torch_eps else group["eps"])
+    N = V.sqrt() if R is gradient else torch.sqrt(V, out=R)  # a copy is used up
+    N.add_(group["eps"] * root if torch_eps else group["eps"])
     torch.div(M, N, out=N)
     return N, root / (1 - beta1**t)
 
@@ -173,7 +174,7 @@ def adafactor(
     dtype = state["exp_avg_sq_row" if "exp_avg_sq_row" in state else "exp_avg_sq"].dtype
     R = gradient.to(dtype)
     beta2 = 1.0 - state["step"].item() ** group["decay_rate"]
-    squares = R.square().add_(group["eps"][0])
+    squares = (R.square() if R is gradient else R.square_()).add_(group["eps"][0])  # in a copy, if there is one
     if "exp_avg_sq_row" in state:
         C, D = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
         C.mul_(beta2).add_(over.mean(squares, -1), alpha=1 - beta2)
@@ -182,7 +183,7 @@ def adafactor(
         N = torch.mul((C / size).rsqrt_().unsqueeze(-1), D.unsqueeze(-2).rsqrt(), out=squares)
     else:
         N = state["exp_avg_sq"].mul_(beta2).add_(squares, alpha=1 - beta2).rsqrt()
-    N.mul_(R)
+    N.mul_(gradient)
     return N.div_((over.rms(N) / group["clip_threshold"]).clamp_(min=1.0)), 1.0
 
 

@@ -22,6 +22,8 @@ from .projection import LowRankUpdate, ProjectionSide
 from .shard_range import Runs
 from .workspace import Workspace
 
+PRODUCT = 2**22  # elements of a product that a CPU makes at a time: 16 MiB in fp32
+
 
 class WrittenUpdate:
     """An update that writes itself into weights."""
@@ -225,18 +227,21 @@ class FullShard:
         """weights += alpha * update, rounded to the weights once.
 
         On a CPU ``addmm_`` adds the r products to the weight in several portions and rounds at the weight's size each
-        time: 5e-6 off after 50 steps at weights of size one. A product of its own, in memory that all matrices of a
-        step share, stays on the authors' bits. GPUs sum in registers first and need neither.
+        time: 5e-6 off after 50 steps at weights of size one. A product of its own, some rows at a time, in memory that
+        all matrices of a step share, stays on the authors' bits. GPUs sum in registers first and need neither.
         """
         left, right = update.left.to(weights.dtype), update.right.to(weights.dtype)
         if weights.device.type != "cpu":
             weights.addmm_(left, right, alpha=alpha * update.factor)
             return
-        product = torch.mm(left, right, out=self.workspace.like(weights))
-        if math.frexp(update.factor)[0] == 0.5:  # a power of two, such as 0.25: no rounding, so no pass of its own
-            weights.add_(product, alpha=alpha * update.factor)
-        else:
-            weights.add_(product.mul_(update.factor), alpha=alpha)
+        exact = math.frexp(update.factor)[0] == 0.5  # a power of two, such as 0.25: no rounding, so no pass of its own
+        rows = max(1, PRODUCT // max(1, weights.shape[1]))
+        for own, lines in zip(torch.split(weights, rows), torch.split(left, rows), strict=True):
+            product = torch.mm(lines, right, out=self.workspace.like(own))
+            if exact:
+                own.add_(product, alpha=alpha * update.factor)
+            else:
+                own.add_(product.mul_(update.factor), alpha=alpha)
 
 
 class FullMatrix(FullShard):

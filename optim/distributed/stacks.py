@@ -1,6 +1,6 @@
 """Alike matrices as one tensor with a dimension before their own, so that one kernel works on all of them.
 
-Tensors that lie equally spaced in one piece of memory, as the views ``t[e]`` of a tensor of experts do, are such a
+Tensors that lie one after the other in one piece of memory, as the views ``t[e]`` of a tensor of experts do, are such a
 tensor already: nothing is copied, and what is written to it is written. Others are copied, and copied back.
 """
 
@@ -23,27 +23,25 @@ def stacked(tensors: Sequence[Tensor]) -> tuple[Tensor, bool]:
     """Tensors of one shape, dtype and device (each of any shape) as one (B x their shape), and whether it is a view of
     the memory that they have."""
     first = tensors[0]
-    step = _distance(tensors)
-    if step is None:
+    if not _lie_in_one(tensors):
         return torch.stack(list(tensors)), False
-    size, strides = (len(tensors), *first.shape), (step, *first.stride())
+    size, strides = (len(tensors), *first.shape), (first.numel(), *first.stride())
     return first.as_strided(size, strides, first.storage_offset()), True
 
 
-def _distance(tensors: Sequence[Tensor]) -> int | None:
-    """How many numbers lie from the beginning of each to that of the next, where all are in one piece of memory and
-    none reaches into the next."""
+def _lie_in_one(tensors: Sequence[Tensor]) -> bool:
+    """Whether each begins in memory where the one before it ends."""
     first = tensors[0]
-    memory, strides, begin = first.untyped_storage()._cdata, first.stride(), int(first.storage_offset())
-    step = first.numel() if len(tensors) == 1 else int(tensors[1].storage_offset()) - begin
-    reach = sum((size - 1) * stride for size, stride in zip(first.shape, strides, strict=True))
-    if step <= reach or any(stride < 0 for stride in strides):
-        return None
-    for number, other in enumerate(tensors):
-        placed = other.storage_offset() == begin + number * step and other.stride() == strides
-        if not placed or other.untyped_storage()._cdata != memory:
-            return None
-    return step
+    memory, strides, size = first.untyped_storage()._cdata, first.stride(), first.numel()
+    begin, reach = int(first.storage_offset()), sum((n - 1) * s for n, s in zip(first.shape, strides, strict=True))
+    if reach >= size or len(tensors) == 1:  # rows with others between them; or no stack
+        return False
+    return all(
+        other.storage_offset() == begin + number * size
+        and other.stride() == strides
+        and other.untyped_storage()._cdata == memory
+        for number, other in enumerate(tensors)
+    )
 
 
 class StackedState(MutableMapping[str, Tensor]):
@@ -87,7 +85,7 @@ class StackedState(MutableMapping[str, Tensor]):
         """The states that a rule is asked with: this one where ``keys`` are stacked already, or lie so, else each."""
         for key in keys:
             held = [state[key] for state in self.states]
-            if key not in self._held and _distance(held) is not None:
+            if key not in self._held and _lie_in_one(held):
                 self._hold(key, *stacked(held))
         return [self] if all(key in self._held for key in keys) else self.states
 
@@ -178,7 +176,7 @@ class StackedMatrix(FullMatrix):
     @cached_property
     def _in_one_piece(self) -> list[Tensor]:
         """The weights: one tensor where they lie in one, else each."""
-        return self.weights if _distance(self.weights) is None else [stacked(self.weights)[0]]
+        return [stacked(self.weights)[0]] if _lie_in_one(self.weights) else self.weights
 
     def state(self, states: Sequence[State], only_read: Collection[str] = ()) -> StackedState:
         return StackedState(states, only_read)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Workspace:
-    """Memory for one m x n product, reused by all matrices of a step: fresh pages for each cost a tenth of it."""
+    """Memory for some rows of a product, reused by all matrices of a step: fresh pages for each cost a tenth of it."""
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None

@@ -139,9 +139,7 @@ class SSTAdamW(FactoredOptimizer):
             return (yield from super().direction(G, shard, group, state))
         age = self._age(shard, group, t)
         N, correction = yield from super().direction(G, shard, group, with_age(state, age))
-        rising = name in VECTORS and age < min(
-            t, group["warmup_steps"]
-        )  # not at first: that is the schedule's business
+        rising = name in VECTORS and age < min(t, group["warmup_steps"])  # not at first: a schedule's business
         return N, correction * (age / group["warmup_steps"] if rising else 1.0)
 
     def batch_kind(self, item: ParamStep) -> object:

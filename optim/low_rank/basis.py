@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..distributed import LowRankUpdate, ProjectionSide
 
+AT_ONCE = 2**22  # elements of a gradient that are made wider at a time
+
 
 class Basis:
     """P on its side of a matrix: ``project`` an m x n gradient to its coordinates, ``lift`` coordinates back. Of alike
@@ -17,8 +19,22 @@ class Basis:
 
     def project(self, gradient: Tensor) -> Tensor:
         P = self.columns
+        if gradient.dtype != P.dtype and gradient.numel() > AT_ONCE:
+            return self._project_in_parts(gradient)
         G = gradient.to(P.dtype)
         return G @ P if self.side.right else P.mT @ G
+
+    def _project_in_parts(self, gradient: Tensor) -> Tensor:
+        """``project`` of some lines at a time, so that not all of a gradient is made in another dtype."""
+        P, right = self.columns, self.side.right
+        axis = -2 if right else -1
+        shape = list(gradient.shape)
+        shape[-1 if right else -2] = P.shape[-1]
+        coordinates = P.new_empty(shape)
+        lines = max(1, AT_ONCE * gradient.shape[axis] // gradient.numel())
+        for part, own in zip(torch.split(gradient, lines, axis), torch.split(coordinates, lines, axis), strict=True):
+            own.copy_(self.project(part.to(P.dtype)))
+        return coordinates
 
     def lift(self, coordinates: Tensor) -> LowRankUpdate:
         P = self.columns

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...fp64 import fp64_device
 from ..distributed import ProjectionSide
 
+ROWS = 512  # of the cosines that are made at a time, in fp64
 BLOCKS = 8  # a product of m x k is looked at in parts, so that it never stands whole in memory
 
 
@@ -22,12 +23,14 @@ def cosine_basis(k: int, device: torch.device) -> Tensor:
     fp32 phases lose three digits at k = 4096.
     """
     at = fp64_device(device)
-    i = torch.arange(k, device=at).unsqueeze(1)
-    j = torch.arange(k, device=at).unsqueeze(0)
-    phase = (i * (2 * j + 1)) % (4 * k)
-    Q = torch.cos(phase.double() * (math.pi / (2 * k))).mul_(math.sqrt(2 / k))
-    Q[0] *= math.sqrt(0.5)
-    return Q.float().to(device)
+    Q = torch.empty(k, k, device=at)
+    odd = 2 * torch.arange(k, device=at) + 1
+    rows = torch.arange(k, device=at).unsqueeze(1)
+    for i, part in zip(torch.split(rows, ROWS), torch.split(Q, ROWS), strict=True):
+        phase = (i * odd) % (4 * k)
+        cosines = torch.cos(phase.double() * (math.pi / (2 * k))).mul_(math.sqrt(2 / k))
+        part.copy_(torch.where(i == 0, cosines * math.sqrt(0.5), cosines))
+    return Q.to(device)
 
 
 def column_scores(A: Tensor, Q: Tensor, side: ProjectionSide, p: int) -> Tensor:
@@ -36,7 +39,7 @@ def column_scores(A: Tensor, Q: Tensor, side: ProjectionSide, p: int) -> Tensor:
     lines = A if side.right else A.mT
     scores = torch.zeros(*A.shape[:-2], Q.shape[0], dtype=Q.dtype, device=Q.device)
     for part in torch.chunk(lines, BLOCKS, dim=-2):
-        S = part @ Q
+        S = part.to(Q.dtype) @ Q
         scores += S.abs_().sum(dim=-2) if p == 1 else S.square_().sum(dim=-2)
     return scores
 

@@ -184,10 +184,10 @@ class DCTAdamW(LowRankOptimizer):
             self.look_at_gradient(A, shard, torch.isfinite(scores).all(-1))
 
     def _with_error(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor:
-        """A (m x n, fp32). With fp32 feedback it is the error buffer itself."""
+        """A (m x n). Without feedback it is the gradient, with that of fp32 the error buffer itself."""
         feedback = group["error_feedback"]
         if feedback is None:
-            return G.float()
+            return G
         if feedback == "fp32":
             return state["error"].add_(G)
         right = shard.side.right

@@ -102,8 +102,8 @@ class GradNormLoRPAdamW(LowRankOptimizer):
             state["length"].copy_(shard.row_norms(shard.gather_weights().to(wide_dtype(shard))))
 
     def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Columns:
-        D, _ = _gradients(G, shard.gather_weights(keep=True), shard, state)
-        return self.singular_vectors(D.to(shard.dtype), self.previous_columns(shard, group, state), shard, group)
+        D = _gradients(G, shard.gather_weights(keep=True), shard, state)[0].to(shard.dtype)  # which frees the wider one
+        return self.singular_vectors(D, self.previous_columns(shard, group, state), shard, group)
 
     def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         if not has_subspace(shard):

@@ -50,7 +50,7 @@ from .singular import (
     orthogonal_iteration,
 )
 
-FOUND_AT_ONCE = 3 * 2**22  # elements of bases that a GPU finds together: 384 MiB for what it makes of them, in fp64
+FOUND_AT_ONCE = 2**23  # elements of bases that a GPU finds together: 160 MiB for what it makes of them, in fp64
 
 
 def _optional_flag(key: str, value: object) -> None:

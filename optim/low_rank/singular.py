@@ -20,6 +20,7 @@ SUBSPACE_METHODS = ("svd", "iterate")
 # leaves the others to one or the other (an expert's that few tokens came to); and so little that directions of a
 # hundredth of the largest singular value are found all the same.
 FILL = 2.0**-13
+WIDENED = 2**22  # elements of a gradient that are made wider at a time
 COLD_ITERATIONS = 8  # from a random start; afterwards one from the previous subspace holds the energy
 
 
@@ -76,12 +77,24 @@ def orthogonal_iteration(
 
     ``gradient`` may be some lines of the matrix, each process's own: ``total`` then sums over processes.
     """
-    G = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    Q = random_columns(side.basis_shape, seed, G) if previous is None else previous.to(G.dtype)
+    wide = gradient.new_empty(0, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    Q = random_columns(side.basis_shape, seed, wide) if previous is None else previous.to(wide.dtype)
     for _ in range(COLD_ITERATIONS if previous is None else 1):
-        Z = total(G.t() @ (G @ Q) if side.right else G @ (G.t() @ Q))
+        Z = total(_gram_times(gradient if side.right else gradient.t(), Q))
         Q = orthonormalized(Z, Q, FILL)
     return Q.to(gradient.dtype)
+
+
+def _gram_times(lines: Tensor, Q: Tensor, out: Tensor | None = None) -> Tensor:
+    """G^T G Q of G (lines x side), which is made as wide as Q some lines at a time."""
+    if lines.dtype == Q.dtype or lines.numel() <= WIDENED:
+        G = lines.to(Q.dtype)
+        return torch.mm(G.t(), G @ Q, out=out)
+    Z = torch.zeros_like(Q) if out is None else out.zero_()
+    for part in torch.split(lines, max(1, WIDENED // lines.shape[1])):
+        G = part.to(Q.dtype)
+        Z.addmm_(G.t(), G @ Q)
+    return Z
 
 
 @dataclass(frozen=True)
@@ -124,8 +137,7 @@ def orthogonal_iterations(pending: Sequence[PendingIteration]) -> Tensor:
         Q = random_columns(side.basis_shape, 0, like.new_empty(0, dtype=wide)).expand(len(pending), -1, -1)
     G = _Matrices([one.gradient for one in pending], wide)
     for _ in range(1 if warm else COLD_ITERATIONS):
-        Z = G.transposed_times(G.times(Q)) if side.right else G.times(G.transposed_times(Q))
-        Q = orthonormalized(Z, Q, FILL)
+        Q = orthonormalized(G.gram_times(Q, side.right), Q, FILL)
     return Q.to(like.dtype)
 
 
@@ -154,6 +166,15 @@ class _Matrices:
             return self.stack.mT @ X
         return self._one_by_one(X, self.held[0].shape[1], lambda G: G.t())
 
+    def gram_times(self, Q: Tensor, right: bool) -> Tensor:
+        """G^T G Q (right) or G G^T Q of each."""
+        if self.stack is not None:
+            return self.transposed_times(self.times(Q)) if right else self.times(self.transposed_times(Q))
+        found = Q.new_empty(Q.shape)
+        for G, own, product in zip(self.held, Q, found, strict=True):
+            _gram_times(G if right else G.t(), own, out=product)
+        return found
+
     def _one_by_one(self, X: Tensor, rows: int, seen: Callable[[Tensor], Tensor]) -> Tensor:
         found = X.new_empty(len(self.held), rows, X.shape[-1])
         for G, own, product in zip(self.held, X, found, strict=True):
@@ -169,22 +190,23 @@ def orthonormalized(columns: Tensor, previous: Tensor, fill: float | None = None
     ones have, everything where they have none. The result is Q of the QR with a positive diagonal, which has one
     answer, found from the Gram matrix (Cholesky QR, twice): its triangles are r x r, where Householder's QR takes
     longer than both products of an iteration. In fp64, because rounding in fp32 shows up tenfold in the directions of
-    least energy.
+    least energy. ``columns`` is used up.
     """
     if not has_fp64(columns.device):
         return orthonormalized(columns.cpu(), previous.cpu(), fill).to(columns.device)
     precision = torch.finfo(columns.dtype)
     size = torch.linalg.vector_norm(columns, torch.inf, dim=(-2, -1), keepdim=True)
     size.clamp_(min=precision.tiny)  # squares could overflow
-    Z = (columns / size).add_(previous, alpha=precision.eps if fill is None else fill)
+    Z = columns.div_(size).add_(previous, alpha=precision.eps if fill is None else fill)
     if Z.dtype == torch.float64:  # no wider type to square them in
         return positive_qr(Z)
     # unit columns: what is left is their angles
-    X = (Z / torch.linalg.vector_norm(Z, dim=-2, keepdim=True)).double().mT
+    X = Z.div_(torch.linalg.vector_norm(Z, dim=-2, keepdim=True)).double().mT
     L = _cholesky(X @ X.mT)
-    X = torch.linalg.solve_triangular(L, X, upper=False).to(Z.dtype)  # r x side, orthonormal to about 1e-3 at worst
-    L = _cholesky((X @ X.mT).double()).to(Z.dtype)
-    orthonormal: Tensor = torch.linalg.solve_triangular(L, X, upper=False).mT
+    Z.mT.copy_(torch.linalg.solve_triangular(L, X, upper=False, out=X))  # orthonormal to about 1e-3 at worst
+    del X
+    L = _cholesky((Z.mT @ Z).double()).to(Z.dtype)
+    orthonormal: Tensor = torch.linalg.solve_triangular(L, Z.mT, upper=False).mT
     return orthonormal
 
 
@@ -192,15 +214,17 @@ def _cholesky(gram: Tensor) -> Tensor:
     """The lower triangle of a Gram matrix of r unit vectors, which rounding may leave with negative eigenvalues.
 
     They are lifted by r rounding errors, and by more where that was too little: hundreds of nearly parallel vectors, as
-    a gradient of rank one makes them, are off by as much. Whether it went well is not asked of the device.
+    a gradient of rank one makes them, are off by as much. Whether it went well is not asked of the device. ``gram`` is
+    used up.
     """
     r, error = gram.shape[-1], torch.finfo(gram.dtype).eps
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(r * error)
     lower, failed = torch.linalg.cholesky_ex(gram)
     diagonal.add_(r * r / 16 * error)
-    lifted: Tensor = torch.linalg.cholesky_ex(gram).L
-    return torch.where(failed[..., None, None] == 0, lower, lifted)
+    lifted, _ = torch.linalg.cholesky_ex(gram, out=(gram, torch.empty_like(failed)))
+    found: Tensor = torch.where(failed[..., None, None] == 0, lower, lifted, out=lower)
+    return found
 
 
 def randomized_range(

@@ -121,13 +121,12 @@ class Alike:
 
 def is_whole(matrix: Masked) -> bool:
     """Whether a matrix may be changed with others: where launches cost, and no other process has a part of it."""
-    weights = matrix.weights
     return (
-        launches_cost(weights.device)
+        launches_cost(matrix.device)
         and not matrix.shard.split
         and matrix.key_dtype == torch.int32
         and len(matrix.indices) > 0
-        and weights.numel() <= batches.AT_ONCE
+        and matrix.size <= batches.AT_ONCE
         and not (matrix.expert is not None and matrix.group["reinit_when_same"])
     )
 
@@ -145,7 +144,7 @@ def alike(wanted: Sequence[Wanted]) -> Iterator[Alike]:
     if not lots:
         return
     rows = [_numbers(own) for lot in lots for own in lot]
-    numbers = torch.tensor(rows, dtype=torch.int64).to(lots[0][0].matrix.weights.device)
+    numbers = torch.tensor(rows, dtype=torch.int64).to(lots[0][0].matrix.device)
     for lot, part in zip(lots, torch.split(numbers, [len(lot) for lot in lots]), strict=True):
         yield Alike(lot, part)
 
@@ -153,8 +152,12 @@ def alike(wanted: Sequence[Wanted]) -> Iterator[Alike]:
 def _kind(matrix: Masked) -> tuple[object, ...]:
     group, held = matrix.group, matrix.shard.held_gradient
     assert held is not None
-    dtypes = [matrix.weights.dtype, held.dtype, *(own.dtype for key, own in matrix.state.items() if key != "step")]
-    return matrix.shape, matrix.expert is None, group["group_number"], matrix.clock, matrix.weights.device, *dtypes
+    dtypes = [
+        matrix.shard.parameter.dtype,
+        held.dtype,
+        *(own.dtype for key, own in matrix.state.items() if key != "step"),
+    ]
+    return matrix.shape, matrix.expert is None, group["group_number"], matrix.clock, matrix.device, *dtypes
 
 
 def _numbers(own: Wanted) -> list[int]:

@@ -51,7 +51,9 @@ def constant_fan_in(batch: Alike) -> Chosen:
     fan_in = batch.column("budget") // active.sum(1, keepdim=True)
     wanted = active * fan_in
     # what is kept comes before what is free; a row's own order without ties
-    both = torch.where(kept, keys.long().add_(2**31), promise.long()).view(-1, n)
+    both = torch.where(kept, keys, promise)
+    del keys, promise
+    both = both.long().add_(kept, alpha=2**31).view(-1, n)
     columns = torch.arange(n - 1, -1, -1, device=both.device)
     there = first_of_rows(ranked(both, columns, bits=n.bit_length()), wanted.view(-1, 1)).view(batch.count, -1)
     return Chosen(kept, there, wanted.sum(1), sum(own.budget for own in batch.wanted))

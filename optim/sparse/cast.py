@@ -60,6 +60,8 @@ class CastAdamS(NMOptimizer):
         betas, eps: as for ``torch.optim.AdamW``.
         weight_decay: decoupled, before the step; the paper has none.
         n, m: of every m consecutive weights of a row, n are kept.
+        transposed_experts: of experts that are stored as E x in x out (gpt-oss): of every m consecutive weights of a
+            column; where each process has whole experts, as with FSDP2.
         total_steps: T, after which masks are applied.
         lam: strength of the pull to zero on weights outside of the mask.
         mask_every: T1, steps between updates of the masks.
@@ -100,6 +102,7 @@ class CastAdamS(NMOptimizer):
         total_steps: int | None = None,
         lam: float = 4e-7,
         mask_every: int = 10,
+        transposed_experts: bool = False,
         **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..distributed import FlatShard, FullShard
+from ..distributed import FlatShard, FullShard, UnsupportedLayout
 
 EXPERTS = 3  # dimensions of a tensor of experts
 
@@ -29,10 +29,30 @@ def shape_of_each(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[1:] if len(shape) == EXPERTS else shape
 
 
-def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """m, n of each of a parameter's matrices."""
+def as_matrix(shape: tuple[int, ...], transposed: bool = False) -> tuple[int, int]:
+    """m, n of each of a parameter's matrices; of those that are stored ``transposed``, of what they are."""
     own = shape_of_each(shape)
-    return own[0], math.prod(own[1:])
+    m, n = own[0], math.prod(own[1:])
+    return (n, m) if transposed else (m, n)
+
+
+def are_transposed(group: Mapping[str, Any]) -> bool:
+    """Whether a group's experts are stored as E x n x m, the dimension of the inputs first (gpt-oss)."""
+    return bool(group.get("transposed_experts", False))
+
+
+def check_transposed(shape: tuple[int, ...], group: Mapping[str, Any]) -> None:
+    """Refuse what has no experts."""
+    if are_transposed(group) and len(shape) != EXPERTS:
+        raise ValueError(
+            f"transposed_experts=True is for experts (E x in x out), got a parameter of shape {shape}; put it into a "
+            "group without it"
+        )
+
+
+def turned(places: Tensor, columns: int, rows: int) -> Tensor:
+    """Places in a matrix of so many ``columns`` and ``rows`` as places in its transpose, ascending."""
+    return (places % columns).mul_(rows).add_(places // columns).sort().values
 
 
 class Expert(NamedTuple):
@@ -45,9 +65,9 @@ class Expert(NamedTuple):
     end: int
 
 
-def experts_of(shard: FullShard) -> Iterator[Expert]:
+def experts_of(shard: FullShard, transposed: bool = False) -> Iterator[Expert]:
     """The matrices of a parameter that this process takes part in choosing for: those that are cut, on every process,
-    in one order; and those that it holds entirely, as a process alone would."""
+    in one order; and those that it holds entirely, as a process alone would. ``transposed``: as what they are."""
     if len(shard.shape) != EXPERTS:
         yield Expert(0, shard, 0, shard.parameter.numel())
         return
@@ -58,23 +78,29 @@ def experts_of(shard: FullShard) -> Iterator[Expert]:
         first, last = number * size, (number + 1) * size
         begin, end = (min(max(bound, first), last) - bounds[index] for bound in bounds[index : index + 2])
         owner = bisect_right(bounds, first) - 1
+        if bounds[owner + 1] < last and transposed:
+            raise UnsupportedLayout(
+                f"transposed_experts=True needs whole experts, and those of a parameter of shape {shard.shape} are "
+                "cut; split the model by FSDP2, which cuts between them"
+            )
         if bounds[owner + 1] < last:
             yield Expert(number, _cut(shard, number, begin, end), begin, end)
         elif owner == index:
-            yield Expert(number, WholeExpert(shard, number, begin, end), begin, end)
+            yield Expert(number, WholeExpert(shard, number, begin, end, transposed), begin, end)
 
 
 class WholeExpert(FullShard):
     """A matrix that this process holds entirely, of a parameter of which others may hold the rest."""
 
-    def __init__(self, all_of_them: FullShard, number: int, begin: int, end: int) -> None:
+    def __init__(self, all_of_them: FullShard, number: int, begin: int, end: int, transposed: bool) -> None:
         shape, gradient = all_of_them.shape[1:], all_of_them.held_gradient
         flat = isinstance(all_of_them, FlatShard)
         weights = all_of_them.parameter
         own = weights[begin:end].view(shape) if flat else weights[number]
-        super().__init__(own, all_of_them.position, all_of_them.workspace)
+        super().__init__(own.t() if transposed else own, all_of_them.position, all_of_them.workspace)
         if gradient is not None:
             gradient = gradient[begin:end].view(shape) if flat else gradient[number]
+            gradient = gradient.t() if transposed else gradient
         self._gradient = gradient
         self.maximize = all_of_them.maximize
 

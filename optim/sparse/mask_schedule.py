@@ -13,7 +13,7 @@ from typing import Any
 from ...validation import is_real, is_whole, require
 from ..core.clock import steps_of
 from ..core.types import State
-from .experts import as_matrix, matrices_in, shape_of_each
+from .experts import are_transposed, as_matrix, matrices_in, shape_of_each
 from .grown_weights import GROWN_STEPS
 from .layer_budgets import BY_WEIGHT, DISTRIBUTIONS, budgets
 from .masks import DROPS, GROWS, Structure, Unstructured
@@ -80,8 +80,10 @@ def check_masks(keys: Keys) -> None:
     warmup = keys["grown_warmup"]
     require(is_whole(warmup) and warmup >= 0, "grown_warmup must be a whole number >= 0", warmup)
     require(not warmup or keys["grown_step"] == "own", "grown_warmup must be 0 unless grown_step='own'", warmup)
-    for key in ("reinit_when_same", "rescale_init"):
-        require(isinstance(keys[key], bool), f"{key} must be True or False", keys[key])
+    for key in ("reinit_when_same", "rescale_init", "transposed_experts"):
+        require(isinstance(keys.get(key, False), bool), f"{key} must be True or False", keys.get(key))
+    if are_transposed(keys) and keys["structure"] != "constant_fan_in":
+        raise ValueError(f"transposed_experts=True is for structure='constant_fan_in', got {keys['structure']!r}")
     STRUCTURES[keys["structure"]].check(with_defaults(keys))
 
 

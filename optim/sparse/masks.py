@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.clock import steps_of
 from ..distributed import FullShard, all_reduce_shares_
-from .experts import EXPERTS, as_matrix, experts_of
+from .experts import EXPERTS, are_transposed, as_matrix, experts_of, turned
 from .top_k import LARGEST, Choice, keys_at_once, keys_of, largest_of_each, random_keys, salt_of
 
 Keys = Callable[[int, int], Tensor]  # of weights from one place to another
@@ -47,7 +47,13 @@ class Masked:
 
     @property
     def weights(self) -> Tensor:
-        return self.shard.parameter.view(-1)
+        """Flat: a view, but of an expert that is stored transposed."""
+        W = self.shard.parameter
+        return W.view(-1) if self.expert is None else W.reshape(-1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.shard.parameter.device
 
     @property
     def gradient(self) -> Tensor:
@@ -71,7 +77,7 @@ class Masked:
 
     @property
     def key_dtype(self) -> torch.dtype:
-        return torch.int64 if self.weights.dtype == torch.float64 else torch.int32
+        return torch.int64 if self.shard.parameter.dtype == torch.float64 else torch.int32
 
     def salt(self, *purpose: object) -> tuple[int, int]:
         """The salt and the factor of ``random``."""
@@ -119,7 +125,7 @@ class Masked:
         return torch.where(held != 0, most, drawn.clamp_(max=most - 1)) if is_sparse else drawn
 
     def _random_between(self, begin: int, end: int, *purpose: object) -> Tensor:
-        units = torch.arange(self.begin + begin, self.begin + end, device=self.weights.device)
+        units = torch.arange(self.begin + begin, self.begin + end, device=self.device)
         return self.random(units, *purpose)
 
     @property
@@ -132,7 +138,7 @@ class MatricesOf:
 
     def __init__(self, parameters: Sequence[Masked]) -> None:
         self.parameters = parameters
-        self.experts = [list(experts_of(parameter.shard)) for parameter in parameters]
+        self.experts = [list(experts_of(own.shard, are_transposed(own.group))) for own in parameters]
         places = self._bounds()
         self.matrices: list[Masked] = []
         for parameter, experts, bounds in zip(parameters, self.experts, places, strict=True):
@@ -141,12 +147,14 @@ class MatricesOf:
                 continue
             held = [parameter.indices[first:last] for first, last in bounds] if "indices" in parameter.state else []
             moved = iter(torch._foreach_add(held, [-expert.begin for expert in experts]) if held else [])
+            turn, (m, n) = are_transposed(parameter.group), as_matrix(parameter.shard.shape)
             for expert in experts:
                 state = {"step": parameter.state["step"]}
                 if held:
-                    state["indices"] = next(moved)
+                    state["indices"] = turned(next(moved), n, m) if turn else next(moved)
                 if "momentum" in parameter.state:
-                    state["momentum"] = parameter.state["momentum"][expert.begin : expert.end]
+                    own = parameter.state["momentum"][expert.begin : expert.end]
+                    state["momentum"] = own.view(m, n).t().reshape(-1) if turn else own
                 self.matrices.append(Masked(expert.shard, parameter.group, state, expert.number))
 
     def joined(self, places: Sequence[Tensor]) -> list[Tensor]:
@@ -156,6 +164,9 @@ class MatricesOf:
         for parameter, experts in zip(self.parameters, self.experts, strict=True):
             if _has_experts(parameter):
                 of_each = [next(own) for _ in experts]
+                if are_transposed(parameter.group):
+                    m, n = as_matrix(parameter.shard.shape)
+                    of_each = [turned(places, m, n) for places in of_each]
                 moved = torch._foreach_add(of_each, [expert.begin for expert in experts]) if of_each else []
                 found.append(torch.cat(list(moved)) if moved else _no_places(parameter))
             else:
@@ -186,7 +197,7 @@ def _has_experts(parameter: Masked) -> bool:
 
 
 def _no_places(parameter: Masked) -> Tensor:
-    return torch.empty(0, dtype=torch.int32, device=parameter.weights.device)
+    return torch.empty(0, dtype=torch.int32, device=parameter.device)
 
 
 class Change(NamedTuple):
@@ -236,7 +247,7 @@ class Structure:
 def weights_held(matrices: Sequence[Masked]) -> list[int]:
     """How many weights each mask has. Collective."""
     split = [matrix for matrix in matrices if matrix.shard.split]
-    counted = [torch.tensor([len(m.indices)], dtype=torch.int64, device=m.weights.device) for m in split]
+    counted = [torch.tensor([len(m.indices)], dtype=torch.int64, device=m.device) for m in split]
     all_reduce_shares_([(matrix.shard, count) for matrix, count in zip(split, counted, strict=True)])
     together = iter(torch.cat(counted).tolist() if counted else [])  # of whole ones the device is not asked
     return [int(next(together)) if matrix.shard.split else len(matrix.indices) for matrix in matrices]

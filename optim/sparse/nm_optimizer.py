@@ -6,16 +6,19 @@ a few numbers for each process, in one message for all matrices of a step; the r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ...nm_pattern import check_pattern, largest
+from ...validation import Check, flag
 from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, ParamStep
 from ..distributed import FlatShard, FullShard, RowView, UnsupportedLayout, complete_rows
-from .experts import EXPERTS
+from .experts import EXPERTS, are_transposed, as_matrix, check_transposed, experts_of
 from .lots import MovedInLots
 
 MATRICES = (2, EXPERTS)  # dimensions of a matrix, and of those of a layer's experts
@@ -27,13 +30,16 @@ class NMOptimizer(MovedInLots):
 
     rule = TORCH_ADAM
     matrix_key = "n"
+    checks: ClassVar[Mapping[str, Check]] = {"transposed_experts": flag()}
+    later_keys: ClassVar[Mapping[str, Any]] = {**MovedInLots.later_keys, "transposed_experts": False}
 
     def check_group(self, group: Group) -> None:
         if group["n"] is not None:
             check_pattern(group["n"], group["m"])
 
     def check_shape(self, shape: tuple[int, ...], group: Group) -> None:
-        if len(shape) not in MATRICES or shape[-1] % group["m"]:
+        check_transposed(shape, group)
+        if len(shape) not in MATRICES or as_matrix(shape, are_transposed(group))[1] % group["m"]:
             raise ValueError(
                 f"n={group['n']} needs matrices with rows that m={group['m']} divides, got a parameter of shape "
                 f"{shape}; put it into a group with n=None (gracile.optim.param_groups does)"
@@ -51,6 +57,7 @@ class NMOptimizer(MovedInLots):
 
     def complete_groups(self, work: Iterable[ParamStep]) -> None:
         """Make ready for ``mask`` of these, as they are now. Collective."""
+        work = [item for item in work if not are_transposed(item.group)]
         split = [item for item in work if isinstance(item.shard, FlatShard)]
         views = [RowView(item.shard.held, item.group["m"]) for item in split if isinstance(item.shard, FlatShard)]
         completed = complete_rows(views, [item.shard.parameter for item in split])
@@ -59,6 +66,11 @@ class NMOptimizer(MovedInLots):
 
     def mask(self, shard: FullShard, group: Group) -> Tensor:
         """Where the n largest of every m weights are (bool), laid out as this process holds the matrix."""
+        if are_transposed(group):
+            each = [own.shard.parameter for own in experts_of(shard, transposed=True)]
+            masks = [largest(own, group["n"], group["m"]).t() for own in each]
+            found = torch.stack(masks) if masks else torch.zeros_like(shard.parameter, dtype=torch.bool)
+            return found.view(shard.parameter.shape)
         if isinstance(shard, FlatShard):
             view, completed = self._groups_of_m[shard.position]
             return view.flat(largest(view.rows(shard.parameter, completed), group["n"], group["m"]))
@@ -68,6 +80,8 @@ class NMOptimizer(MovedInLots):
 
     def fits_in_lots(self, item: ParamStep) -> bool:
         """Whether this process holds all of each group of m of which it holds some."""
+        if are_transposed(item.group):
+            return False
         if not isinstance(item.shard, FlatShard):
             return item.shard.parameter.dim() in MATRICES
         m = item.group["m"]

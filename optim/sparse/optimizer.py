@@ -46,7 +46,7 @@ from ..distributed import FullShard, ProcessGroup, UnsupportedLayout, full_shape
 from ..state.spec import INDICES, Coordinates, Placement, StateSpec, moment_dtype
 from .alike_masks import Wanted, is_whole
 from .alike_structures import changed_together
-from .experts import as_matrix, experts_of, matrices_in
+from .experts import are_transposed, as_matrix, check_transposed, experts_of, matrices_in
 from .gather_scatter import PlacedUpdate, Places
 from .grown_weights import BORN, aged_adam, born_spec
 from .layer_budgets import BY_SHAPE, BY_WEIGHT, budgets_by_weight
@@ -121,7 +121,8 @@ class SparseOptimizer(ShardedOptimizer):
             )
         if math.prod(shape) > INT32:
             raise ValueError(f"places are 32-bit numbers; a parameter of shape {shape} has more than 2^31 - 1 of them")
-        self.structure(group).check_shape(as_matrix(shape), self.settings(group))
+        check_transposed(shape, group)
+        self.structure(group).check_shape(as_matrix(shape, are_transposed(group)), self.settings(group))
 
     def check_parameters(self, parameters: Sequence[Tensor], group: Group) -> None:
         if not self.is_for_matrices(group):
@@ -131,7 +132,7 @@ class SparseOptimizer(ShardedOptimizer):
         if self.settings(group)["distribution"] in BY_SHAPE:
             for shape, units in zip(shapes, counts_after(None, shapes, self.settings(group)), strict=True):
                 if 0 not in shape:
-                    self.structure(group).check_budget(min(units), as_matrix(shape))
+                    self.structure(group).check_budget(min(units), as_matrix(shape, are_transposed(group)))
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
@@ -171,7 +172,7 @@ class SparseOptimizer(ShardedOptimizer):
             return 0, 0
         keys = self.settings(group)
         structure = self.structure(group)
-        shape = as_matrix(shard.shape)
+        shape = as_matrix(shard.shape, are_transposed(group))
         whole = structure.units(shape, keys)
         if keys["distribution"] in BY_WEIGHT:
             own = matrices_in(shard.shape) * whole
@@ -291,7 +292,7 @@ class SparseOptimizer(ShardedOptimizer):
             for matrix, count, weights in zip(each.matrices, budgeted, held, strict=True):
                 own = structure.weights(count, matrix.group)
                 if matrix.group["rescale_init"] and weights > own > 0:
-                    matrix.weights.mul_(math.sqrt(math.prod(matrix.shape) / own))
+                    matrix.shard.parameter.mul_(math.sqrt(math.prod(matrix.shape) / own))
 
     @torch.no_grad()
     def _mask_weights(self, group: Group) -> None:
@@ -326,7 +327,7 @@ def _alike(matrices: Sequence[Masked]) -> list[list[Masked]]:
     """Parameters whose masks are chosen together, in one order on every process."""
     batches: dict[tuple[str, torch.dtype, torch.device], list[Masked]] = {}
     for matrix in matrices:
-        kind = matrix.group["structure"], matrix.key_dtype, matrix.weights.device
+        kind = matrix.group["structure"], matrix.key_dtype, matrix.device
         batches.setdefault(kind, []).append(matrix)
     return list(batches.values())
 

@@ -3,6 +3,9 @@ the steps."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch.optim.optimizer import ParamsT
 
@@ -48,6 +51,7 @@ class SparseAdamW(SparseOptimizer):
         drop_lambda: weight of gradients in ``gradient_magnitude``.
         gamma_sal: of ``constant_fan_in``: a row with a smaller share of salient weights is ablated, whole; None: 0.3.
         block_size: of ``block``: rows and columns of a block; None: 64.
+        transposed_experts: of ``constant_fan_in``, as for ``SRigLAdamW``.
         seed: of the random numbers.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
         torch_keywords: as for ``GaLoreAdamW``.
@@ -74,6 +78,8 @@ class SparseAdamW(SparseOptimizer):
         (20132668, 134217732)
     """
 
+    later_keys: ClassVar[Mapping[str, Any]] = {**SparseOptimizer.later_keys, "transposed_experts": False}
+
     def __init__(
         self,
         params: ParamsT,
@@ -99,6 +105,7 @@ class SparseAdamW(SparseOptimizer):
         reinit_when_same: bool = False,
         grown_step: str = "shared",
         grown_warmup: int = 0,
+        transposed_experts: bool = False,
         drop_lambda: float = 1e-3,
         gamma_sal: float | None = None,
         block_size: int | None = None,

@@ -42,6 +42,8 @@ class SRSTEAdamW(NMOptimizer):
             anything: plain AdamW.
         lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
         n, m: of every m consecutive weights of a row, n are kept.
+        transposed_experts: of experts that are stored as E x in x out (gpt-oss): of every m consecutive weights of a
+            column; where each process has whole experts, as with FSDP2.
         sr_lambda: strength of the pull: this share of a pruned weight is added to its gradient.
         decoupled: apply the pull to the weights, as decoupled decay is, and not through the moments.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
@@ -81,6 +83,7 @@ class SRSTEAdamW(NMOptimizer):
         m: int = 4,
         sr_lambda: float = 2e-4,
         decoupled: bool = False,
+        transposed_experts: bool = False,
         state_dtype: torch.dtype | None = None,
         **torch_keywords: object,
     ) -> None:

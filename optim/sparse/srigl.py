@@ -33,6 +33,8 @@ class SRigLAdamW(SparseOptimizer):
             grown_step, grown_warmup, seed, state_dtype: as for ``SparseAdamW``.
         gamma_sal: a row is kept if at least this share of its weights is salient, or this number of them, from 1 on;
             0 keeps every row. The authors tune it: 0.3 for convolutions, 0.95 for transformers.
+        transposed_experts: of experts that are stored as E x in x out (gpt-oss): as rows count their columns, the
+            neurons; where each process has whole experts, as with FSDP2.
         torch_keywords: as for ``GaLoreAdamW``.
 
     State of an m x n matrix that keeps K weights: ``indices`` (int32) and two moments of K elements, and a counter.
@@ -58,6 +60,7 @@ class SRigLAdamW(SparseOptimizer):
     """
 
     fixed: ClassVar[Mapping[str, Any]] = {**CHOSEN, "grow": "gradient", "structure": "constant_fan_in"}
+    later_keys: ClassVar[Mapping[str, Any]] = {**SparseOptimizer.later_keys, "transposed_experts": False}
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class SRigLAdamW(SparseOptimizer):
         reinit_when_same: bool = False,
         grown_step: str = "shared",
         grown_warmup: int = 0,
+        transposed_experts: bool = False,
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
         **torch_keywords: object,

@@ -128,7 +128,7 @@ class _Rows:
 
     def flat(self, keys: Keys) -> Tensor:
         """The keys of all of this process's weights."""
-        found = torch.empty(self.matrix.size, dtype=self.matrix.key_dtype, device=self.matrix.weights.device)
+        found = torch.empty(self.matrix.size, dtype=self.matrix.key_dtype, device=self.matrix.device)
         for part in spans(self.matrix.size, keys_at_once(found.device)):
             found[part] = keys(part.start, part.stop)
         return found
@@ -142,8 +142,8 @@ class _Rows:
         """The ascending places (int32) of this process's weights that are ``chosen`` (bool) among the rows from one to
         another."""
         n = self.matrix.shape[1]
-        found = [torch.empty(0, dtype=torch.int64, device=self.matrix.weights.device)]
-        at_once = max(1, keys_at_once(self.matrix.weights.device) // n)
+        found = [torch.empty(0, dtype=torch.int64, device=self.matrix.device)]
+        at_once = max(1, keys_at_once(self.matrix.device) // n)
         for begin in range(0, self.last - self.first, at_once):
             rows = chosen(begin, min(begin + at_once, self.last - self.first))
             places = rows.reshape(-1).nonzero().view(-1) + ((self.first + begin) * n - self.matrix.begin)
@@ -258,7 +258,7 @@ class _Blocked(_Rows):
         rows, wide = rows.view(-1, n), widest(flat.device)
         sums = torch.zeros(self.down, self.across, dtype=wide, device=flat.device)
         number = torch.arange(self.first, self.last, device=flat.device) // self.side
-        at_once = max(1, keys_at_once(self.matrix.weights.device) // n)
+        at_once = max(1, keys_at_once(self.matrix.device) // n)
         for begin in range(0, len(rows), at_once):
             part = rows[begin : begin + at_once].to(wide).square().view(-1, self.across, self.side).sum(2)
             sums.index_add_(0, number[begin : begin + at_once], part)
@@ -311,7 +311,7 @@ def _keys_of_sums(sums: Tensor) -> Tensor:
 
 def _random_blocks(matrix: Masked, *purpose: object) -> Tensor:
     blocked = _Blocked(matrix)
-    units = torch.arange(blocked.down * blocked.across, device=matrix.weights.device)
+    units = torch.arange(blocked.down * blocked.across, device=matrix.device)
     return matrix.random(units, *purpose).int()
 
 

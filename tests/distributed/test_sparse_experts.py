@@ -30,6 +30,7 @@ ON = {
         *(cell(f"WGSEFAdamW{groups}", "fsdp2") for groups in ("", " columns", " blocks")),
         cell("RigLAdamW", "zero3", zero_init=True, clip=0.05),
         cell("SRigLAdamW", "ddp"),
+        *(cell(name, "fsdp2", transposed=True) for name in ("SRigLAdamW", "SRSTEAdamW", "CastAdamS")),
     ],
     "4 thorough": [
         cell("SRigLAdamW", "zero3"),

@@ -54,6 +54,7 @@ class _FakeStep:
     def __init__(self, optimizer: ShardedOptimizer, *planned: Any) -> None:
         self.optimizer, self.mode = optimizer, FakeTensorMode(allow_non_fake_inputs=True)
         self.known: list[Tensor] = []
+        self.numbers: dict[int, Group] = {}  # by group, which parameters that move together have in common
         cut, index, size, dtype, device = planned
         states = dict(optimizer.planned_state(cut, index, size, dtype))
         with self.mode:
@@ -75,7 +76,7 @@ class _FakeStep:
             shard.parameter.grad = torch.empty_like(shard.parameter)
         assert shard.held_gradient is not None
         self.known += [shard.parameter, shard.held_gradient]
-        numbers = {**self.optimizer.later_keys, **with_numbers(group)}
+        numbers = self.numbers.setdefault(id(group), {**self.optimizer.later_keys, **with_numbers(group)})
         return [ParamStep(part, numbers, its) for part, its in self.optimizer.matrices_of(shard, group, state)]
 
     def bytes_at(self, step: int) -> int:

@@ -191,15 +191,21 @@ def test_state_that_lies_in_one_tensor_is_written_there():
     assert views[0]["norm"] == 1, "only read"
 
 
-def test_a_stack_is_a_view_where_its_parts_are_equally_spaced():
+def test_a_stack_is_a_view_where_its_parts_lie_one_after_the_other():
     whole = torch.arange(48.0).view(4, 3, 4)
-    for parts in (list(whole), list(whole[1:3]), list(whole[::2]), [t.t() for t in whole], list(whole[:, :2])):
+    for parts in (list(whole), list(whole[1:3]), [t.t() for t in whole], list(whole.view(-1)[:3])):
         found, is_view = stacked(parts)
         assert is_view
         assert torch.equal(found, torch.stack(parts))
         assert found.data_ptr() == parts[0].data_ptr()
     others = ([whole[0], whole[1], whole[3]], [whole[1], whole[0]], [whole[0], whole[0]], [t.clone() for t in whole])
-    for parts in (*others, [whole[0], whole[1].t().contiguous().t()], [whole[0, :, :2], whole[0, :, 2:]]):
+    gaps = (list(whole[::2]), list(whole[:, :2]), [whole[0, :, :2], whole[0, :, 2:]])
+    for parts in (
+        *others,
+        *gaps,
+        [whole[0], whole[1].t().contiguous().t()],
+        [whole[0, :2, :2].t(), whole[0, 1:, :2].t()],
+    ):
         found, is_view = stacked(parts)
         assert not is_view
         assert torch.equal(found, torch.stack(parts))
@@ -228,9 +234,14 @@ def test_codes_of_a_stack_are_those_of_each(rows, one, together, monkeypatch):
 # ---- layers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SLTrainAdamW", "SLTrainAdamW8bit", "SSTAdamW", "ReLoRAAdamW"])
-def test_parts_of_layers_move_together_as_each_would_alone(name, together, monkeypatch):
-    """With draws, merges and resets after the fifth step, ages of their own, and parameters of no layer."""
+LAYERED = ["SLTrainAdamW", "SLTrainAdamW8bit", "SSTAdamW", "ReLoRAAdamW"]
+WIDER = [(name, {"state_dtype": torch.float64}) for name in LAYERED if "8bit" not in name]
+
+
+@pytest.mark.parametrize(("name", "more"), [*((name, {}) for name in LAYERED), *WIDER])
+def test_parts_of_layers_move_together_as_each_would_alone(name, more, together, monkeypatch):
+    """With draws, merges and resets after the fifth step, ages of their own, and parameters of no layer, which are
+    moved with the parts where weights are narrower than moments."""
 
     def trained(on_a_gpu):
         for module in (batches, optimizer_of, stepping, sst):
@@ -241,7 +252,7 @@ def test_parts_of_layers_move_together_as_each_would_alone(name, together, monke
         model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 8), nn.Linear(8, 8))
         convert(model, kind, ["0", "1", "2"], rank=3, **keys)
         held = [p for p in model.parameters() if p.requires_grad]
-        optimizer = variant.cls([{"params": held, "weight_decay": 0.1}], **variant.cells.keys)
+        optimizer = variant.cls([{"params": held, "weight_decay": 0.1}], **variant.cells.keys, **more)
         for _ in range(8):
             for p in held:
                 p.grad = torch.randn(p.shape)

@@ -20,7 +20,7 @@ from gracile.optim import (
 )
 from gracile.optim.distributed import FlatShard, FullShard, ShardRange, UnsupportedLayout, Workspace
 from gracile.optim.distributed.process_group import FakeGroup
-from gracile.optim.sparse import masks
+from gracile.optim.sparse import alike_masks, masks
 from gracile.optim.sparse.experts import experts_of, matrices_in
 
 ADAM = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -144,6 +144,59 @@ def test_experts_of_methods_that_prune_at_the_end_are_parameters_of_their_own(na
     cls, own, keys = DENSE[name]
     held, _ = assert_as_apart(lambda params: cls([{"params": params, **keys}], **ADAM, **own), torch.float32)
     assert "SR-STE" in name or (held[0] == 0).float().mean() > 0.4
+
+
+def moved(cls, own, keys, tensors, transposed):
+    """Weights after some steps, of experts stored as E x in x out, or as what they are."""
+    held = [nn.Parameter((W.mT if transposed else W).clone(memory_format=torch.contiguous_format)) for W in tensors]
+    optimizer = cls([{"params": held, **keys}], transposed_experts=transposed, **ADAM, **own)
+    for t in range(STEPS):
+        generator = torch.Generator().manual_seed(100 + t)
+        for p, W in zip(held, tensors, strict=True):
+            G = torch.randn(W.shape, generator=generator)
+            p.grad = (G.mT if transposed else G).contiguous()
+        optimizer.step()
+    return [(p.mT if transposed else p).detach() for p in held]
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["", "as on a GPU"])
+@pytest.mark.parametrize("name", ["SRigL", "rows of momentum", "random rows", "SR-STE", "CAST"])
+def test_experts_that_are_stored_transposed_are_what_they_are(name, gpu, monkeypatch):
+    if gpu:
+        monkeypatch.setattr(alike_masks, "launches_cost", lambda device: True)
+    rows = {"grow": "momentum", "structure": "constant_fan_in", "rescale_init": True}
+    cls, own, keys = DENSE[name] if name in DENSE else (*{**MASKED, "rows of momentum": (SparseAdamW, rows)}[name], {})
+    own = own if keys else {"sparsity": 0.7, **CLOCK, **own}
+    generator = torch.Generator().manual_seed(3)
+    tensors = [0.3 * torch.randn(shape, generator=generator) for shape in [(3, 24, 16), (2, 8, 32)]]
+    straight, other = (moved(cls, own, keys, tensors, transposed) for transposed in (False, True))
+    assert all(torch.equal(one, two) for one, two in zip(straight, other, strict=True))
+
+
+ROWS = {"sparsity": 0.5, "t_end": 9, "transposed_experts": True}
+
+
+@pytest.mark.parametrize(
+    ("cls", "shape", "keys", "words"),
+    [
+        (SRigLAdamW, (8, 8), ROWS, "is for experts"),
+        (SRSTEAdamW, (8, 8), {"transposed_experts": True}, "is for experts"),
+        (SRSTEAdamW, (3, 8, 15), {"n": 2, "m": 5, "transposed_experts": True}, "rows that m=5 divides"),
+        (SparseAdamW, (3, 8, 12), ROWS, "is for structure='constant_fan_in'"),
+        (SRigLAdamW, (3, 8, 12), ROWS | {"transposed_experts": 1}, "must be True or False"),
+        (RigLAdamW, (3, 8, 12), ROWS, "unknown parameter group key 'transposed_experts'"),
+    ],
+)
+def test_a_transposition_that_means_nothing_is_refused(cls, shape, keys, words):
+    with pytest.raises(ValueError, match=words):
+        cls([{"params": [nn.Parameter(torch.randn(shape))], **keys}])
+
+
+def test_cut_experts_that_are_stored_transposed_are_refused():
+    held = ShardRange((4, 3, 4), (0, 13, 48), 0, FakeGroup(0, 2))
+    shard = FlatShard(torch.zeros(13), torch.zeros(13), held, 0, Workspace())
+    with pytest.raises(UnsupportedLayout, match="needs whole experts"):
+        list(experts_of(shard, transposed=True))
 
 
 @pytest.mark.parametrize("name", ["RigL by magnitude", "SRigL of all rows"])
