@@ -15,7 +15,7 @@ def has_fp64(device: torch.device) -> bool:
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """The widest floats of a device: for sums that nothing is decided by, or that are exact in fp32."""
+    """The widest floats of a device: for sums of which the last bits of fp32 do not matter."""
     return torch.float64 if has_fp64(device) else torch.float32
 
 
