@@ -7,8 +7,9 @@ optimizer does on one: whether it mixes devices, where it waits for the device, 
         optimizer.step()
     record.launches, record.waits
 
-It raises where tensors of two devices meet, as CUDA does. What it does not know: the kernels inside a library call
-(an SVD counts as one), speed, and whether a GPU's kernel is deterministic. Gradients are given, not computed.
+It raises where tensors of two devices meet, as CUDA does; ``pretend(without_fp64=True)`` also where one of fp64 would
+be on the device, or come from it in one call, as Apple's MPS does. What it does not know: the kernels inside a library
+call (an SVD counts as one), speed, and whether a GPU's kernel is deterministic. Gradients are given, not computed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+from gracile import fp64
 
 
 class _Backend(_DummyBackendModule):
@@ -77,6 +80,7 @@ class OnDevice(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> OnDevice:
+        _pretending.check_dtype(held.dtype)
         made = Tensor._make_wrapper_subclass(
             cls,
             held.size(),
@@ -112,6 +116,7 @@ class _Pretending(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.record = Record()
+        self.without_fp64 = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return self.run(function, args, kwargs or {})
@@ -124,6 +129,7 @@ class _Pretending(TorchDispatchMode):
         if not held and not to_device:
             return function(*args, **kwargs)
         name = function._schema.name.removeprefix("aten::")
+        self.check_dtype(args[0].dtype if name == "copy_" else kwargs.get("dtype"))
         self._check_devices(name, given, moving=asked is not None or name == "copy_")
         self._note(name, function, args, leaves_device=bool(held) and asked is not None and not to_device)
         own = {id(tensor.held): tensor for tensor in held}
@@ -134,6 +140,11 @@ class _Pretending(TorchDispatchMode):
         if name == "copy_" and not isinstance(args[0], OnDevice):
             return args[0]
         return tree_map(lambda leaf: own.get(id(leaf), OnDevice(leaf)) if isinstance(leaf, Tensor) else leaf, found)
+
+    def check_dtype(self, dtype: torch.dtype | None) -> None:
+        """Of a tensor on the device, or to which it writes."""
+        if self.without_fp64 and dtype == torch.float64:
+            raise TypeError(f"Cannot convert a tensor to float64, as the device doesn't support float64: {_place()}")
 
     def _check_devices(self, name: str, given: list[Tensor], moving: bool) -> None:
         """Numbers of the CPU may meet the device, and indices, which are copied."""
@@ -188,12 +199,13 @@ _made = torch.Generator
 
 
 @contextmanager
-def pretend() -> Iterator[Record]:
+def pretend(without_fp64: bool = False) -> Iterator[Record]:
     """In the block there is a device."""
-    _pretending.record = Record()
+    _pretending.record, _pretending.without_fp64 = Record(), without_fp64
+    types = fp64.WITHOUT_FP64 | ({DEVICE.type} if without_fp64 else set())
     torch._C._set_only_lift_cpu_tensors(True)
     try:
-        with patch.object(torch, "Generator", _Generator), _pretending:
+        with patch.object(torch, "Generator", _Generator), patch.object(fp64, "WITHOUT_FP64", types), _pretending:
             yield _pretending.record
     finally:
         torch._C._set_only_lift_cpu_tensors(False)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...fp64 import fp64_device
 from ...validation import is_real, is_whole, require
 from ..core.factored_linear import FactoredWeight
 
@@ -68,7 +69,7 @@ class OrderedLowRankLinear(FactoredWeight):
     def factor(self, weight: Tensor) -> None:
         if weight.is_meta:
             return
-        U, sigma, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        U, sigma, Vh = torch.linalg.svd(weight.to(fp64_device(weight.device)).double(), full_matrices=False)
         roots = sigma[: self.rank].sqrt()
         self.U.copy_(U[:, : self.rank] * roots)
         self.V.copy_(Vh[: self.rank].mT * roots)

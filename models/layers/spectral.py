@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ...fp64 import fp64_device
 from ...validation import is_whole, require
 from ..core.factored_linear import FactoredWeight, Parts, as_rows
 
@@ -129,7 +130,7 @@ class SpectralLinear(FactoredWeight):
         if weight.is_meta:
             return
         exact = torch.float64 if min(weight.shape) <= 1024 else torch.float32
-        U, sigma, Vh = torch.linalg.svd(weight.to(exact), full_matrices=False)
+        U, sigma, Vh = torch.linalg.svd(weight.to(fp64_device(weight.device)).to(exact), full_matrices=False)
         # a pair may change its sign where a weight changes in its last bit: the largest of each column of U is positive
         signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
         self._write(U * signs, Vh.mT * signs, sigma, self.parts() if parts is None else parts)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ...fp64 import fp64_device
 from ..distributed import MadeOnce, ProjectionSide
 
 ROWS = 512  # of the cosines that are made at a time, in fp64
@@ -20,14 +21,15 @@ def cosine_basis(k: int, device: torch.device) -> Tensor:
     The phase is reduced modulo its period in whole numbers and the cosine taken in fp64: orthogonal to 1e-7, where
     fp32 phases lose three digits at k = 4096.
     """
-    Q = torch.empty(k, k, device=device)
-    odd = 2 * torch.arange(k, device=device) + 1
-    rows = torch.arange(k, device=device).unsqueeze(1)
+    at = fp64_device(device)
+    Q = torch.empty(k, k, device=at)
+    odd = 2 * torch.arange(k, device=at) + 1
+    rows = torch.arange(k, device=at).unsqueeze(1)
     for i, part in zip(torch.split(rows, ROWS), torch.split(Q, ROWS), strict=True):
         phase = (i * odd) % (4 * k)
         cosines = torch.cos(phase.double() * (math.pi / (2 * k))).mul_(math.sqrt(2 / k))
         part.copy_(torch.where(i == 0, cosines * math.sqrt(0.5), cosines))
-    return Q
+    return Q.to(device)
 
 
 def column_scores(A: Tensor, Q: Tensor, side: ProjectionSide, p: int) -> Tensor:

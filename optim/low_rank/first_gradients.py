@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ...fp64 import has_fp64
 from ..core.clock import steps_of
 from ..core.types import ParamStep
 from ..distributed import FullShard, StackedMatrix
@@ -46,7 +47,9 @@ class FirstGradients:
         positions = shard.positions if isinstance(shard, StackedMatrix) else [shard.position]
         unknown = [number for number, position in enumerate(positions) if not self._seen.get(position)]
         if unknown:
-            flags = (shard.norm(G, torch.float64).view(-1) > 0) & usable.view(-1)
+            # squares of small numbers are zero in fp32, where that of a one is not
+            norms = shard.norm(G, torch.float64) if has_fp64(G.device) else shard.norm(G.ne(0).float())
+            flags = (norms.view(-1) > 0) & usable.view(-1)
             self._looked |= {positions[number]: flags[number] for number in unknown}
 
     def note(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...fp64 import fp64_device, has_fp64
 from ..core.batches import is_stacked_at
 from ..distributed import PendingSolve, ProjectionSide, stacked
 
@@ -51,6 +52,8 @@ def leading_singular_vectors(gradient: Tensor, side: ProjectionSide, previous: T
 
 def _by_gram_matrix(G: Tensor, side: ProjectionSide) -> Tensor:
     """The same vectors up to sign, from the eigenvectors of G^T G or G G^T, whichever is small, in fp64."""
+    if not has_fp64(G.device):
+        return _by_gram_matrix(G.cpu(), side).to(G)
     G = G.double()
     m, n = G.shape
     short_is_right = m >= n
@@ -189,6 +192,8 @@ def orthonormalized(columns: Tensor, previous: Tensor, fill: float | None = None
     longer than both products of an iteration. In fp64, because rounding in fp32 shows up tenfold in the directions of
     least energy. ``columns`` is used up.
     """
+    if not has_fp64(columns.device):
+        return orthonormalized(columns.cpu(), previous.cpu(), fill).to(columns.device)
     precision = torch.finfo(columns.dtype)
     size = torch.linalg.vector_norm(columns, torch.inf, dim=(-2, -1), keepdim=True)
     size.clamp_(min=precision.tiny)  # squares could overflow
@@ -276,7 +281,7 @@ def _first_range(
     """Orthonormal columns to begin with, of each of several matrices (matrices x short x width)."""
     short, rank = side.basis_shape
     if previous is None:
-        return positive_qr(_normals((short, width), seeds, like.new_empty(0, dtype=torch.float64))).to(like.dtype)
+        return _random_columns((short, width), seeds, like)
     Q: Tensor = torch.linalg.qr(torch.cat([previous, _normals((short, width - rank), seeds, like)], dim=-1))[0]
     return Q
 
@@ -284,6 +289,9 @@ def _first_range(
 def _leading(Q: Tensor, squares: Tensor, rank: int, previous: Tensor | None) -> Tensor:
     """The ``rank`` leading left singular vectors of A among the span of Q, of which ``squares`` is Q^T A A^T Q: its
     eigenvectors, at the price of one small symmetric problem."""
+    if not has_fp64(Q.device):
+        held = None if previous is None else previous.cpu()
+        return _leading(Q.cpu(), squares.cpu(), rank, held).to(Q.device)
     squares = squares.double()
     finite = (
         torch.isfinite(squares).all(-1, keepdim=True).all(-2, keepdim=True)
@@ -301,7 +309,12 @@ def _leading(Q: Tensor, squares: Tensor, rank: int, previous: Tensor | None) -> 
 
 def random_columns(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
     """Orthonormal columns, uniform over all, from ``seed`` alone."""
-    return positive_qr(_normals(shape, [seed], like.new_empty(0, dtype=torch.float64))[0]).to(like.dtype)
+    return _random_columns(shape, [seed], like)[0]
+
+
+def _random_columns(shape: tuple[int, int], seeds: Sequence[int], like: Tensor) -> Tensor:
+    wide = torch.empty(0, dtype=torch.float64, device=fp64_device(like.device))
+    return positive_qr(_normals(shape, seeds, wide)).to(like)
 
 
 def _normals(shape: tuple[int, int], seeds: Sequence[int], like: Tensor) -> Tensor:

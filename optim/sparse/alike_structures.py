@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...fp64 import has_fp64
 from ..core import batches
 from .alike_masks import Alike, NewWeights, Wanted, alike, handed_over, taken
 from .masks import Change, Masked
@@ -68,7 +69,9 @@ def blocks(batch: Alike) -> Chosen:
     def keys(scores: Tensor | None, purpose: str) -> Tensor:
         if scores is None:
             return batch.drawn(purpose, down * across)
-        return keys_of(sums(scores.double().square_()).float())
+        # a copy where a device has fp64, which squares in place
+        squares = scores.double().square_() if has_fp64(scores.device) else scores.float().square()
+        return keys_of(sums(squares).float())
 
     def weights(chosen: Tensor) -> Tensor:
         by_row = chosen.view(batch.count, down, 1, across, 1).expand(-1, -1, side, -1, side)

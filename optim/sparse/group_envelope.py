@@ -11,7 +11,7 @@ It is half the square of the k-support norm of weighted groups: k = J gives 1/2 
 no more than k groups are other than zero, u = 1 for each.
 
 Both sums are piecewise linear in tau and rise: their corners are sorted, and tau is found between two of them, on the
-device. In fp64, whatever comes in.
+device. In fp64, whatever comes in: on the CPU, and told in fp32, where the device has none.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...fp64 import has_fp64
+
 
 def envelope(norms: Tensor, weights: Tensor, k: int) -> Tensor:
     """E_k of ``norms`` (... x J, >= 0) with ``weights`` d (J, > 0); fp64."""
+    if not has_fp64(norms.device):
+        return envelope(norms.cpu(), weights.cpu(), k).float().to(norms.device)
     v, d = norms.double(), weights.double()
     slopes = d.sqrt() * v
     u = (_tau(slopes, torch.zeros_like(v), k) * slopes).clamp(max=1.0)
@@ -33,6 +37,8 @@ def proximal_factors(norms: Tensor, weights: Tensor, k: int, lam: float) -> Tens
 
     Exactly 0 for groups that go, and for groups that are zero where more than k are not.
     """
+    if not has_fp64(norms.device):
+        return proximal_factors(norms.cpu(), weights.cpu(), k, lam).float().to(norms.device)
     if lam == 0:
         return torch.ones_like(norms, dtype=torch.float64)
     v, c = norms.double(), lam * weights.double()

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ...fp64 import widest
 from ...validation import Check, number, whole
 from ..core import batches
 from ..core.clock import every, steps_of
@@ -250,11 +251,11 @@ def penalty_gradient(weights: Tensor, sharpness: Tensor, quotient: Tensor) -> Te
 
 def _sums(weights: Tensor, sharpness: Tensor) -> Tensor:
     """The sum of |w| and that of h (2, fp64) of flat weights."""
-    sums = torch.zeros(2, dtype=torch.float64, device=weights.device)
+    sums = torch.zeros(2, dtype=widest(weights.device), device=weights.device)
     for part in torch.split(weights, batches.AT_ONCE if batches.launches_cost(weights.device) else AT_ONCE):
         W = part.to(torch.promote_types(part.dtype, torch.float32)).abs()
         h = torch.tanh(sharpness.to(W.dtype) * W)
-        sums += torch.stack([W.sum(dtype=torch.float64), h.sum(dtype=torch.float64)])
+        sums += torch.stack([W.sum(dtype=sums.dtype), h.sum(dtype=sums.dtype)])
     return sums
 
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...fp64 import has_fp64
 from ..distributed import held_shard
 from .top_k import Choice, keys_of, largest_of_all
 
@@ -103,8 +104,10 @@ class _LampScores(_Magnitudes):
 
 
 def lamp_scores(weights: Tensor) -> Tensor:
-    """The LAMP score (fp64) of each of ``weights`` (flat). The largest has 1; where weights tie, the lower index scores
-    higher; zeros have 0."""
+    """The LAMP score (fp64, or fp32 on a device that has none) of each of ``weights`` (flat). The largest has 1; where
+    weights tie, the lower index scores higher; zeros have 0."""
+    if not has_fp64(weights.device):
+        return lamp_scores(weights.cpu()).float().to(weights.device)
     squares, order = weights.double().square().sort(stable=True, descending=True)
     sums = squares.cumsum(0)  # in fp64: matrices have 1e8 elements
     scores = torch.where(squares > 0, squares / sums.clamp(min=torch.finfo(torch.float64).tiny), 0.0)

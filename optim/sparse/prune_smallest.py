@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ...fp64 import widest
 from ..core import batches
 from ..core.batches import launches_cost
 from ..distributed import FullShard, all_reduce_shares_
@@ -81,9 +82,11 @@ def nth_smallest(shards: Sequence[FullShard], n: Tensor) -> tuple[Tensor, Tensor
 
 
 def value_of(key: Tensor, shards: Sequence[FullShard]) -> Tensor:
-    """The absolute value that has ``key``, as fp64."""
+    """The absolute value that has ``key``, as fp64 where the device has it."""
     wide = _wide(shards)
-    return key.view(torch.float64) if wide == torch.float64 else key.int().view(torch.float32).double()
+    if wide == torch.float64:
+        return key.view(torch.float64)
+    return key.int().view(torch.float32).to(widest(key.device))
 
 
 def prune_smallest_(shards: Sequence[FullShard], n: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...fp64 import widest
 from ...validation import number, whole
 from ..distributed import FlatShard, RowView, all_reduce_shares_, spans
 from .masks import Change, Keys, Masked, Structure, all_of, chosen_of_masks, first_keys_of, kept_of, without
@@ -254,11 +255,12 @@ class _Blocked(_Rows):
         lead = max(0, self.matrix.begin - self.first * n)  # below zero where this process holds nothing
         tail = (self.last - self.first) * n - lead - len(flat)
         rows = torch.cat([flat.new_zeros(lead), flat, flat.new_zeros(tail)]) if lead or tail else flat
-        rows, sums = rows.view(-1, n), torch.zeros(self.down, self.across, dtype=torch.float64, device=flat.device)
+        rows, wide = rows.view(-1, n), widest(flat.device)
+        sums = torch.zeros(self.down, self.across, dtype=wide, device=flat.device)
         number = torch.arange(self.first, self.last, device=flat.device) // self.side
         at_once = max(1, keys_at_once(self.matrix.device) // n)
         for begin in range(0, len(rows), at_once):
-            part = rows[begin : begin + at_once].double().square().view(-1, self.across, self.side).sum(2)
+            part = rows[begin : begin + at_once].to(wide).square().view(-1, self.across, self.side).sum(2)
             sums.index_add_(0, number[begin : begin + at_once], part)
         return sums.view(-1)
 

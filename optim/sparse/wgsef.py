@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.optimizer import ParamsT
 
+from ...fp64 import widest
 from ...validation import Check, number, one_of, whole
 from ..core import batches
 from ..core.clock import steps_of
@@ -276,7 +277,7 @@ class Tiles(NamedTuple):
         """This process's part of the sum of squares over each tile (M x N, fp64)."""
         (_, n), (b, c) = self
         W = shard.parameter.detach().reshape(-1)
-        sums = torch.zeros(self.grid, dtype=torch.float64, device=W.device)
+        sums = torch.zeros(self.grid, dtype=widest(W.device), device=W.device)
         first, last, lead, tail = self._lines(shard)
         for begin, end in self._bands(first, last):
             a, z = (begin - first) * n - lead, (end - first) * n - lead
@@ -286,7 +287,7 @@ class Tiles(NamedTuple):
             above, below = (0, 0) if inside else (begin % b, -end % b)
             rows = F.pad(rows, (0, -n % c, above, below))
             tiles = rows.view(-1, len(rows) if inside else b, self.grid[1], c)
-            sums[begin // b : begin // b + len(tiles)] += tiles.sum((1, 3), dtype=torch.float64)
+            sums[begin // b : begin // b + len(tiles)] += tiles.sum((1, 3), dtype=sums.dtype)
         return sums
 
     def squares_of_all(self, weights: Tensor) -> Tensor:
@@ -295,7 +296,7 @@ class Tiles(NamedTuple):
         own = weights.to(torch.promote_types(weights.dtype, torch.float32)).square_()
         if n % c or m % b:
             own = F.pad(own, (0, -n % c, 0, -m % b))
-        return own.view(len(own), self.grid[0], b, self.grid[1], c).sum((2, 4), dtype=torch.float64)
+        return own.view(len(own), self.grid[0], b, self.grid[1], c).sum((2, 4), dtype=widest(own.device))
 
     def multiply_(self, weights: Tensor, values: Tensor, shard: FullShard) -> None:
         """Multiply what this process holds of each tile by one of ``values`` (M N)."""
@@ -332,5 +333,5 @@ class Tiles(NamedTuple):
 
 
 def _sides(whole: int, part: int, device: torch.device) -> Tensor:
-    begins = torch.arange(0, whole, part, dtype=torch.float64, device=device)
+    begins = torch.arange(0, whole, part, dtype=widest(device), device=device)
     return (whole - begins).clamp_(max=part)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...fp64 import fp64_device
 from ...optim.distributed import FullShard, Workspace
 from ...optim.sparse.hyper_sparse import how_many
 from ...optim.sparse.prune_smallest import prune_smallest_
@@ -94,7 +95,7 @@ class ART(TrainerCallback):
                 pruned_for_now.enter_context(without_smallest(weights, share))
             losses.append(self._loss())
         both = self.trainer.accelerator.gather(torch.stack(losses)[None])
-        dense, pruned = both.view(-1, 2).double().mean(0).tolist()
+        dense, pruned = both.view(-1, 2).to(fp64_device(both.device)).double().mean(0).tolist()
         return {DENSE: dense, PRUNED: pruned}
 
     def _loss(self) -> Tensor:
