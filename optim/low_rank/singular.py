@@ -16,10 +16,9 @@ from ..distributed import PendingSolve, ProjectionSide, stacked
 Total = Callable[[Tensor], Tensor]  # in place
 
 SUBSPACE_METHODS = ("svd", "iterate")
-# Of the previous columns, how much an iteration adds: far more than rounding, for a gradient of fewer than r directions
-# leaves the others to one or the other (an expert's that few tokens came to); and so little that directions of a
-# hundredth of the largest singular value are found all the same.
-FILL = 2.0**-13
+# The part of a unit column that those before it lack, below which it is their rounding: of a gradient of fewer than r
+# directions, as an expert's is that few tokens came to. Of gradients whose singular values fall as 1 / i, none is.
+ROUNDING = 2.0**-13
 WIDENED = 2**22  # elements of a gradient that are made wider at a time
 COLD_ITERATIONS = 8  # from a random start; afterwards one from the previous subspace holds the energy
 
@@ -81,7 +80,7 @@ def orthogonal_iteration(
     Q = random_columns(side.basis_shape, seed, wide) if previous is None else previous.to(wide.dtype)
     for _ in range(COLD_ITERATIONS if previous is None else 1):
         Z = total(_gram_times(gradient if side.right else gradient.t(), Q))
-        Q = orthonormalized(Z, Q, FILL)
+        Q = orthonormalized(Z, Q)
     return Q.to(gradient.dtype)
 
 
@@ -137,7 +136,7 @@ def orthogonal_iterations(pending: Sequence[PendingIteration]) -> Tensor:
         Q = random_columns(side.basis_shape, 0, like.new_empty(0, dtype=wide)).expand(len(pending), -1, -1)
     G = _Matrices([one.gradient for one in pending], wide)
     for _ in range(1 if warm else COLD_ITERATIONS):
-        Q = orthonormalized(G.gram_times(Q, side.right), Q, FILL)
+        Q = orthonormalized(G.gram_times(Q, side.right), Q)
     return Q.to(like.dtype)
 
 
@@ -182,29 +181,31 @@ class _Matrices:
         return found
 
 
-def orthonormalized(columns: Tensor, previous: Tensor, fill: float | None = None) -> Tensor:
+def orthonormalized(columns: Tensor, previous: Tensor) -> Tensor:
     """An orthonormal basis of the span of ``columns``, filled up by ``previous`` where they span less than r. Of one
     matrix (side x r), or of each of several.
 
-    ``fill`` of the previous columns is added, by default one rounding error: nothing beside a direction that the new
-    ones have, everything where they have none. The result is Q of the QR with a positive diagonal, which has one
-    answer, found from the Gram matrix (Cholesky QR, twice): its triangles are r x r, where Householder's QR takes
-    longer than both products of an iteration. In fp64, because rounding in fp32 shows up tenfold in the directions of
-    least energy. ``columns`` is used up.
+    A column that is those before it but for rounding becomes the previous one, so that which others fill up does not
+    hang on the order of sums; and one rounding error of the previous columns is added, everything where there are none.
+    The result is Q of the QR with a positive diagonal, which has one answer, found from the Gram matrix (Cholesky QR,
+    twice): its triangles are r x r, where Householder's QR takes longer than both products of an iteration. In fp64,
+    because rounding in fp32 shows up tenfold in the directions of least energy. ``columns`` is used up.
     """
     if not has_fp64(columns.device):
-        return orthonormalized(columns.cpu(), previous.cpu(), fill).to(columns.device)
+        return orthonormalized(columns.cpu(), previous.cpu()).to(columns.device)
     precision = torch.finfo(columns.dtype)
     size = torch.linalg.vector_norm(columns, torch.inf, dim=(-2, -1), keepdim=True)
     size.clamp_(min=precision.tiny)  # squares could overflow
-    Z = columns.div_(size).add_(previous, alpha=precision.eps if fill is None else fill)
+    Z = columns.div_(size).add_(previous, alpha=precision.eps)
     if Z.dtype == torch.float64:  # no wider type to square them in
         return positive_qr(Z)
     # unit columns: what is left is their angles
     X = Z.div_(torch.linalg.vector_norm(Z, dim=-2, keepdim=True)).double().mT
     L = _cholesky(X @ X.mT)
+    missing = L.diagonal(dim1=-2, dim2=-1) < ROUNDING
     Z.mT.copy_(torch.linalg.solve_triangular(L, X, upper=False, out=X))  # orthonormal to about 1e-3 at worst
     del X
+    torch.where(missing.unsqueeze(-2), previous, Z, out=Z)
     L = _cholesky((Z.mT @ Z).double()).to(Z.dtype)
     orthonormal: Tensor = torch.linalg.solve_triangular(L, Z.mT, upper=False).mT
     return orthonormal

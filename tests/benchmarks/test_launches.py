@@ -10,15 +10,15 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "launches.py"
 # Of an ordinary step; of the busiest after the first, where subspaces are found, masks change or thresholds are sought;
 # and its waits for the device.
 ALWAYS = {
-    "GaLoreAdamW iterate": (400, 1500, 1),
-    "FiraAdamW": (800, 1500, 1),
+    "GaLoreAdamW iterate": (400, 1550, 1),
+    "FiraAdamW": (650, 1750, 1),
     "SRigLAdamW": (470, 2800, 12),
 }
 THOROUGH = {
-    "GaLoreAdamW8bit": (800, 1500, 1),
-    "GaLoreAdafactor": (800, 1600, 1),
-    "GaLoreLion": (430, 1500, 1),
-    "GaLorePlusAdamW": (600, 2700, 400),
+    "GaLoreAdamW8bit": (800, 1900, 1),
+    "GaLoreAdafactor": (800, 1900, 1),
+    "GaLoreLion": (430, 1600, 1),
+    "GaLorePlusAdamW": (600, 3500, 400),
     "APOLLOAdamW": (800, 800, 0),
     "GradNormLoRPAdamW": (2400, 16000, 1),
     "DCTAdamW": (400, 1900, 1),
@@ -29,7 +29,7 @@ THOROUGH = {
     "SETAdamW": (470, 2400, 1),
     "RigLAdamW": (470, 1900, 1),
     "BlockSparseAdamW": (550, 2600, 1),
-    "SRSTEAdamW decoupled": (900, 900, 0),
+    "SRSTEAdamW decoupled": (700, 700, 0),
     "CastAdamS": (1000, 1700, 0),
     "HyperSparseAdamW": (750, 3500, 1),
     "WGSEFAdamW": (500, 500, 0),

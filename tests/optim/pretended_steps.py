@@ -180,7 +180,7 @@ def attempted(function):
 
 
 def told_without_fp64(names):
-    cosine_basis.cache_clear()
+    cosine_basis.known.clear()
     told = {name: attempted(lambda: stepped(VARIANTS[name], without_fp64=True)) for name in names}  # noqa: B023
     return {"variants": told, "refused": refused_of_fp64(), "computed": computed()}
 

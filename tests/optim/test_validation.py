@@ -148,9 +148,9 @@ def test_the_group_that_was_passed_in_is_not_changed():
 # ---- parameters -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(), (24,), (4, 24, 40), (4, 3, 3, 3)])
+@pytest.mark.parametrize("shape", [(), (24,), (2, 2, 24, 40), (4, 3, 3, 3)])
 def test_a_rank_needs_matrices(shape):
-    message = re.escape(f"rank=4 needs matrices, got a parameter of shape {shape}")
+    message = re.escape(f"rank=4 needs matrices, or experts (E, m, n), got a parameter of shape {shape}")
     odd = nn.Parameter(torch.zeros(shape))
     with pytest.raises(ValueError, match=message):
         GaLoreAdamW([matrix(), odd], rank=4)
@@ -162,13 +162,17 @@ def test_a_rank_needs_matrices(shape):
 def test_a_late_group_with_a_vector_leaves_the_optimizer_unchanged():
     optimizer = GaLoreAdamW([matrix()], rank=4)
     before = described(optimizer)
-    with pytest.raises(ValueError, match=r"rank=4 needs matrices, got a parameter of shape \(24,\)"):
+    with pytest.raises(
+        ValueError, match=r"rank=4 needs matrices, or experts \(E, m, n\), got a parameter of shape \(24,\)"
+    ):
         optimizer.add_param_group({"params": [matrix(24)]})
     assert described(optimizer) == before
 
 
 def test_named_parameters_are_looked_at_too():
-    with pytest.raises(ValueError, match=r"rank=4 needs matrices, got a parameter of shape \(40,\)"):
+    with pytest.raises(
+        ValueError, match=r"rank=4 needs matrices, or experts \(E, m, n\), got a parameter of shape \(40,\)"
+    ):
         GaLoreAdamW(nn.Linear(24, 40).named_parameters(), rank=4)
 
 
@@ -272,7 +276,9 @@ def test_a_matrix_that_zero_init_left_empty():
 def test_a_vector_of_zero_init_is_no_matrix():
     odd = nn.Parameter(torch.empty(0))
     odd.ds_shape = torch.Size((24,))
-    with pytest.raises(ValueError, match=r"rank=4 needs matrices, got a parameter of shape \(24,\)"):
+    with pytest.raises(
+        ValueError, match=r"rank=4 needs matrices, or experts \(E, m, n\), got a parameter of shape \(24,\)"
+    ):
         GaLoreAdamW([odd], rank=4)
 
 

@@ -79,7 +79,7 @@ def test_a_gradient_of_few_directions_keeps_the_old_ones_beside_them(shape, fram
     Q = orthogonal_iteration(torch.outer(u, v), frame, old)
     assert (Q.t() @ Q - torch.eye(RANK)).abs().max() < 1e-12
     direction = v / v.norm() if frame.right else u / u.norm()
-    assert (direction - Q @ (Q.t() @ direction)).norm() < 1e-4
+    assert (direction - Q @ (Q.t() @ direction)).norm() < 1e-6
 
 
 @pytest.mark.parametrize("noise", [0, 1e-6, 1e-3])
@@ -127,6 +127,6 @@ def test_where_a_gradient_has_few_directions_the_others_are_the_previous_and_not
         other = G[order] if side.right else G[:, torch.randperm(192, generator=generator)]
         found = [orthogonal_iteration(g, side, previous) for g, previous in zip((G, other), found, strict=True)]
     one, two = found
-    assert (one.t() @ two).square().sum() / 32 > 0.999
+    assert (one - two).abs().max() < 1e-4
     energy = (G @ one).square().sum() if side.right else (one.t() @ G).square().sum()
     assert energy > 0.9999 * G.square().sum()
