@@ -59,7 +59,7 @@ def in_bits(exact, name):
 
 
 def near(name):
-    return 0.1 if "8bit" in name else 1e-5
+    return 0.3 if "8bit" in name else 1e-5
 
 
 def assert_same_state(one, other, exact):
