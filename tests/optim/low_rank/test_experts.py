@@ -86,6 +86,7 @@ def test_each_expert_moves_as_a_matrix_of_its_own(name):
                 assert torch.equal(together[e], alone)
                 held = {key: t if key == "step" else t[e] for key, t in optimizer.state[together].items()}
                 assert held.keys() == its.state[alone].keys()
+                assert all(value.stride() == its.state[alone][key].stride() for key, value in held.items())
                 assert all(torch.equal(value, its.state[alone][key]) for key, value in held.items() if key != "seed")
             else:
                 assert not torch.equal(together[e], alone)
