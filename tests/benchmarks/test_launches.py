@@ -22,7 +22,7 @@ THOROUGH = {
     "APOLLOAdamW": (800, 800, 0),
     "GradNormLoRPAdamW": (2400, 16000, 1),
     "DCTAdamW": (400, 1900, 1),
-    "LDAdamW": (2500, 2500, 1),
+    "LDAdamW": (2600, 2600, 1),
     "SLTrainAdamW": (100, 100, 1),
     "ReLoRAAdamW": (100, 1600, 400),
     "SSTAdamW": (400, 7200, 2000),
