@@ -24,7 +24,7 @@ THOROUGH = {
     "DCTAdamW": (400, 1900, 1),
     "LDAdamW": (2600, 2600, 1),
     "SLTrainAdamW": (100, 100, 1),
-    "ReLoRAAdamW": (100, 1600, 400),
+    "ReLoRAAdamW": (100, 1600, 600),
     "SSTAdamW": (400, 7200, 2000),
     "SETAdamW": (470, 2400, 1),
     "RigLAdamW": (470, 1900, 1),
