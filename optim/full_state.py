@@ -199,24 +199,25 @@ def _own_parts(
         if spec.name not in whole:
             raise ValueError(f"the full state of parameter {ref.position} has no {spec.name!r}; it has {sorted(saved)}")
         value = whole[spec.name]
-        if isinstance(spec, ExpertsSpec) and isinstance(shard, Experts) and tuple(value.shape) == spec.shape:
-            experts = zip(spec.each, shard.parts, strict=True)
-            parts[spec.name] = [_fitting(value[e], one, part, ref, shard) for one, (e, part) in experts]
+        if isinstance(spec, ExpertsSpec) and isinstance(shard, Experts):
+            each = zip(spec.each, shard.parts, strict=True)
+            fits = tuple(value.shape) == spec.shape
+            parts[spec.name] = [_laid_out(value[e], one, part) for one, (e, part) in each] if fits else None
         else:
-            parts[spec.name] = _fitting(value, spec, shard, ref, shard)
+            parts[spec.name] = _laid_out(value, spec, shard)
+        if parts[spec.name] is None:
+            raise ValueError(
+                f"{spec.name!r} of parameter {ref.position} has shape {tuple(value.shape)} in the full "
+                f"state, which does not fit a parameter of shape {ref.shape} in this optimizer"
+            )
     return parts
 
 
-def _fitting(value: Tensor, spec: StateSpec, part: FullShard, ref: ParamRef, shard: FullShard) -> Tensor:
-    """This process's part of ``value``, laid out as it is born."""
-    own = _own_part(value, spec, part)
-    made = spec.new_portable(part, shard.host if spec.on_host else shard.device)
-    if own.shape != made.shape:
-        raise ValueError(
-            f"{spec.name!r} of parameter {ref.position} has shape {tuple(value.shape)} in the full "
-            f"state, which does not fit a parameter of shape {ref.shape} in this optimizer"
-        )
-    return made.copy_(own)
+def _laid_out(value: Tensor, spec: StateSpec, shard: FullShard) -> Tensor | None:
+    """This process's part of ``value`` as it is born; None where it does not fit."""
+    own = _own_part(value, spec, shard)
+    made = spec.new_portable(shard, shard.host if spec.on_host else shard.device)
+    return made.copy_(own) if own.shape == made.shape else None
 
 
 def _own_part(value: Tensor, spec: StateSpec, shard: FullShard) -> Tensor:

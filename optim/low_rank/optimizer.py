@@ -50,6 +50,7 @@ from .singular import (
     orthogonal_iteration,
 )
 
+LARGEST = 1.01  # no entry of a unit vector is larger, but for rounding in bf16; NaN is not as small
 FOUND_AT_ONCE = 2**23  # elements of bases that a GPU finds together: 160 MiB for what it makes of them, in fp64
 
 
@@ -329,17 +330,18 @@ class LowRankOptimizer(ShardedOptimizer):
                 columns = pending.run([pending])[0]
             else:
                 columns = pending.result() if isinstance(pending, PendingSolve) else pending
-            self._store(columns, torch.isfinite(columns).all(), item)
+            self._store(columns, columns.abs().amax() <= LARGEST, item)
 
     def _store(self, columns: Tensor, usable: Tensor, item: ParamStep) -> None:
-        """A non-finite gradient has no singular vectors: keep the old ones, without asking the device."""
+        """A non-finite gradient has no singular vectors, and of columns that are one to the last bit, as a constant
+        gradient's, rounding makes no basis: keep the old ones, without asking the device."""
         item.usable = usable
         self._first_gradients.look_at(item.gathered, item.shard, usable)
         self.store_basis(columns, usable, item.matrix, item.group, item.state)
 
     def _store_stack(self, columns: Tensor, due: list[ParamStep]) -> None:
         """New columns of alike matrices (B x side x r)."""
-        usable = torch.isfinite(columns).flatten(1).all(dim=1)
+        usable = columns.abs().amax(dim=(1, 2)) <= LARGEST
         if not self.stores_stacks(due[0].group):
             for item, own, flag in zip(due, columns, usable, strict=True):
                 self._store(own, flag, item)
@@ -367,4 +369,6 @@ class LowRankOptimizer(ShardedOptimizer):
         flags = [item.usable for item in refreshed if item.usable is not None]
         if not torch.stack([flag.to(flags[0].device) for flag in flags]).all():  # one host read for all matrices
             self._warned_non_finite = True
-            warnings.warn("a gradient was not finite at a refresh; its matrix keeps its old subspace", stacklevel=6)
+            warnings.warn(
+                "a gradient was constant or not finite at a refresh; its matrix keeps its old subspace", stacklevel=6
+            )

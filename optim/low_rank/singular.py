@@ -16,9 +16,6 @@ from ..distributed import PendingSolve, ProjectionSide, stacked
 Total = Callable[[Tensor], Tensor]  # in place
 
 SUBSPACE_METHODS = ("svd", "iterate")
-# The part of a unit column that those before it lack, below which it is their rounding: of a gradient of fewer than r
-# directions, as an expert's is that few tokens came to. Of gradients whose singular values fall as 1 / i, none is.
-ROUNDING = 2.0**-13
 WIDENED = 2**22  # elements of a gradient that are made wider at a time
 COLD_ITERATIONS = 8  # from a random start; afterwards one from the previous subspace holds the energy
 
@@ -185,11 +182,11 @@ def orthonormalized(columns: Tensor, previous: Tensor) -> Tensor:
     """An orthonormal basis of the span of ``columns``, filled up by ``previous`` where they span less than r. Of one
     matrix (side x r), or of each of several.
 
-    A column that is those before it but for rounding becomes the previous one, so that which others fill up does not
-    hang on the order of sums; and one rounding error of the previous columns is added, everything where there are none.
-    The result is Q of the QR with a positive diagonal, which has one answer, found from the Gram matrix (Cholesky QR,
-    twice): its triangles are r x r, where Householder's QR takes longer than both products of an iteration. In fp64,
-    because rounding in fp32 shows up tenfold in the directions of least energy. ``columns`` is used up.
+    One rounding error of the previous columns is added: nothing beside a direction that the new ones have, and where
+    they have none, as much as the rounding of the sums that made them. The result is Q of the QR with a positive
+    diagonal, which has one answer, found from the Gram matrix (Cholesky QR, twice): its triangles are r x r, where
+    Householder's QR takes longer than both products of an iteration. In fp64, because rounding in fp32 shows up tenfold
+    in the directions of least energy. ``columns`` is used up.
     """
     if not has_fp64(columns.device):
         return orthonormalized(columns.cpu(), previous.cpu()).to(columns.device)
@@ -202,10 +199,8 @@ def orthonormalized(columns: Tensor, previous: Tensor) -> Tensor:
     # unit columns: what is left is their angles
     X = Z.div_(torch.linalg.vector_norm(Z, dim=-2, keepdim=True)).double().mT
     L = _cholesky(X @ X.mT)
-    missing = L.diagonal(dim1=-2, dim2=-1) < ROUNDING
     Z.mT.copy_(torch.linalg.solve_triangular(L, X, upper=False, out=X))  # orthonormal to about 1e-3 at worst
     del X
-    torch.where(missing.unsqueeze(-2), previous, Z, out=Z)
     L = _cholesky((Z.mT @ Z).double()).to(Z.dtype)
     orthonormal: Tensor = torch.linalg.solve_triangular(L, Z.mT, upper=False).mT
     return orthonormal

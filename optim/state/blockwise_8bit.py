@@ -186,7 +186,7 @@ def dequantize(state: Mapping[str, Tensor], key: str, shard: FullShard | None = 
     from bitsandbytes.functional import dequantize_blockwise
 
     codes, absmax = state[key], state[scales_key(key)]
-    if absmax.dim() > 1:  # of experts, each in blocks of its own
+    if absmax.dim() > 1 and codes[0].numel() % BLOCK:  # of experts whose blocks end where they do: no one row of blocks
         experts = zip(codes, absmax, strict=True)
         return torch.stack([dequantize({key: own, scales_key(key): scales}, key) for own, scales in experts])
     if not codes.numel():

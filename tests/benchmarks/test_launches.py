@@ -10,8 +10,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "launches.py"
 # Of an ordinary step; of the busiest after the first, where subspaces are found, masks change or thresholds are sought;
 # and its waits for the device.
 ALWAYS = {
-    "GaLoreAdamW iterate": (400, 1550, 1),
-    "FiraAdamW": (650, 1750, 1),
+    "GaLoreAdamW iterate": (400, 1500, 1),
+    "FiraAdamW": (650, 1700, 1),
     "SRigLAdamW": (470, 2800, 12),
 }
 THOROUGH = {
@@ -22,7 +22,7 @@ THOROUGH = {
     "APOLLOAdamW": (800, 800, 0),
     "GradNormLoRPAdamW": (2400, 16000, 1),
     "DCTAdamW": (400, 1900, 1),
-    "LDAdamW": (2600, 2600, 1),
+    "LDAdamW": (2500, 2500, 1),
     "SLTrainAdamW": (100, 100, 1),
     "ReLoRAAdamW": (100, 1600, 600),
     "SSTAdamW": (400, 7200, 2000),

@@ -47,7 +47,6 @@ def record_of():
 CHANGED = {
     ("GaLoreAdamW8bit", "quant"): "its overlaps are corrected for chance, and measured from a random start",
     ("GaLoreAdamW8bit", "cos_threshold"): "as above",
-    ("GaLorePlusAdamW", "num_heads"): "columns beyond the rows of a head are those of before, and not rounding",
 }
 SINCE = [
     ("maximize", False),
