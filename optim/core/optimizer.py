@@ -59,7 +59,8 @@ from .declared_state import DeclaredState
 from .group_checks import COMMON_CHECKS, check_declared, check_rounding, check_tensors, parameters_in
 from .keywords import ACCEPTED, Accepted, check_keys, check_keywords, keyword_names
 from .rounding import widened, widened_weights
-from .rules import plain, with_numbers
+from .rules import Rule, plain, with_numbers
+from .rules_8bit import is_for_codes, is_moved_in_place
 from .types import Group, ParamGroup, ParamStep, State
 
 # Phases of a step, by the names that a listener gets.
@@ -83,6 +84,7 @@ class ShardedOptimizer(DeclaredState):
         checks: a check for each key of the class's own.
         accepted: keywords and keys of other optimizers, with the values that change nothing.
         renamed: keys by the names that the authors' code has for them.
+        rule_of_codes: the rule over moments that are codes in 8 bits, for devices with a kernel for it; or None.
         only_read: keys of state that ``update`` does not write to.
         together: what of a model must be stepped together, for a message; None where each parameter may be by itself.
         phase_listener: None, or what is called with the name of each phase and returns a context manager for it; set
@@ -95,6 +97,7 @@ class ShardedOptimizer(DeclaredState):
     renamed: ClassVar[Mapping[str, str]] = {}
     later_keys: ClassVar[Mapping[str, Any]] = COMMON_KEYS
     together: ClassVar[str | None] = None
+    rule_of_codes: ClassVar[Rule | None] = None
     only_read: ClassVar[tuple[str, ...]] = ()
     phase_listener: PhaseListener | None = None
     _is_unused = False  # whether the state is one that a blank step made, and nothing was loaded or trained since
@@ -134,8 +137,9 @@ class ShardedOptimizer(DeclaredState):
     def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         """Move one parameter, or a stack of alike matrices, of which ``G`` is the gathered gradient. Its counter has
         counted this step. Collective."""
-        with self._dequantized(shard, group, state) as wide:
-            direction, correction = found_alone(self.direction(G, shard, group, wide), self.rule, group, shard)
+        rule = self._rule_for(shard, state)
+        with self._dequantized(shard, group, state) if rule is self.rule else nullcontext(state) as wide:
+            direction, correction = found_alone(self.direction(G, shard, group, wide), rule, group, shard)
         decay = group["lr"] * group["weight_decay"]
         shard.write(direction, group["lr"] * correction, decay, self.rule.decay_first)
 
@@ -266,7 +270,8 @@ class ShardedOptimizer(DeclaredState):
 
     def _update_batch(self, batch: Batch) -> None:
         if batch.way is Way.IN_PLACE:
-            move_in_place(batch.items, self.rule)
+            first = batch.items[0]
+            move_in_place(batch.items, self._rule_for(first.shard, first.state))
         elif batch.way is Way.STACKED:
             self._update_stacked(batch.items)
         elif batch.way is Way.IN_LOTS:
@@ -308,6 +313,8 @@ class ShardedOptimizer(DeclaredState):
             return Movable(Way.STACKED, numbers, self._stack_kind(item))
         if costly and self.moves_in_lots(item):
             return Movable(Way.IN_LOTS, numbers_of(item), self.batch_kind(item))
+        if self._rule_for(shard, item.state) is not self.rule:
+            return Movable(Way.IN_PLACE) if self._is_code_in_place(item) else BY_ITSELF
         alike = self.moves_by_direction(shard, item.group) or self.moves_plainly(item)
         if not (costly and alike and self.rule.together is not None and self._holds_numbers(item)):
             return BY_ITSELF
@@ -321,6 +328,16 @@ class ShardedOptimizer(DeclaredState):
             return True
         moments = self.stored_moments(item.shard, item.group)
         return all(item.state[spec.name].is_floating_point() for spec in moments)
+
+    def _rule_for(self, shard: FullShard, state: State) -> Rule:
+        """The rule that moves a parameter: the one for codes, where its moments are such and there is a kernel."""
+        if self.rule_of_codes is not None and is_for_codes(shard, state):
+            return self.rule_of_codes
+        return self.rule
+
+    def _is_code_in_place(self, item: ParamStep) -> bool:
+        grad = item.shard.held_gradient
+        return self.moves_plainly(item) and grad is not None and is_moved_in_place(item.shard.parameter, grad)
 
     def _stack_kind(self, item: ParamStep) -> object:
         shard, grad = item.shard, item.shard.held_gradient

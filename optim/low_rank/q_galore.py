@@ -38,6 +38,7 @@ from ...validation import Check, flag, is_whole, number, require, whole
 from ..core.clock import steps_of
 from ..core.keywords import ACCEPTED, OF_8_BITS, Accepted
 from ..core.rules import TORCH_ADAM
+from ..core.rules_8bit import of_codes
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullMatrix, FullShard, has_subspace
 from ..state.blockwise_8bit import BLOCK, IN_8_BITS, require_bitsandbytes, scales_key
@@ -97,6 +98,7 @@ class GaLoreAdamW8bit(GaLore):
     """
 
     rule = replace(TORCH_ADAM, decay_first=False)
+    rule_of_codes = of_codes(rule)
     moment_codec = IN_8_BITS
     few_kernels = False
     only_read = PACKED
