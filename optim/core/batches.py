@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import FullShard, StackedState, Update, has_subspace, stacked
+from ..numbers import Number, add_each_, decay_of, is_zero
 from .clock import steps_of
 from .rules import MOMENTS, Rule
 from .rules_together import Clock
@@ -32,8 +33,8 @@ ON_A_CPU = 2**22  # that one of matrices makes there: 16 MiB
 # of one with few, for which a copy of a gradient costs more than the launches that it saves. And on a CPU.
 MANY_BELOW, FEW_BELOW, BORN_STACKED_BELOW = 2**24, 2**20, 2**16
 
-Found = tuple[Tensor, float]  # the direction of coordinates, and the factor on the learning rate
-Towards = tuple[Update, float]  # the same of a parameter
+Found = tuple[Tensor, Number]  # the direction of coordinates, and the factor on the learning rate
+Towards = tuple[Update, Number]  # the same of a parameter
 Direction = Generator[tuple[Tensor, State], Found, Towards]
 
 
@@ -186,7 +187,7 @@ def numbers_of(item: ParamStep) -> int:
 
 def decay_together(weights: Sequence[Tensor], group: Group) -> None:
     """W <- W - lr * weight_decay * W."""
-    if decay := group["lr"] * group["weight_decay"]:
+    if not is_zero(decay := decay_of(group)):
         torch._foreach_mul_(list(weights), 1 - decay)
 
 
@@ -220,6 +221,6 @@ def write_together(shards: Sequence[FullShard], towards: Iterator[Towards], grou
         else:
             shard.add_(update, step)
     if dense:
-        torch._foreach_add_([W for W, _ in dense], [own for _, own in dense], alpha=step)
+        add_each_([W for W, _ in dense], [own for _, own in dense], step)
     if not decay_first:
         decay_together(weights, group)

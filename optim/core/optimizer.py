@@ -38,6 +38,7 @@ from ..distributed import (
     stack_of,
     wrapped_group,
 )
+from ..numbers import decay_of
 from ..state.spec import PLAIN, to_portable
 from .batches import (
     BY_ITSELF,
@@ -136,8 +137,7 @@ class ShardedOptimizer(DeclaredState):
         counted this step. Collective."""
         with self._dequantized(shard, group, state) as wide:
             direction, correction = found_alone(self.direction(G, shard, group, wide), self.rule, group, shard)
-        decay = group["lr"] * group["weight_decay"]
-        shard.write(direction, group["lr"] * correction, decay, self.rule.decay_first)
+        shard.write(direction, group["lr"] * correction, decay_of(group), self.rule.decay_first)
 
     def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> Direction:
         """Where a parameter goes, laid out as ``G``, and the factor on the learning rate. Collective.
