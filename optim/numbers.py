@@ -61,3 +61,8 @@ def add_each_(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: Numbe
             tensor.addcmul_(other, factor)
     else:
         torch._foreach_add_(list(tensors), list(others), alpha=factor)
+
+
+def scaled(tensor: Tensor, factor: Number) -> tuple[Tensor, float]:
+    """A tensor times a factor that a kernel would not take, and the factor that is left for it."""
+    return (tensor * factor, 1.0) if isinstance(factor, Tensor) else (tensor, factor)

@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from enum import Enum
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -193,7 +192,7 @@ def decay_together(weights: Sequence[Tensor], group: Group) -> None:
 
 def clock_of(state: State, shard: FullShard) -> Clock:
     """What gives the clock that the parameters of a batch have in common, on their device."""
-    return partial(shard.workspace.number, steps_of(state), shard.device)
+    return lambda: shard.workspace.number(steps_of(state), shard.device)
 
 
 def move_in_place(items: Sequence[ParamStep], rule: Rule) -> None:

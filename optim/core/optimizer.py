@@ -55,22 +55,24 @@ from .batches import (
     numbers_of,
     write_together,
 )
+from .capture import CapturableStep, count_on_device, numbers_of_group
 from .clock import steps_of
-from .declared_state import DeclaredState
 from .group_checks import COMMON_CHECKS, check_declared, check_rounding, check_tensors, parameters_in
 from .keywords import ACCEPTED, Accepted, check_keys, check_keywords, keyword_names
 from .rounding import widened, widened_weights
-from .rules import plain, with_numbers
+from .rules import plain
 from .types import Group, ParamGroup, ParamStep, State
 
 # Phases of a step, by the names that a listener gets.
 FIND, UPDATE, AFTER = "find", "update", "after"
 # The keys of every class beside its constructor's, with what they are where they are not given.
-COMMON_KEYS: Mapping[str, Any] = {"maximize": False, "stochastic_rounding": False, "rounding_seed": 0}
+COMMON_KEYS: Mapping[str, Any] = {
+    "maximize": False, "stochastic_rounding": False, "rounding_seed": 0, "capturable": False
+}  # fmt: skip
 PhaseListener = Callable[[str], AbstractContextManager[Any]]
 
 
-class ShardedOptimizer(DeclaredState):
+class ShardedOptimizer(CapturableStep):
     """Base of all optimizers here. ``rule`` moves coordinates, and the parameters that are no matrices of the method.
 
     State per parameter, tensors only: ``step`` (fp32 scalar on the CPU) and what ``state_specs`` declares. All of it is
@@ -209,6 +211,8 @@ class ShardedOptimizer(DeclaredState):
         parameters = parameters_in(group)
         check_tensors(parameters)
         check_rounding(parameters, group)
+        if group["capturable"]:
+            self.check_capturable(group)
         if self.is_for_matrices(group):
             for shape in map(full_shape, parameters):
                 self.check_shape(shape, group)
@@ -245,13 +249,16 @@ class ShardedOptimizer(DeclaredState):
             if first:
                 self._warn_without_matrices()
             work = self._collect()
+            self.check_captured(work)
             self._is_unused = first and self._is_blank(work)
             if not self._is_unused:
                 self.advance(work)
+            self.note_counts()
         return loss
 
     def advance(self, work: list[ParamStep]) -> None:
         """The phases of a step, for parameters that have state and a gradient. Collective."""
+        count_on_device(work)
         for portion in self.portions(work):
             self.find(portion)
             with self.phase(UPDATE):
@@ -264,7 +271,8 @@ class ShardedOptimizer(DeclaredState):
         with self.phase(AFTER):
             self.after_step(work)
 
-    def _update_batch(self, batch: Batch) -> None:
+    def _update_batch(self, found: Batch) -> None:
+        batch = Batch([item.with_numbers() for item in found.items], found.way)
         if batch.way is Way.IN_PLACE:
             move_in_place(batch.items, self.rule)
         elif batch.way is Way.STACKED:
@@ -334,7 +342,8 @@ class ShardedOptimizer(DeclaredState):
         W, grad = item.shard.parameter, item.shard.held_gradient
         assert grad is not None
         held = {(t.dtype, t.stride()) for t in (W, grad, *(t for key, t in item.state.items() if key != "step"))}
-        return len(held) == 1 and self.rule.in_place is not None and self.moves_plainly(item)
+        fused = self.rule.in_place is not None and not item.group["capturable"]  # whose eps follows from t
+        return len(held) == 1 and fused and self.moves_plainly(item)
 
     def _in_pieces(self, item: ParamStep) -> Iterator[ParamStep]:
         """A parameter, in pieces where it is large and each element moves by itself: a step's memory is then theirs."""
@@ -363,13 +372,13 @@ class ShardedOptimizer(DeclaredState):
         if not item.group["stochastic_rounding"]:
             return nullcontext(item.state)
         specs = self.by_chance(item.shard, item.group)
-        return widened(item.shard, item.state, specs, item.group["rounding_seed"])
+        return widened(item.shard, item.state, specs, item.group)
 
     def rounded_weights(self, item: ParamStep, what: str) -> AbstractContextManager[None]:
         """Weights that are written outside of ``update``; ``what`` tells the passes of one step apart."""
         if not item.group["stochastic_rounding"]:
             return nullcontext()
-        return widened_weights(item.shard, item.state, item.group["rounding_seed"], what)
+        return widened_weights(item.shard, item.state, item.group, what)
 
     def _is_blank(self, work: list[ParamStep]) -> bool:
         """Whether a step moves nothing: torch.distributed.checkpoint lets state be made by one without a learning rate
@@ -399,8 +408,9 @@ class ShardedOptimizer(DeclaredState):
         self._take_over_states()
         work, alone, workspace = [], [], Workspace()
         self._elsewhere = []
+        self.look_at_counters()
         for group in self.param_groups:
-            numbers = {**self.later_keys, **with_numbers(group)}
+            numbers = {**self.later_keys, **numbers_of_group(group)}
             for p in group["params"]:
                 if not p.requires_grad and p.grad is None:
                     continue
@@ -410,11 +420,13 @@ class ShardedOptimizer(DeclaredState):
                     shard.maximize = group["maximize"]
                     if "step" not in state or (self._is_unused and steps_of(state) == 0):
                         state.update(self._new_state(shard, group))
+                    state, counter = self.with_host_clock(p, shard, numbers, state)
                     if p.grad is None or 0 in shard.shape:
                         continue
                     parts = self.matrices_of(shard, numbers, state)
-                    work += [ParamStep(part, numbers, its) for part, its in parts if not part.alone]
-                    alone += [ParamStep(part, numbers, its) for part, its in parts if part.alone]
+                    items = [ParamStep(part, numbers, its, counter=counter) for part, its in parts]
+                    work += [item for item in items if not item.shard.alone]
+                    alone += [item for item in items if item.shard.alone]
                     if not parts:
                         self._elsewhere.append(state)
         if self._wrapped_states is not None:

@@ -235,17 +235,18 @@ class FullShard:
         if weights.device.type != "cpu":
             add_product_(weights, left, right, alpha * update.factor)
             return
-        if isinstance(alpha, Tensor):
-            add_(weights, left @ right, alpha * update.factor)
+        factor = update.factor
+        if isinstance(alpha, Tensor) or isinstance(factor, Tensor):
+            add_(weights, left @ right, alpha * factor)
             return
-        exact = math.frexp(update.factor)[0] == 0.5  # a power of two, such as 0.25: no rounding, so no pass of its own
+        exact = math.frexp(factor)[0] == 0.5  # a power of two, such as 0.25: no rounding, so no pass of its own
         rows = max(1, PRODUCT // max(1, weights.shape[1]))
         for own, lines in zip(torch.split(weights, rows), torch.split(left, rows), strict=True):
             product = torch.mm(lines, right, out=self.workspace.like(own))
             if exact:
-                own.add_(product, alpha=alpha * update.factor)
+                own.add_(product, alpha=alpha * factor)
             else:
-                own.add_(product.mul_(update.factor), alpha=alpha)
+                own.add_(product.mul_(factor), alpha=alpha)
 
 
 class FullMatrix(FullShard):

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..numbers import Number
+from ..numbers import Number, scaled
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
 
@@ -93,8 +93,3 @@ def add_product_(dense: Tensor, left: Tensor, right: Tensor, factor: Number) -> 
     add = dense.addmm_ if dense.dim() == 2 else dense.baddbmm_
     left, factor = scaled(left, factor)
     return add(left, right, alpha=factor)
-
-
-def scaled(thin: Tensor, factor: Number) -> tuple[Tensor, float]:
-    """A thin factor of a product, and what is left to multiply the product by: a kernel takes no tensor for that."""
-    return (thin * factor, 1.0) if isinstance(factor, Tensor) else (thin, factor)

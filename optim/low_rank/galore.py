@@ -48,6 +48,7 @@ class GaLore(LowRankOptimizer):
 
     accepted: ClassVar[Mapping[str, Accepted]] = {**ACCEPTED, **OF_Q_GALORE}
 
+    captures = True
     moves_together = True
     stack_copies = 1
     few_kernels = True

@@ -69,6 +69,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         (torch.Size([32, 1]), True)
     """
 
+    captures = True
     finds_together = False  # the gradient of directions is a matrix of its own
     stack_copies = 3  # of the gradient, the weights, and the gradient of directions
 
