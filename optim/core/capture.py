@@ -28,7 +28,7 @@ REMEDY = "take a step outside of the graph, then capture and replay"
 
 def is_capturing() -> bool:
     """Whether kernels are being captured and not run."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
 def read_counters(states: Mapping[Tensor, State]) -> dict[Tensor, int]:

@@ -51,7 +51,8 @@ def _adam_of_each(
     torch._foreach_mul_(V, beta2)
     torch._foreach_addcmul_(V, R, R, value=1 - beta2)
     N = list(torch._foreach_sqrt(V))
-    torch._foreach_add_(N, eps)
+    for own in N:  # of a tensor, torch._foreach_add_ makes a number, which stops the device
+        own.add_(eps)
     torch._foreach_reciprocal_(N)
     torch._foreach_mul_(N, M)
     return N
