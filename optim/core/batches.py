@@ -42,8 +42,7 @@ def found_alone(direction: Direction, rule: Rule, group: Group, shard: FullShard
     try:
         coordinates, state = next(direction)
     except StopIteration as end:  # a rule of its own
-        towards: Towards = end.value
-        return towards
+        return _returned(end)
     return _ended(direction, ask(rule, coordinates, state, group, shard))
 
 
@@ -75,9 +74,13 @@ def _ended(direction: Direction, found: Found) -> Towards:
     try:
         direction.send(found)
     except StopIteration as end:
-        towards: Towards = end.value
-        return towards
+        return _returned(end)
     raise RuntimeError("a direction asks the rule once")
+
+
+def _returned(end: StopIteration) -> Towards:
+    towards: Towards = end.args[0]  # its ``value``, which torch.compile does not trace
+    return towards
 
 
 def launches_cost(device: torch.device) -> bool:

@@ -17,6 +17,7 @@ import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -57,6 +58,7 @@ from .batches import (
 )
 from .capture import CapturableStep, count_on_device, numbers_of_group
 from .clock import steps_of
+from .compiled import Graphs, is_traced
 from .group_checks import COMMON_CHECKS, check_declared, check_rounding, check_tensors, parameters_in
 from .keywords import ACCEPTED, Accepted, check_keys, check_keywords, keyword_names
 from .rounding import widened, widened_weights
@@ -100,6 +102,7 @@ class ShardedOptimizer(CapturableStep):
     together: ClassVar[str | None] = None
     only_read: ClassVar[tuple[str, ...]] = ()
     phase_listener: PhaseListener | None = None
+    _compiler: object = None  # torch's callback, of a step that is compiled
     _is_unused = False  # whether the state is one that a blank step made, and nothing was loaded or trained since
     _elsewhere: Sequence[State] = ()  # of parameters whose experts are all moved by other processes, in this step
     _wrapped_states: dict[Tensor, dict[str, Tensor]] | None = None  # in use since the last step, under a wrapper
@@ -111,7 +114,7 @@ class ShardedOptimizer(CapturableStep):
         defaults |= {key: more.pop(key, value) for key, value in COMMON_KEYS.items()}
         check_keywords(type(self).__name__, more, defaults, self.accepted)
         self.defaults = defaults  # what the checks of groups look at; torch sets it again
-        self.registry = ParamRegistry()
+        self.registry, self._graphs = ParamRegistry(), Graphs()
         self._key_names, self._moments, self._by_chance, self._of_experts = {}, {}, {}, {}
         self._check_each(defaults)
         super().__init__(params, defaults)
@@ -140,6 +143,14 @@ class ShardedOptimizer(CapturableStep):
         with self._dequantized(shard, group, state) as wide:
             direction, correction = found_alone(self.direction(G, shard, group, wide), self.rule, group, shard)
         shard.write(direction, group["lr"] * correction, decay_of(group), self.rule.decay_first)
+
+    def update_each(
+        self, gradients: Sequence[Tensor], shards: Sequence[FullShard], group: Group, states: Sequence[State]
+    ) -> None:
+        """``update`` of several parameters that go where ``direction`` says, by one call of the rule."""
+        directions = [self.direction(*of, group, state) for *of, state in zip(gradients, shards, states, strict=True)]
+        towards = found_together(directions, self.rule, group, shards[0])
+        write_together(shards, towards, group, self.rule.decay_first)
 
     def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> Direction:
         """Where a parameter goes, laid out as ``G``, and the factor on the learning rate. Collective.
@@ -237,9 +248,14 @@ class ShardedOptimizer(CapturableStep):
     # ---- one step, in phases ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    @torch._disable_dynamo  # clocks, messages and host reads: a graph would break at each of them
+    @partial(torch._disable_dynamo, recursive=False)  # this frame alone, which asks whether there is a compiler
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. Returns the closure's loss, if there is a closure."""
+        self._compiler = torch._C._dynamo.eval_frame.get_eval_frame_callback()
+        return self._step(closure)
+
+    @torch._disable_dynamo  # clocks, messages and host reads: a graph would break at each of them
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -273,7 +289,9 @@ class ShardedOptimizer(CapturableStep):
 
     def _update_batch(self, found: Batch) -> None:
         batch = Batch([item.with_numbers() for item in found.items], found.way)
-        if batch.way is Way.IN_PLACE:
+        if callable(self._compiler) and all(is_traced(self, item) for item in batch.items):
+            self._graphs.move(self, batch, self._compiler)
+        elif batch.way is Way.IN_PLACE:
             move_in_place(batch.items, self.rule)
         elif batch.way is Way.STACKED:
             self._update_stacked(batch.items)
@@ -292,10 +310,8 @@ class ShardedOptimizer(CapturableStep):
 
     def _update_together(self, batch: list[ParamStep]) -> None:
         """``update`` of several parameters that are alike, by one call of the rule."""
-        group = batch[0].group
-        directions = [self.direction(item.take_grad(), item.shard, group, item.state) for item in batch]
-        towards = found_together(directions, self.rule, group, batch[0].shard)
-        write_together([item.shard for item in batch], towards, group, self.rule.decay_first)
+        gradients, shards, states = zip(*((item.take_grad(), item.shard, item.state) for item in batch), strict=True)
+        self.update_each(gradients, shards, batch[0].group, states)
 
     def _update_stacked(self, batch: list[ParamStep]) -> None:
         """``update`` of alike matrices as of one."""
@@ -397,7 +413,7 @@ class ShardedOptimizer(CapturableStep):
             f"plain rule; make groups by gracile.optim.param_groups(model, {self.matrix_key}=...), for a Trainer by "
             f"optimizer_cls_and_kwargs=({name}, {{'params': param_groups(...)}})",
             UserWarning,
-            stacklevel=5,
+            stacklevel=8,
         )
 
     def _device_type(self) -> str:
@@ -470,7 +486,7 @@ class ShardedOptimizer(CapturableStep):
             self.defaults.setdefault(key, value)
         self.param_groups[:] = [ParamGroup(group, self.later_keys) for group in self.param_groups]
         if not hasattr(self, "registry"):  # unpickled: torch keeps nothing but groups, state and defaults
-            self.registry = ParamRegistry()
+            self.registry, self._graphs = ParamRegistry(), Graphs()
             self._key_names, self._moments, self._by_chance, self._of_experts = {}, {}, {}, {}
             for group in self.param_groups:
                 self.register(group)

@@ -236,7 +236,7 @@ class FullShard:
             add_product_(weights, left, right, alpha * update.factor)
             return
         factor = update.factor
-        if isinstance(alpha, Tensor) or isinstance(factor, Tensor):
+        if isinstance(alpha, Tensor) or isinstance(factor, Tensor) or torch.compiler.is_compiling():
             add_(weights, left @ right, alpha * factor)
             return
         exact = math.frexp(factor)[0] == 0.5  # a power of two, such as 0.25: no rounding, so no pass of its own

@@ -65,10 +65,12 @@ class LowRankUpdate:
     right: Tensor
     factor: Number = 1.0
 
-    def __mul__(self, factor: Number) -> LowRankUpdate:
-        return LowRankUpdate(self.left, self.right, factor * self.factor)
+    def __rmul__(self, factor: float) -> LowRankUpdate:
+        return self.times(factor)
 
-    __rmul__ = __mul__  # of floats: a tensor of one must come second
+    def times(self, factor: Number) -> LowRankUpdate:
+        """``factor`` of this; a tensor does not let an operator have it."""
+        return LowRankUpdate(self.left, self.right, factor * self.factor)
 
     def add_to_(self, dense: Tensor) -> Tensor:
         """dense += this, for gradients and updates, which are of one size with it."""

@@ -196,7 +196,10 @@ class GaLorePlusAdamW(GaLore):
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         if group["residual_fraction"] == 0:
-            return (yield from super().low_rank_direction(G, shard, group, state))
+            return super().low_rank_direction(G, shard, group, state)
+        return self._with_residual(G, shard, group, state)
+
+    def _with_residual(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         P = self.basis(shard, group, state)
         R = P.project(G)
         N, correction = yield R, state

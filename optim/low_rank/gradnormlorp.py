@@ -124,7 +124,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         s = group["lr"] * correction
         directed = g.abs() > SHORTEST
         c = W.to(g.dtype).mul_(torch.where(directed, 1 / g, 0))  # W itself where it is fp32
-        (P.lift(N) * (-s * group["scale"])).add_to_(c)
+        P.lift(N).times(-s * group["scale"]).add_to_(c)
         size = shard.row_norms(c)
         add_(g, torch.where(directed, N_g, 0), -s).mul_(1 - decay_of(group))
         c.mul_(torch.where(directed, g / size, 0))

@@ -382,5 +382,5 @@ class LowRankOptimizer(ShardedOptimizer):
         if not torch.stack([flag.to(flags[0].device) for flag in flags]).all():  # one host read for all matrices
             self._warned_non_finite = True
             warnings.warn(
-                "a gradient was constant or not finite at a refresh; its matrix keeps its old subspace", stacklevel=6
+                "a gradient was constant or not finite at a refresh; its matrix keeps its old subspace", stacklevel=9
             )
