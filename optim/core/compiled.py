@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Arithmetic = Callable[["ShardedOptimizer", list[Tensor], list[FullShard], Group, list[State]], None]
 MOST = 256  # kinds of batches that are compiled
+# What torch.compile has functions compiled by that are called now; there is none in older versions of torch.
+compiler_in_use = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
 
 
 class Graphs:

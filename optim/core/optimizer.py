@@ -58,7 +58,7 @@ from .batches import (
 )
 from .capture import CapturableStep, count_on_device, numbers_of_group
 from .clock import steps_of
-from .compiled import Graphs, is_traced
+from .compiled import Graphs, compiler_in_use, is_traced
 from .group_checks import COMMON_CHECKS, check_declared, check_rounding, check_tensors, parameters_in
 from .keywords import ACCEPTED, Accepted, check_keys, check_keywords, keyword_names
 from .rounding import widened, widened_weights
@@ -251,8 +251,11 @@ class ShardedOptimizer(CapturableStep):
     @partial(torch._disable_dynamo, recursive=False)  # this frame alone, which asks whether there is a compiler
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. Returns the closure's loss, if there is a closure."""
-        self._compiler = torch._C._dynamo.eval_frame.get_eval_frame_callback()
-        return self._step(closure)
+        self._compiler = None if compiler_in_use is None else compiler_in_use()
+        try:
+            return self._step(closure)
+        finally:
+            self._compiler = None
 
     @torch._disable_dynamo  # clocks, messages and host reads: a graph would break at each of them
     def _step(self, closure: Callable[[], Any] | None) -> Any:

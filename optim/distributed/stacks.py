@@ -144,7 +144,8 @@ class StackedMatrix(FullMatrix):
     def gather_weights(self, keep: bool = False) -> Tensor:
         weights, self._weights = self._weights, None
         if weights is None:
-            weights, _ = stacked(self.weights)
+            own = self.in_one_piece
+            weights = own[0] if own[0].dim() > len(self.shape) else torch.stack(list(own))
         if keep:
             self._weights = weights
         return weights

@@ -156,7 +156,11 @@ class DCTAdamW(LowRankOptimizer):
         return self.waited_for_gradient(item.shard)
 
     def find(self, work: list[ParamStep]) -> None:
-        """Nothing: columns are chosen in ``low_rank_direction``, for the gradient and the error together."""
+        """The cosines alone, which no graph makes; columns are chosen in ``low_rank_direction``, for the gradient and
+        the error together."""
+        for item in work:
+            if has_subspace(item.shard):
+                cosine_basis(item.shard.side.basis_shape[0], item.shard.device)
 
     def columns(self, shard: FullMatrix, group: Group, state: State) -> Tensor:
         Q = cosine_basis(shard.side.basis_shape[0], shard.device)

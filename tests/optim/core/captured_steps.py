@@ -10,9 +10,10 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 import test_capture
+from captured_cases import CASES, made, stepped
 from pretend_device import on_device, pretend
 from recorded_graph import captured
-from test_capture import CASES, made, replayed, stepped
+from test_capture import replayed
 
 
 def told_of(name):
