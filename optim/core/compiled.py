@@ -10,23 +10,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from ...fp64 import widest
 from ..distributed import FullShard, stack_of
-from ..numbers import Number
-from ..state.spec import PLAIN
+from ..numbers import Number, is_zero
+from ..state.spec import PLAIN, Codec
 from .batches import Batch, Way
 from .clock import steps_of
 from .types import Group, ParamStep, State
 
-if TYPE_CHECKING:
-    from .optimizer import ShardedOptimizer
 
-Arithmetic = Callable[["ShardedOptimizer", list[Tensor], list[FullShard], Group, list[State]], None]
+class Optimizer(Protocol):
+    """What is asked of an optimizer here."""
+
+    moment_codec: ClassVar[Codec]
+    only_read: ClassVar[tuple[str, ...]]
+
+    def why_not_captured(self, group: Group) -> str | None: ...
+    def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None: ...
+    def update_each(
+        self, gradients: Sequence[Tensor], shards: Sequence[FullShard], group: Group, states: Sequence[State]
+    ) -> None: ...
+
+
+Arithmetic = Callable[[Optimizer, list[Tensor], list[FullShard], Group, list[State]], None]
 MOST = 256  # kinds of batches that are compiled
 # What torch.compile has functions compiled by that are called now; there is none in older versions of torch.
 compiler_in_use = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
@@ -38,7 +49,7 @@ class Graphs:
     def __init__(self) -> None:
         self._of_kind: dict[tuple[object, ...], Arithmetic] = {}
 
-    def move(self, optimizer: ShardedOptimizer, batch: Batch, compiler: object) -> None:
+    def move(self, optimizer: Optimizer, batch: Batch, compiler: Any) -> None:
         """Move a batch by code of ``compiler``, torch's callback."""
         items = batch.items
         states: list[State] = [dict(item.state) for item in items]
@@ -58,8 +69,8 @@ class Graphs:
     def _run(
         self,
         function: Arithmetic,
-        compiler: object,
-        optimizer: ShardedOptimizer,
+        compiler: Any,
+        optimizer: Optimizer,
         gradients: list[Tensor],
         shards: Sequence[FullShard],
         group: Group,
@@ -77,7 +88,7 @@ class Graphs:
             set_compiler(before)
 
 
-def is_traced(optimizer: ShardedOptimizer, item: ParamStep) -> bool:
+def is_traced(optimizer: Optimizer, item: ParamStep) -> bool:
     """Whether a parameter's step is arithmetic of tensors and numbers, which a graph can hold."""
     whole = optimizer.moment_codec is PLAIN and not item.group["stochastic_rounding"] and not item.shard.split
     return whole and optimizer.why_not_captured(item.group) is None
@@ -94,13 +105,10 @@ def _with_tensors(item: ParamStep, states: Sequence[State]) -> Group:
     if not group["capturable"]:
         for state in states:
             state["step"] = made("step", steps_of(item.state))
-    changing = {key: made(key, group[key]) for key in ("lr", "weight_decay") if not _is_fixed(group[key])}
+    changing = {} if is_zero(group["weight_decay"]) else {"weight_decay": made("decay", group["weight_decay"])}
+    if group["lr"] is not None:
+        changing["lr"] = made("lr", group["lr"])
     return {**group, **changing, "capturable": True}
-
-
-def _is_fixed(number: Number | None) -> bool:
-    """Whether a number stays in the code: none, or zero, of which there is nothing to compute."""
-    return number is None or (not isinstance(number, Tensor) and number == 0)
 
 
 def _kind(gradient: Tensor, shard: FullShard, state: Mapping[str, Tensor]) -> tuple[object, ...]:
@@ -119,12 +127,12 @@ def _copy_of(function: Arithmetic, number: int) -> Arithmetic:
 
 
 def _move_alone(
-    optimizer: ShardedOptimizer, gradients: list[Tensor], shards: list[FullShard], group: Group, states: list[State]
+    optimizer: Optimizer, gradients: list[Tensor], shards: list[FullShard], group: Group, states: list[State]
 ) -> None:
     optimizer.update(gradients[0], shards[0], group, states[0])
 
 
 def _move_together(
-    optimizer: ShardedOptimizer, gradients: list[Tensor], shards: list[FullShard], group: Group, states: list[State]
+    optimizer: Optimizer, gradients: list[Tensor], shards: list[FullShard], group: Group, states: list[State]
 ) -> None:
     optimizer.update_each(gradients, shards, group, states)

@@ -102,7 +102,7 @@ class ShardedOptimizer(CapturableStep):
     together: ClassVar[str | None] = None
     only_read: ClassVar[tuple[str, ...]] = ()
     phase_listener: PhaseListener | None = None
-    _compiler: object = None  # torch's callback, of a step that is compiled
+    _compiler: Any = None  # torch's callback, of a step that is compiled
     _is_unused = False  # whether the state is one that a blank step made, and nothing was loaded or trained since
     _elsewhere: Sequence[State] = ()  # of parameters whose experts are all moved by other processes, in this step
     _wrapped_states: dict[Tensor, dict[str, Tensor]] | None = None  # in use since the last step, under a wrapper
@@ -148,7 +148,8 @@ class ShardedOptimizer(CapturableStep):
         self, gradients: Sequence[Tensor], shards: Sequence[FullShard], group: Group, states: Sequence[State]
     ) -> None:
         """``update`` of several parameters that go where ``direction`` says, by one call of the rule."""
-        directions = [self.direction(*of, group, state) for *of, state in zip(gradients, shards, states, strict=True)]
+        each = zip(gradients, shards, states, strict=True)
+        directions = [self.direction(G, shard, group, state) for G, shard, state in each]
         towards = found_together(directions, self.rule, group, shards[0])
         write_together(shards, towards, group, self.rule.decay_first)
 
