@@ -77,9 +77,10 @@ PhaseListener = Callable[[str], AbstractContextManager[Any]]
 class ShardedOptimizer(CapturableStep):
     """Base of all optimizers here. ``rule`` moves coordinates, and the parameters that are no matrices of the method.
 
-    State per parameter, tensors only: ``step`` (fp32 scalar on the CPU) and what ``state_specs`` declares. All of it is
-    born at the first ``step()``, for every trainable parameter, so that all processes have the same keys. Where an
-    engine steps flat tensors that hold several parameters, keys begin with a parameter's position: ``"3.exp_avg"``.
+    State per parameter, tensors only: ``step`` (fp32 scalar on the CPU, or with ``capturable`` where the parameter is)
+    and what ``state_specs`` declares. All of it is born at the first ``step()``, for every trainable parameter, so that
+    all processes have the same keys. Where an engine steps flat tensors that hold several parameters, keys begin with a
+    parameter's position: ``"3.exp_avg"``.
 
     A constructor's arguments are its group keys: it passes ``locals()`` on, of which its parameters are taken. Its
     ``torch_keywords`` are the keys that every class has (``COMMON_KEYS``), and what ``accepted`` lists.

@@ -82,8 +82,9 @@ class GaLoreAdamW(GaLore):
             parts are gathered when P is used; False stores all of P on each. None: True from 8 processes on.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
         torch_keywords: ``maximize``, as for ``torch.optim.AdamW``; ``stochastic_rounding`` of bf16 weights and moments,
-            by noise of ``rounding_seed``; and what ``torch.optim`` and the authors' classes take beside these, at the
-            values that change nothing (``foreach=None``, ``correct_bias=True``); others are refused with the reason.
+            by noise of ``rounding_seed``; ``capturable``, for steps in a CUDA graph; and what ``torch.optim`` and the
+            authors' classes take beside these, at the values that change nothing (``foreach=None``,
+            ``correct_bias=True``); others are refused with the reason.
 
     State of an m x n matrix: ``(r * short + 2 * r * long)`` elements and a counter, against AdamW's ``2 * m * n``.
     ``short`` and ``long`` are the smaller and the larger of m and n with ``proj_type="std"``; in general, the side that
