@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from captured_cases import CASES, STEPS, give, made, set_lr, stepped
+from captured_cases import CASES, GAP, SHAPES, STEPS, give, made, set_lr, stepped
 from catalogue import VARIANTS
 from recorded_graph import captured, capturing
 from torch import nn
 
 from gracile import optim
 from gracile.optim import full_state, load_full_state, state_bytes
+from gracile.optim.distributed import FlatShard, ShardRange, UnsupportedLayout, Workspace
 
 
 def replayed(held, optimizer, steps=STEPS, device=lambda tensor: tensor):
@@ -137,6 +138,29 @@ def test_numbers_that_a_graph_would_keep_are_refused():
         optimizer.step()
 
 
+def test_parameters_that_are_split_are_refused():
+    _, optimizer = made("GaLoreAdamW", True)
+    weight = torch.zeros(8, requires_grad=True)
+    part = FlatShard(weight, weight, ShardRange((16,), (0, 8, 16), 0, None), 3, Workspace())
+    with pytest.raises(UnsupportedLayout, match=r"^capturable must be False where .* split .*, as parameter 3 is: "):
+        optimizer.with_host_clock(weight, part, optimizer.param_groups[0], {})
+
+
+def experts(capturable):
+    generator = torch.Generator().manual_seed(0)
+    held = [nn.Parameter(torch.randn(3, 24, 16, generator=generator)), nn.Parameter(torch.ones(5))]
+    groups = [{"params": held[:1], "rank": 4, "update_proj_gap": GAP}, {"params": held[1:]}]
+    return held, optim.GaLoreAdamW(groups, lr=torch.tensor(0.1) if capturable else 0.1, capturable=capturable)
+
+
+def test_experts_in_one_tensor_count_their_steps_once():
+    (held, optimizer), (others, plain) = experts(True), experts(False)
+    assert replayed(held, optimizer) == 8
+    stepped(others, plain)
+    assert optimizer.state[held[0]]["step"] == STEPS
+    assert all((p - q).norm() <= 2e-6 * q.norm() for p, q in zip(held, others, strict=True))
+
+
 # ---- state ----------------------------------------------------------------------------------------------------------
 
 
@@ -170,8 +194,6 @@ def test_a_checkpoint_does_not_say_how_steps_are_taken():
 
 def test_state_takes_as_many_bytes():
     _, optimizer = stepped_once()
-    keys = {"rank": 4, "capturable": True}
-    planned = sum(optim.GaLoreAdamW.state_bytes_for(s, **keys) for s in [(80, 72), (80, 72), (72, 96)])
-    assert planned + sum(optim.GaLoreAdamW.state_bytes_for(s) for s in [(30,), (30,), (20, 8)]) == state_bytes(
-        optimizer
-    )
+    matrices = [optim.GaLoreAdamW.state_bytes_for(shape, rank=4, capturable=True) for shape in SHAPES[:3]]
+    others = [optim.GaLoreAdamW.state_bytes_for(shape, capturable=True) for shape in SHAPES[3:]]
+    assert sum(matrices + others) == state_bytes(optimizer)
