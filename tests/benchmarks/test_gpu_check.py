@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_check
 
 
+@pytest.mark.thorough
 def test_replays_are_told_beside_steps():
     told = gpu_check.replayed("GaLoreAdamW", "cpu")
     assert told == {"replays": 10, "of_movement": 0.0}

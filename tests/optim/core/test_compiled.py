@@ -14,7 +14,7 @@ from gracile.optim.low_rank import optimizer as low_rank
 STEPS = 6
 NOT_TRACED = {"GaLoreAdamW8bit", "Q-GaLore", "by chance"}
 TRACED = [name for name in CASES if name not in NOT_TRACED]
-ALWAYS = {"GaLoreAdamW", "GaLoreAdafactor"}
+ALWAYS = {"GaLoreAdamW"}
 
 
 def some(names):
