@@ -17,8 +17,9 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from ..numbers import Number, add_, is_zero
 from .process_group import ProcessGroup
-from .projection import LowRankUpdate, ProjectionSide
+from .projection import LowRankUpdate, ProjectionSide, add_product_
 from .shard_range import Runs
 from .workspace import Workspace
 
@@ -28,7 +29,7 @@ PRODUCT = 2**22  # elements of a product that a CPU makes at a time: 16 MiB in f
 class WrittenUpdate:
     """An update that writes itself into weights."""
 
-    def add_to_weights_(self, weights: Tensor, alpha: float) -> None:
+    def add_to_weights_(self, weights: Tensor, alpha: Number) -> None:
         """weights += alpha * this."""
         raise NotImplementedError
 
@@ -199,31 +200,31 @@ class FullShard:
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
-    def write(self, update: Update, step_size: float, decay: float | Tensor, decay_first: bool) -> None:
+    def write(self, update: Update, step_size: Number, decay: Number, decay_first: bool) -> None:
         """W <- W - step_size * update, and W <- W - decay * W before or, as in GaLore's code, after it.
 
-        A decay that is a tensor comes first. ``update`` is laid out as ``gather_grad`` gives the gradient. Collective.
+        ``update`` is laid out as ``gather_grad`` gives the gradient. Collective.
         """
-        W = self.parameter
-        if isinstance(decay, Tensor) or (decay and decay_first):  # a tensor is not asked: that would stop the device
+        W, decays = self.parameter, not is_zero(decay)
+        if decays and decay_first:
             W.mul_(1 - decay)
         self.add_(update, -step_size)
-        if not (decay_first or isinstance(decay, Tensor)) and decay:
-            W.add_(W, alpha=-decay)
+        if decays and not decay_first:
+            add_(W, W, -decay)
 
-    def add_(self, update: Update, alpha: float) -> None:
+    def add_(self, update: Update, alpha: Number) -> None:
         """W <- W + alpha * update."""
         self._add_to(self.parameter, update, alpha)
 
-    def _add_to(self, weights: Tensor, update: Update, alpha: float) -> None:
+    def _add_to(self, weights: Tensor, update: Update, alpha: Number) -> None:
         if isinstance(update, LowRankUpdate):
             self._add_product(weights, update, alpha)
         elif isinstance(update, WrittenUpdate):
             update.add_to_weights_(weights, alpha)
         else:
-            weights.add_(update, alpha=alpha)
+            add_(weights, update, alpha)
 
-    def _add_product(self, weights: Tensor, update: LowRankUpdate, alpha: float) -> None:
+    def _add_product(self, weights: Tensor, update: LowRankUpdate, alpha: Number) -> None:
         """weights += alpha * update, rounded to the weights once.
 
         On a CPU ``addmm_`` adds the r products to the weight in several portions and rounds at the weight's size each
@@ -232,16 +233,20 @@ class FullShard:
         """
         left, right = update.left.to(weights.dtype), update.right.to(weights.dtype)
         if weights.device.type != "cpu":
-            weights.addmm_(left, right, alpha=alpha * update.factor)
+            add_product_(weights, left, right, alpha * update.factor)
             return
-        exact = math.frexp(update.factor)[0] == 0.5  # a power of two, such as 0.25: no rounding, so no pass of its own
+        factor = update.factor
+        if isinstance(alpha, Tensor) or isinstance(factor, Tensor) or torch.compiler.is_compiling():
+            add_(weights, left @ right, alpha * factor)
+            return
+        exact = math.frexp(factor)[0] == 0.5  # a power of two, such as 0.25: no rounding, so no pass of its own
         rows = max(1, PRODUCT // max(1, weights.shape[1]))
         for own, lines in zip(torch.split(weights, rows), torch.split(left, rows), strict=True):
             product = torch.mm(lines, right, out=self.workspace.like(own))
             if exact:
-                own.add_(product, alpha=alpha * update.factor)
+                own.add_(product, alpha=alpha * factor)
             else:
-                own.add_(product.mul_(update.factor), alpha=alpha)
+                own.add_(product.mul_(factor), alpha=alpha)
 
 
 class FullMatrix(FullShard):

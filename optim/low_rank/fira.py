@@ -79,6 +79,7 @@ class FiraAdamW(LowRankOptimizer):
         "limit_after_bias_correction": flag(),
     }
 
+    captures = True
     stack_copies = 1
     renamed: ClassVar[Mapping[str, str]] = {"alpha": "scale"}  # of their groups
     published = Published("fira", scale="alpha", renamed={"residual_norm": "scaling_grad"})

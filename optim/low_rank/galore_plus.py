@@ -37,6 +37,7 @@ from ..core.clock import steps_of, with_age
 from ..core.rules import ADAM
 from ..core.types import Group, State
 from ..distributed import FullMatrix, FullShard, ProjectionSide, has_subspace
+from ..numbers import Number
 from ..state.spec import INDICES, MOMENTS, Placement, StateSpec, moment_dtype
 from .galore import GaLore
 from .singular import (
@@ -168,6 +169,11 @@ class GaLorePlusAdamW(GaLore):
             return PendingRange(part, side, previous, seed, width, times)
         return randomized_range(part, side, previous, seed, width, times, shard.all_reduce_)
 
+    def why_not_captured(self, group: Group) -> str | None:
+        if group["rank"] is not None and group["residual_fraction"] > 0:
+            return "its residual has a warm-up, which the host counts; with residual_fraction=0 it can be True"
+        return super().why_not_captured(group)
+
     # ---- the sparse residual ------------------------------------------------------------------------------------
 
     def basis_specs(self, shard: FullMatrix, group: Group) -> list[StateSpec]:
@@ -190,7 +196,10 @@ class GaLorePlusAdamW(GaLore):
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         if group["residual_fraction"] == 0:
-            return (yield from super().low_rank_direction(G, shard, group, state))
+            return super().low_rank_direction(G, shard, group, state)
+        return self._with_residual(G, shard, group, state)
+
+    def _with_residual(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         P = self.basis(shard, group, state)
         R = P.project(G)
         N, correction = yield R, state
@@ -205,7 +214,7 @@ class GaLorePlusAdamW(GaLore):
         _lines(dense, shard).scatter_add_(-1, state["residual_places"].long(), values)
         return dense, correction
 
-    def _residual(self, missed: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor, float] | None:
+    def _residual(self, missed: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor, Number] | None:
         """N_E (lines x q) and its bias correction, or None during the warm-up."""
         missed = _lines(missed, shard)
         support, scores = state["residual_places"], state["residual_exp_avg"]

@@ -31,6 +31,7 @@ from ..core.batches import ask
 from ..core.rules import MOMENTS
 from ..core.types import Group, State
 from ..distributed import FullMatrix, FullShard, has_subspace
+from ..numbers import add_, decay_of, is_zero
 from ..state.spec import Placement, StateSpec, wide_dtype
 from .optimizer import LowRankOptimizer
 from .singular import Columns
@@ -68,6 +69,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         (torch.Size([32, 1]), True)
     """
 
+    captures = True
     finds_together = False  # the gradient of directions is a matrix of its own
     stack_copies = 3  # of the gradient, the weights, and the gradient of directions
 
@@ -117,14 +119,14 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         N, correction = ask(self.rule, R, state, group, shard)
         moments = {"step": state["step"]} | {key: state[f"length_{key}"] for key in MOMENTS}
         N_g, _ = ask(self.rule, dg, moments, group, shard)
-        if group["lr"] == 0:
+        if is_zero(group["lr"]):
             return  # put together again, W would differ by a rounding
         s = group["lr"] * correction
         directed = g.abs() > SHORTEST
         c = W.to(g.dtype).mul_(torch.where(directed, 1 / g, 0))  # W itself where it is fp32
-        (-s * group["scale"] * P.lift(N)).add_to_(c)
+        P.lift(N).times(-s * group["scale"]).add_to_(c)
         size = shard.row_norms(c)
-        g.sub_(torch.where(directed, N_g, 0), alpha=s).mul_(1 - group["lr"] * group["weight_decay"])
+        add_(g, torch.where(directed, N_g, 0), -s).mul_(1 - decay_of(group))
         c.mul_(torch.where(directed, g / size, 0))
         shard.rewrite(c)
 

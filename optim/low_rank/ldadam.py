@@ -36,6 +36,7 @@ from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, flag, number
 from ..core.batches import Direction
+from ..core.capture import NEVER
 from ..core.clock import steps_of
 from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
@@ -108,8 +109,8 @@ class LDAdamW(LowRankOptimizer):
     def waits_for_gradient(self, group: Group) -> bool:
         return False
 
-    def is_due(self, group: Group, state: State) -> bool:
-        return False  # the subspace moves in ``low_rank_direction``, for the gradient and the error together
+    def due_in(self, group: Group, state: State) -> int:
+        return NEVER  # the subspace moves in ``low_rank_direction``, for the gradient and the error together
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         previous = self.columns(shard, group, state).clone()

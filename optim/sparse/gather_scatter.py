@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..distributed import FullShard, WrittenUpdate
+from ..numbers import Number, scaled
 
 WORTH_A_RUN = 16  # places side by side
 
@@ -30,7 +31,8 @@ class Places:
             return flat.index_select(0, self.indices)
         return flat.view(-1, self.run).index_select(0, self.runs).view(-1)
 
-    def add_(self, flat: Tensor, values: Tensor, alpha: float) -> None:
+    def add_(self, flat: Tensor, values: Tensor, alpha: Number) -> None:
+        values, alpha = scaled(values, alpha)
         if len(self.indices) == self.count:
             flat.add_(values, alpha=alpha)
         elif self.runs is None:
@@ -48,5 +50,5 @@ class PlacedUpdate(WrittenUpdate):
     places: Places
     values: Tensor
 
-    def add_to_weights_(self, weights: Tensor, alpha: float) -> None:
+    def add_to_weights_(self, weights: Tensor, alpha: Number) -> None:
         self.places.add_(weights.view(-1), self.values, alpha)

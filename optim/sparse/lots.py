@@ -15,6 +15,7 @@ from ..core import batches
 from ..core.optimizer import ShardedOptimizer
 from ..core.rules import MOMENTS
 from ..core.types import Group, ParamStep, State
+from ..numbers import Number
 from ..state.spec import PLAIN
 from .frozen_zeros import keep_only_
 
@@ -119,7 +120,7 @@ def adamw_lot_(optimizer: ShardedOptimizer, lot: Lot, gradient: Tensor | None = 
         torch._foreach_copy_(weights, lot.parts(W))
 
 
-def rule_of(lot: Lot, optimizer: ShardedOptimizer, gradients: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+def rule_of(lot: Lot, optimizer: ShardedOptimizer, gradients: Sequence[Tensor]) -> tuple[list[Tensor], Number]:
     """The directions of a lot, and the factor on the learning rate, by one call of the rule."""
     assert optimizer.rule.together is not None
     return optimizer.rule.together(

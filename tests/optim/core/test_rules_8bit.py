@@ -113,6 +113,13 @@ def test_factored_layers_with_codes(with_kernel, called):
     assert called == {"optimizer_update_8bit_blockwise": len(large)}
 
 
+def test_a_step_for_a_graph_is_moved_by_the_rule(with_kernel, called):
+    """The kernel takes Python's numbers, which a graph would keep."""
+    stepped(torch.float32, capturable=True)
+    assert not called["optimizer_update_8bit_blockwise"]
+    assert called["dequantize_blockwise"]
+
+
 def test_where_the_kernel_is_not_for():
     codes = {"exp_avg": torch.zeros(512, dtype=torch.uint8), "exp_avg_sq": torch.zeros(512, dtype=torch.uint8)}
     numbers = {key: value.float() for key, value in codes.items()}
