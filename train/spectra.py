@@ -213,6 +213,8 @@ def _check(options: argparse.Namespace) -> None:
             raise BadInput(f"{key} must be at least 1, got {getattr(options, key)}")
     if not 0 < options.epsilon <= 1:
         raise BadInput(f"epsilon must be above 0 and at most 1, got {options.epsilon}")
+    if options.modules is not None and not options.modules.strip(", "):
+        raise BadInput("modules is empty; name some, or leave it out for the matrices of all layers")
     if options.json is not None:
         check_output("json", options.json, (".json",))
     if options.plot is not None:

@@ -156,6 +156,8 @@ def read_pairs(base: Path, tuned: Path, modules: list[str], embeddings: bool) ->
     is_adapter = (tuned / ADAPTER_CONFIG).is_file()
     after: Tuned = Adapter(tuned, before) if is_adapter else Whole(tuned, before, names)
     names = [name for name in names if after.has(name)]
+    for name in names:
+        _check_dtype(before, name)
     if not names:
         raise BadInput(
             f"TUNED {str(tuned)!r} changes none of the matrices that were chosen; choose others with --modules"
@@ -185,10 +187,6 @@ def _inputs_first(base: Path) -> tuple[str, ...]:
 def _chosen(weights: Weights, modules: list[str], embeddings: bool) -> list[str]:
     """The matrices among the tensors, in the order of their layers."""
     matrices = [name for name in weights.files if _is_matrix(name, weights.shape(name), embeddings)]
-    for name in matrices:
-        held = weights.slice_of(name).get_dtype()
-        if held not in DTYPES:
-            raise BadInput(f"{weights.key} holds {name} in {held}, and weights that are quantized are not read")
     matrices.sort(key=lambda name: [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")])
     if not modules:
         if not matrices:
@@ -203,11 +201,15 @@ def _chosen(weights: Weights, modules: list[str], embeddings: bool) -> list[str]
         except re.error as error:
             raise BadInput(f"modules: {pattern!r} is no regular expression: {error}") from None
         if not found:
-            raise BadInput(
-                f"modules: {pattern!r} matches no matrix; {nearest(pattern, {place_of(m).kind for m in matrices})}"
-            )
+            raise BadInput(f"modules: {pattern!r} matches no matrix; {nearest(pattern, _parts(matrices))}")
         chosen |= found
     return [name for name in matrices if name in chosen]
+
+
+def _parts(names: list[str]) -> set[str]:
+    """What modules are called, in full and by the last part."""
+    kinds = {place_of(name).kind for name in names}
+    return kinds | {kind.rpartition(".")[2] for kind in kinds}
 
 
 def _is_matrix(name: str, shape: tuple[int, ...], embeddings: bool) -> bool:
@@ -238,6 +240,7 @@ class Whole(Tuned):
                 raise BadInput(
                     f"TUNED {str(folder)!r} lacks {name}, which BASE has: are they of one model? ({way[:200]})"
                 )
+            _check_dtype(self.weights, name)
             _check_shape(name, before.shape(name), self.weights.shape(name))
 
     def has(self, name: str) -> bool:
@@ -323,6 +326,12 @@ class Adapter(Tuned):
                 alpha = own
                 break
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def _check_dtype(weights: Weights, name: str) -> None:
+    held = weights.slice_of(name).get_dtype()
+    if held not in DTYPES:
+        raise BadInput(f"{weights.key} holds {name} in {held}, and weights that are quantized are not read")
 
 
 def _check_shape(name: str, before: tuple[int, ...], after: tuple[int, ...]) -> None:
