@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from ..spectra import Measures, compare
+from ..spectra import compare
 from .atomic_write import valid_json, write_atomically
 from .config.output_files import check_output
 from .config.parser import OneLineParser
 from .engines.process_exit import leave
 from .errors import BadInput
-from .weight_pairs import Place, read_pairs
+from .spectra_rows import Found, Row, layer_names, row_of, rows_of, seed_of
+from .weight_pairs import read_pairs
 
 HEAD = """\
 What a fine-tuning did to the matrices of a model: intruder dimensions beside a random control, drift of singular
@@ -49,22 +48,6 @@ COLUMNS = (
     ("princ.", "principal_enrichment", ".2f"),
     ("low", "low_enrichment", ".2f"),
 )
-
-
-class Found(NamedTuple):
-    """A matrix and its measures."""
-
-    place: Place
-    shape: tuple[int, ...]
-    measures: Measures
-
-
-class Row(NamedTuple):
-    """Means over some matrices; the largest of largest angles."""
-
-    name: str
-    matrices: int
-    means: dict[str, float]
 
 
 def _flags() -> OneLineParser:
@@ -108,38 +91,6 @@ def find(options: argparse.Namespace) -> Iterator[Found]:
         yield Found(pair.place, tuple(before.shape), measures)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def seed_of(name: str) -> int:
-    """Of a matrix's control: another for each, the same in each run."""
-    return zlib.crc32(name.encode())
-
-
-def rows_of(found: Sequence[Found], of: str) -> list[Row]:
-    """Means by ``layer`` or by ``kind``, in the order in which they come."""
-    groups: dict[str, list[Measures]] = {}
-    names = layer_names(found) if of == "layer" else {}
-    for one in found:
-        name: str = getattr(one.place, of)
-        groups.setdefault(names.get(name, name), []).append(one.measures)
-    return [row_of(name, measures) for name, measures in groups.items()]
-
-
-def layer_names(found: Sequence[Found]) -> dict[str, str]:
-    """Layers in their order, and what they are called: their numbers, after their stack where there are several."""
-    layers = list(dict.fromkeys(one.place.layer for one in found))
-    stacks = {layer.rpartition(" ")[0] for layer in layers if layer}
-    return {layer: layer.rpartition(" ")[2] if len(stacks) == 1 else layer for layer in layers}
-
-
-def row_of(name: str, measures: Sequence[Measures]) -> Row:
-    """Of some matrices together."""
-    means: dict[str, float] = {}
-    for field in Measures._fields:
-        if field != "similarity":
-            values = [float(getattr(one, field)) for one in measures]
-            means[field] = max(values) if field.endswith("_max") else math.fsum(values) / len(values)
-    return Row(name, len(measures), means)
 
 
 def table(found: Sequence[Found], options: argparse.Namespace) -> str:

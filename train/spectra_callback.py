@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..spectra import LowRankUpdate, compare
 from ..target_modules import DEFAULT_TARGETS, targets
 from ..validation import is_whole, require
-from .spectra import Found, layer_names, row_of, rows_of, seed_of
+from .spectra_rows import Found, layer_names, row_of, rows_of, seed_of
 from .weight_pairs import INPUTS_FIRST, Pair, Place, place_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from .spectra import Found
+    from .spectra_rows import Found
 
 # Okabe & Ito's colours, which readers who do not see all of them tell apart.
 BLUE, RED, GREY, GREEN = "#0072B2", "#D55E00", "0.45", "#009E73"

@@ -9,8 +9,8 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from gracile.models import build_llama
 from gracile.spectra import LowRankUpdate, compare
-from gracile.train.spectra import seed_of
 from gracile.train.spectra_callback import SCALARS, SpectraCallback
+from gracile.train.spectra_rows import seed_of
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
 Q = "model.layers.0.self_attn.q_proj"
