@@ -44,9 +44,8 @@ class Contender(NamedTuple):
 
 CONTENDERS = {
     "LoRA, rank 8": Contender(8, 5e-3),
-    "LoRA, rank 1": Contender(1, 1e-2),
+    "full": Contender(0, 1e-3),
     "rsLoRA, rank 64": Contender(64, 1e-3, rslora=True),
-    "full": Contender(0, 5e-4),
 }
 COLUMNS = {
     "intruders": ("intruders", ".2f"),
@@ -112,6 +111,8 @@ def tune(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if step % EVERY == 0:
+            print(f"  step {step}", flush=True)
         if step == steps or (target is not None and step % EVERY == 0):
             loss = loss_of(model, data.validation)
             print(f"  step {step} validation loss {loss:.4f}", flush=True)
