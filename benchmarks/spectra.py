@@ -138,9 +138,9 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True, metavar="FILE.txt")
     parser.add_argument("--validation", type=Path, required=True, metavar="FILE.txt")
     parser.add_argument("--base", type=Path, help="a quickstart that is trained already")
-    parser.add_argument("--base_steps", type=int, default=1000)
+    parser.add_argument("--base_steps", type=int, default=900)
     parser.add_argument(
-        "--steps", type=int, default=200, help="of LoRA of rank 8; the others have thrice as many at most"
+        "--steps", type=int, default=60, help="of LoRA of rank 8; the others have thrice as many at most"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
