@@ -104,7 +104,7 @@ def merge(model: Model) -> Model:
     """
     mixtures = [module for module in model.modules() if isinstance(module, FactoredExperts)]
     tensors = [{name: module.layers_of(name).merged() for name in module.tensors} for module in mixtures]
-    theirs = {layer for module in mixtures for name in module.tensors for layer in module.layers_of(name)}
+    theirs = {layer for module in mixtures for name in module.tensors for layer in module.layers_of(name).each()}
     every = model.named_modules(remove_duplicate=False)
     factored = {name: m for name, m in every if isinstance(m, FactoredLinear) and m not in theirs}
     _swap(model, _made_once(factored, lambda name, module: _merged(module)))
@@ -163,7 +163,7 @@ class _Experts(NamedTuple):
         layers = ExpertLayers((made(f"{self.name}.{e}", one) for e, one in enumerate(each)), self.tensor, transposed)
         try:
             with torch.no_grad():
-                layers[0].trained_weight()
+                next(layers.each()).trained_weight()
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}; choose another layer, or target_modules without experts") from None
         return layers.train(self.module.training)

@@ -12,14 +12,15 @@ and gradients of this size are there for one module at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .factored_linear import FactoredLinear
+
+_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[FactoredExperts]] = {}
 
 
 class ExpertLayers(nn.ModuleList):
@@ -33,18 +34,24 @@ class ExpertLayers(nn.ModuleList):
 
     def __init__(self, layers: Iterable[FactoredLinear], tensor: str, transposed: bool) -> None:
         super().__init__(layers)
-        self.tensor, self.transposed = tensor, transposed
+        self.tensor_replaced, self.transposed = tensor, transposed
+
+    def each(self) -> Iterator[FactoredLinear]:
+        """The layers."""
+        for layer in self:
+            assert isinstance(layer, FactoredLinear)
+            yield layer
 
     def weight(self) -> Tensor:
         """The tensor, computed now, with a way back to the layers' parameters. As wide as they are, also under
         autocast: what reads it rounds it."""
         device = next(self.parameters()).device
         with torch.autocast(device.type, enabled=False):
-            return self._stacked(layer.trained_weight() for layer in self)
+            return self._stacked(layer.trained_weight() for layer in self.each())
 
     def merged(self) -> nn.Parameter:
         """The parameter that computes the same."""
-        return nn.Parameter(self._stacked(layer.dense() for layer in self))
+        return nn.Parameter(self._stacked(layer.dense() for layer in self.each()))
 
     def _stacked(self, weights: Iterable[Tensor]) -> Tensor:
         return torch.stack([W.mT if self.transposed else W for W in weights])
@@ -95,8 +102,10 @@ def layers_name(tensor: str) -> str:
 
 def put(module: nn.Module, layers: Mapping[str, ExpertLayers]) -> None:
     """Let ``layers`` stand for the parameters of ``module`` of their names."""
-    kind = type(module)
-    replaced, before = (kind.replaced, kind.tensors) if isinstance(module, FactoredExperts) else (kind, ())
+    replaced: type[nn.Module] = type(module)
+    before: tuple[str, ...] = ()
+    if isinstance(module, FactoredExperts):
+        replaced, before = module.replaced, module.tensors
     module.__dict__.setdefault("_order", tuple(module._parameters))
     for name, those in layers.items():
         del module._parameters[name]
@@ -110,16 +119,26 @@ def take_out(module: FactoredExperts, tensors: Mapping[str, nn.Parameter]) -> No
         del module._modules[layers_name(name)]
     module.__class__ = type(module).replaced  # type: ignore[assignment]
     held = {**module._parameters, **tensors}
+    order = {name: held[name] for name in module.__dict__.pop("_order") if name in held}
     module._parameters.clear()
-    module._parameters.update({name: held[name] for name in module.__dict__.pop("_order")})
+    module._parameters.update(order | held)
 
 
-@cache
 def _class(replaced: type[nn.Module], tensors: tuple[str, ...]) -> type[FactoredExperts]:
     """Of the same name: wrappers look for modules by it."""
-    made = {name: property(lambda self, name=name: self._tensor(name)) for name in tensors}
-    told = {"replaced": replaced, "tensors": tensors, "__module__": replaced.__module__, "__doc__": replaced.__doc__}
-    return type(replaced.__name__, (FactoredExperts, replaced), {**told, **made})
+    key = replaced, tensors
+    if key not in _classes:
+        told = {"replaced": replaced, "tensors": tensors, "__module__": replaced.__module__}
+        made = {name: _property(name) for name in tensors}
+        _classes[key] = type(replaced.__name__, (FactoredExperts, replaced), {**told, **made})
+    return _classes[key]
+
+
+def _property(name: str) -> property:
+    def made(self: FactoredExperts) -> Tensor:
+        return self._tensor(name)
+
+    return property(made)
 
 
 def _empty(replaced: type[nn.Module], tensors: tuple[str, ...]) -> FactoredExperts:
