@@ -22,7 +22,9 @@ METHODS = {
 
 def build(kind, method, checkpointed):
     layer, keys, *_ = METHODS[method]
-    model = convert(build_mixture(kind), layer, r".*mlp\.experts\..*", **keys).train()
+    depth = 2 if kind == "deepseek_v3" else 1  # whose first layer has no experts
+    model = build_mixture(kind, num_hidden_layers=depth)
+    convert(model, layer, r".*mlp\.experts\..*", **keys).train()
     if checkpointed:
         model.gradient_checkpointing_enable()
     return model
