@@ -24,6 +24,7 @@ from gracile.models.layers import (
     SparseLowRankLinear,
     SpectralLinear,
 )
+from gracile.models.sparse_export import sparsify
 from gracile.optim import GaLoreAdamW, ReLoRAAdamW, SLTrainAdamW, SSTAdamW, param_groups, state_bytes
 from gracile.optim.memory import planned_state_by_kind
 
@@ -265,6 +266,8 @@ def test_masks_are_each_experts_own():
     assert len(optimizer.param_groups[0]["params"]) == 8
     kept = merge(model).model.layers[0].mlp.experts.down_proj
     assert ((kept != 0).unflatten(-1, (-1, 4)).sum(-1) == 2).all()
+    with pytest.raises(ValueError, match=r"nothing to leave out \(experts in one tensor stay dense\)"):
+        sparsify(model)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
