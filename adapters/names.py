@@ -1,0 +1,12 @@
+"""The names of the methods: members of a str-Enum, as peft's PeftType has them for its own."""
+
+from enum import Enum
+
+
+class AdapterType(str, Enum):
+    """Importable by its name, so that a configuration can be pickled."""
+
+    LORAXS = "LORAXS"
+    LORASB = "LORASB"
+    SORSA = "SORSA"
+    SVFIT = "SVFIT"
