@@ -13,9 +13,15 @@ from .factors import gram_defect, svd_factors
 from .gradients import scaled_gradient
 from .layer import AdapterLayer, LowRankLayer
 from .lora import to_lora
+from .methods.allora import ALLoraConfig
+from .methods.intrinsic_dimension import IntrinsicDimensionConfig, dimension_for
 from .methods.lora_sb import LoraSBConfig
 from .methods.lora_xs import LoraXSConfig
+from .methods.mask_tuning import MaskTuningConfig, gradient_dropout
+from .methods.pst import PSTConfig
+from .methods.soka import SokaConfig
 from .methods.sorsa import SorsaConfig
+from .methods.spp import SPPConfig
 from .methods.svfit import SVFitConfig
 from .names import AdapterType
 from .penalty import adapter_layers, penalty
@@ -24,18 +30,26 @@ from .tuner import AdapterTuner, StepCallback
 
 __all__ = [
     "METHODS",
+    "ALLoraConfig",
     "AdapterConfig",
     "AdapterLayer",
     "AdapterTuner",
     "AdapterType",
+    "IntrinsicDimensionConfig",
     "LoraSBConfig",
     "LoraXSConfig",
     "LowRankLayer",
+    "MaskTuningConfig",
+    "PSTConfig",
+    "SPPConfig",
     "SVFitConfig",
+    "SokaConfig",
     "SorsaConfig",
     "StepCallback",
     "adapter_layers",
     "calibrate",
+    "dimension_for",
+    "gradient_dropout",
     "gram_defect",
     "penalty",
     "register",

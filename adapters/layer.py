@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         prefix: the method's name in lower case with "_" behind it, which peft and transformers look for.
         trained, frozen: short names of a method's tensors; the attributes, prefix + name, are dictionaries over
             adapters.
+        kept: likewise of tensors that training changes without gradients.
+        shared: those of the trained that all layers have in common.
         needs_statistics: whether ``start`` reads what ``calibrate`` found.
         settings: the configuration of each adapter.
         name: of the layer in the model.
@@ -43,6 +46,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     prefix: str = ""
     trained: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     needs_statistics = False
     frozen_names: tuple[str, ...]
     merged_adapters: list[str]
@@ -50,6 +55,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     out_features: int
 
     # ---- what a method says -----------------------------------------------------------------------------------------
+
+    @property
+    def most(self) -> int:
+        """The highest rank that the layer can have."""
+        return min(self.in_features, self.out_features)
 
     def rank(self, config: Any) -> int:
         """The rank of the layer; one that the weight tells is put into the configuration's ``rank_pattern``."""
@@ -76,20 +86,32 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """A term of the loss, already weighted; or None."""
         return None
 
+    def before_step(self, adapter: str) -> None:
+        """Called before each step of an optimizer that holds these parameters."""
+
     def on_step(self, step: int, adapter: str) -> None:
-        """Called after each step of an optimizer that holds these parameters, with its number from 1."""
+        """Called after it, with its number from 1."""
 
     # ---- adapters ---------------------------------------------------------------------------------------------------
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         cls.adapter_layer_names = tuple(cls.prefix + name for name in cls.trained)
-        cls.frozen_names = (*(cls.prefix + name for name in cls.frozen), cls.prefix + MARKS)
+        cls.frozen_names = tuple(cls.prefix + name for name in (*cls.frozen, *cls.kept, MARKS))
         cls.other_param_names = (*cls.frozen_names, "settings", "dropouts")
 
-    def __init__(self, base_layer: nn.Module, adapter: str, config: AdapterConfig, name: str, **keywords: Any) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter: str,
+        config: AdapterConfig,
+        name: str,
+        shared_by_all: dict[tuple[str, str], nn.Parameter],
+        **keywords: Any,
+    ) -> None:
         super().__init__()
         self.base_layer, self.name = base_layer, name
+        self._shared_by_all = shared_by_all  # what layers have in common, by adapter and short name
         self.merged_adapters = []
         self._unmerged: Tensor | None = None  # the base's weight, while adapters are merged into it
         self._awaited: set[str] = set()  # adapters whose tensors have to come from a file
@@ -117,11 +139,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 f"{self.name} is merged; unmerge it before adding an adapter, which starts from its weight"
             )
         r = self.rank(config)
-        if r > min(self.in_features, self.out_features):
-            raise ValueError(
-                f"r must be at most {min(self.in_features, self.out_features)}, {self.name}'s short side, got {r}; "
-                "rank_pattern gives single layers another rank"
-            )
+        self.check_rank(r)
         # Under low_cpu_mem_usage peft makes parameters on meta: what they hold, and what is frozen if that was saved,
         # comes from a file
         if nn.Parameter(torch.empty(0)).is_meta and config.save_projection:
@@ -133,6 +151,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             with gather_params_ctx(weight), torch.no_grad():
                 tensors = self.start(self.wide_weight(), config, r)
         self._hold(adapter, config, tensors)
+
+    def check_rank(self, r: int) -> None:
+        if r > self.most:
+            raise ValueError(
+                f"r must be at most {self.most} for {self.name} ({self.out_features} x {self.in_features}), got {r}; "
+                "rank_pattern gives single layers another rank"
+            )
+
+    def generator(self, config: AdapterConfig) -> torch.Generator:
+        """What draws a layer's numbers: by the seed and the layer's name, so that no two layers have the same."""
+        return torch.Generator().manual_seed(config.seed * 2**32 + crc32(self.name.encode()))
 
     def _to_be_loaded(self, adapter: str, config: AdapterConfig, r: int) -> Tensors:
         """Zeros, until a saved adapter is loaded into them; a configuration from a file says that there was one."""
@@ -153,10 +182,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.settings[adapter] = config
         self.dropouts[adapter] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         for name in self.trained:
-            getattr(self, self.prefix + name)[adapter] = nn.Parameter(tensors[name].clone())
+            own = nn.Parameter(tensors[name].clone())
+            if name in self.shared:
+                own = self._shared_by_all.setdefault((adapter, name), own)
+            getattr(self, self.prefix + name)[adapter] = own
         for name in self.frozen:
             getattr(self, self.prefix + name).put(adapter, tensors[name], persistent=config.save_projection)
-        if not config.save_projection:
+        for name in self.kept:
+            getattr(self, self.prefix + name).put(adapter, tensors[name], persistent=True)
+        if self.frozen and not config.save_projection:
             of_base = marks(*(tensors[name] for name in self.frozen[:2]))
             getattr(self, self.prefix + MARKS).put(adapter, of_base, persistent=True)
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -174,7 +208,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return adapter in self.settings
 
     def tensors(self, adapter: str) -> Tensors:
-        return {name: getattr(self, self.prefix + name)[adapter] for name in (*self.trained, *self.frozen)}
+        return {name: getattr(self, self.prefix + name)[adapter] for name in (*self.trained, *self.frozen, *self.kept)}
 
     def scale(self, adapter: str) -> float:
         return self.settings[adapter].scale_of(self.name)

@@ -6,7 +6,13 @@ from enum import Enum
 class AdapterType(str, Enum):
     """Importable by its name, so that a configuration can be pickled."""
 
+    ALLORA = "ALLORA"
+    INTRINSICDIMENSION = "INTRINSICDIMENSION"
     LORAXS = "LORAXS"
     LORASB = "LORASB"
+    MASKTUNING = "MASKTUNING"
+    PST = "PST"
+    SOKA = "SOKA"
     SORSA = "SORSA"
+    SPP = "SPP"
     SVFIT = "SVFIT"

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
@@ -47,7 +47,8 @@ class AdapterTuner(BaseTuner):
                 "leave it out of target_modules, or name it in exclude_modules"
             )
         more = get_quantization_kwargs(self.model)
-        layer = self.tuner_layer_cls(target, adapter_name, peft_config, current_key, **more)
+        shared = next((layer._shared_by_all for layer in adapter_layers(self.model)), {})
+        layer = self.tuner_layer_cls(target, adapter_name, peft_config, current_key, shared, **more)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -56,6 +57,7 @@ class AdapterTuner(BaseTuner):
         super()._post_injection_hook(model, config, adapter_name)
         if not hasattr(self, "steps"):
             self.steps = 0
+            self.register_load_state_dict_post_hook(_tie)
             self._penalty_hook = model.register_forward_hook(add_penalty, with_kwargs=True)
             _tuners.add(self)
 
@@ -80,18 +82,45 @@ class AdapterTuner(BaseTuner):
                     layer.on_step(self.steps, adapter)
 
 
+def _tie(tuner: AdapterTuner, _: Any) -> None:
+    """What layers share, again: peft may have put a parameter of its own into each."""
+    held: dict[tuple[str, str], nn.Parameter] = {}
+    for layer in adapter_layers(tuner.model):
+        for name in layer.shared:
+            own = getattr(layer, layer.prefix + name)
+            for adapter in own:
+                own[adapter] = held.setdefault((adapter, name), own[adapter])
+        layer._shared_by_all = held
+
+
 _tuners: weakref.WeakSet[AdapterTuner] = weakref.WeakSet()
 
 
-def _after_step(optimizer: Optimizer, args: Any, keywords: Any) -> None:
+def _stepped_by(optimizer: Optimizer) -> list[AdapterTuner]:
     if not _tuners:
-        return
+        return []
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for tuner in list(_tuners):
-        if any(id(p) in held for layer in adapter_layers(tuner.model) for p in layer.parameters() if p.requires_grad):
-            tuner.step()
+    return [
+        tuner
+        for tuner in _tuners
+        if any(id(p) in held for layer in adapter_layers(tuner.model) for p in layer.parameters() if p.requires_grad)
+    ]
 
 
+def _before_step(optimizer: Optimizer, args: Any, keywords: Any) -> None:
+    for tuner in _stepped_by(optimizer):
+        for layer in adapter_layers(tuner.model):
+            for adapter in layer.active_adapters:
+                if layer.has(adapter):
+                    layer.before_step(adapter)
+
+
+def _after_step(optimizer: Optimizer, args: Any, keywords: Any) -> None:
+    for tuner in _stepped_by(optimizer):
+        tuner.step()
+
+
+register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gracile import adapters
+from gracile.adapters.methods.soka import divided
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 SHAPES = {"q_proj": (64, 64), "v_proj": (32, 64), "down_proj": (64, 128)}  # m x n, in each of two blocks
@@ -28,6 +29,9 @@ class Case:
         projection: short names of what is not saved without ``save_projection``.
         starts_exactly: whether the function is unchanged at first.
         is_low_rank: whether ``to_lora`` writes it; with its rank there, where that is not ``r``.
+        of_base: whether what is not saved follows from the base.
+        in_common: trained numbers that all matrices share.
+        lr: of the tests' training.
     """
 
     config: type[adapters.AdapterConfig]
@@ -37,10 +41,37 @@ class Case:
     starts_exactly: bool = True
     is_low_rank: bool = True
     lora_rank: int | None = None
-    more: Mapping[str, Any] = field(default_factory=dict)
+    of_base: bool = True
+    in_common: int = 0
+    lr: float = 3e-2
 
 
+def _kronecker(m: int, n: int) -> int:
+    (m1, m2), (n1, n2) = divided(m), divided(n)
+    return 4 * (m1 * n1 + m2 * n2 + 1)
+
+
+FULL: Any = {"is_low_rank": False}
 CASES = {
+    "allora": Case(adapters.ALLoraConfig, {"r": 4}, lambda m, n: 4 * (m + n)),
+    "intrinsicdimension": Case(
+        adapters.IntrinsicDimensionConfig,
+        {"d": 200},
+        lambda m, n: 1,
+        ("G", "B", "order"),
+        in_common=200,
+        of_base=False,
+        **FULL,
+    ),
+    "masktuning": Case(adapters.MaskTuningConfig, {}, lambda m, n: m * n, lr=2.5e-3, **FULL),
+    "pst": Case(
+        adapters.PSTConfig,
+        {"r": 4, "total_steps": 4, "sparsity": 0.3, "alpha": 8},
+        lambda m, n: 9 * (m + n),
+        **FULL,
+    ),
+    "soka": Case(adapters.SokaConfig, {"r": 4, "alpha": 8}, _kronecker, ("L0", "V0"), **FULL),
+    "spp": Case(adapters.SPPConfig, {"r": 8}, lambda m, n: 8 * n + m, **FULL),
     "loraxs": Case(adapters.LoraXSConfig, {"r": 4, "alpha": 8}, lambda m, n: 16, ("A", "B")),
     "lorasb": Case(adapters.LoraSBConfig, {"r": 4, "lr": 1e-3}, lambda m, n: 16, ("A", "B"), starts_exactly=False),
     "sorsa": Case(
@@ -101,7 +132,7 @@ def train(model: torch.nn.Module, steps: int = 3, lr: float = 3e-2) -> torch.nn.
 
 def trained(name: str, base: LlamaForCausalLM | None = None, adapter: str = "default", **keys: Any) -> PeftModel:
     torch.manual_seed(5)
-    model: PeftModel = train(attached(name, base, adapter, **keys))
+    model: PeftModel = train(attached(name, base, adapter, **keys), lr=CASES[name].lr)
     return model
 
 

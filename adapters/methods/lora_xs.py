@@ -52,8 +52,7 @@ class LoraXSLayer(LowRankLayer):
 
     def start(self, weight: Tensor, config: Any, r: int) -> Tensors:
         U, S, V = svd_factors(weight, r, config.seed)
-        generator = torch.Generator().manual_seed(config.seed)
-        R = torch.randn(r, r, generator=generator) * config.init_std
+        R = torch.randn(r, r, generator=self.generator(config)) * config.init_std
         return {"R": R, "A": S[:, None] * V, "B": U}
 
     def shapes(self, config: Any, r: int) -> dict[str, tuple[int, ...]]:

@@ -38,13 +38,13 @@ def test_the_start_and_what_is_trained(name, capsys):
     case = CASES[name]
     moved = far(logits(model), before)
     assert moved <= 1e-5 if case.starts_exactly else 1e-5 < moved < 0.5
-    trained_numbers = BLOCKS * sum(case.trained(m, n) for m, n in SHAPES.values())
+    trained_numbers = case.in_common + BLOCKS * sum(case.trained(m, n) for m, n in SHAPES.values())
     assert model.get_nb_trainable_parameters()[0] == trained_numbers
     status = model.get_model_status()
     assert status.enabled
     assert status.available_adapters == ["default"]
     assert status.num_adapter_layers == BLOCKS * len(SHAPES)
-    train(model)
+    train(model, lr=case.lr)
     assert far(logits(model), before) > 1e-3
     for layer in adapters.adapter_layers(model):
         assert torch.equal(layer.base_layer.weight, weights[f"{layer.name}.weight"]), "a base weight is never rewritten"
@@ -77,8 +77,8 @@ def test_save_and_load(name, saved, tmp_path):
 
 @each
 def test_another_base_is_refused_where_factors_were_not_saved(name, tmp_path):
-    if not CASES[name].projection:
-        pytest.skip("the method has no frozen factors")
+    if not (CASES[name].projection and CASES[name].of_base):
+        pytest.skip("the method has no factors of the base")
     model = trained(name, save_projection=False)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"another base weight|nothing in it"):
@@ -139,7 +139,7 @@ def test_several_adapters(name, tmp_path):
     other = {"r": 2} if "r" in CASES[name].keys else {}
     model.add_adapter("second", config_of(name, **other))
     model.set_adapter("second")
-    train(model)
+    train(model, lr=CASES[name].lr)
     second = logits(model)
     model.save_pretrained(tmp_path)
     model.load_adapter(tmp_path / "second", "third")
@@ -184,7 +184,7 @@ def test_merging_and_unloading(name, safe):
 def test_a_base_in_half_precision(name, dtype, tmp_path):
     model = attached(name, llama(dtype=dtype))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    train(model, 2)
+    train(model, 2, lr=CASES[name].lr)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(llama(dtype=dtype), tmp_path)), logits(model))
 
@@ -208,7 +208,7 @@ def test_checkpointing_copies_and_modules_to_save(name, tmp_path):
     model = attached(name, modules_to_save=["lm_head"])
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable()
-    train(model)
+    train(model, lr=CASES[name].lr)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
@@ -249,14 +249,14 @@ def test_a_base_in_four_bits(name, tmp_path):
     layer = next(adapters.adapter_layers(model))
     assert isinstance(layer.base_layer, bnb.nn.Linear4bit)
     assert not CASES[name].starts_exactly or far(logits(model), before) < 1e-4
-    train(model)
+    train(model, lr=CASES[name].lr)
     found = logits(model)
     assert far(found, before) > 1e-3
     model.save_pretrained(tmp_path / "adapter")
     assert far(logits(PeftModel.from_pretrained(four(), tmp_path / "adapter")), found) < 1e-5
     merged = model.merge_and_unload()  # rounded to 4 bits again, as with peft's LoRA
     rounding = (before - logits(llama())).abs().mean()
-    assert (logits(merged) - found).abs().mean() < 2 * rounding
+    assert (logits(merged) - found).abs().mean() < 5 * rounding
 
 
 @each
