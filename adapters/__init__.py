@@ -13,7 +13,10 @@ from .factors import gram_defect, svd_factors
 from .gradients import scaled_gradient
 from .layer import AdapterLayer, LowRankLayer
 from .lora import to_lora
+from .methods.alignguard import AlignGuardConfig
 from .methods.allora import ALLoraConfig
+from .methods.ba_lora import BALoraConfig
+from .methods.dsee import DSEEConfig, prune_base
 from .methods.intrinsic_dimension import IntrinsicDimensionConfig, dimension_for
 from .methods.lora_sb import LoraSBConfig
 from .methods.lora_xs import LoraXSConfig
@@ -35,6 +38,9 @@ __all__ = [
     "AdapterLayer",
     "AdapterTuner",
     "AdapterType",
+    "AlignGuardConfig",
+    "BALoraConfig",
+    "DSEEConfig",
     "IntrinsicDimensionConfig",
     "LoraSBConfig",
     "LoraXSConfig",
@@ -52,6 +58,7 @@ __all__ = [
     "gradient_dropout",
     "gram_defect",
     "penalty",
+    "prune_base",
     "register",
     "scaled_gradient",
     "svd_factors",

@@ -84,6 +84,21 @@ class AdapterConfig(PeftConfig):
         good = all(is_whole(rank) and rank >= 1 for rank in self.rank_pattern.values())
         require(good, "rank_pattern must map names to whole numbers >= 1", self.rank_pattern)
 
+    @property
+    def reads_base(self) -> bool:
+        """Whether ``of_outputs`` is given the base's own logits, which cost a pass."""
+        return False
+
+    def of_outputs(self, logits: Tensor, base: Tensor | None, labels: Tensor | None) -> Tensor | None:
+        """A term of the loss on the model's outputs, already weighted; or None.
+
+        Args:
+            logits: examples x tokens x vocabulary, or examples x classes.
+            base: those of the base model, where ``reads_base``.
+            labels: -100 where a token has none.
+        """
+        return None
+
     def rank_of(self, name: str) -> int:
         """The rank of a layer."""
         return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)

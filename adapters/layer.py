@@ -116,7 +116,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self._unmerged: Tensor | None = None  # the base's weight, while adapters are merged into it
         self._awaited: set[str] = set()  # adapters whose tensors have to come from a file
         self._active_adapter = adapter
-        self.settings: dict[str, AdapterConfig] = {}
+        self.settings: dict[str, Any] = {}  # an AdapterConfig each
         self.dropouts = nn.ModuleDict()
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **keywords)
         sides: Any = _get_in_out_features(self.get_base_layer())

@@ -6,7 +6,10 @@ from enum import Enum
 class AdapterType(str, Enum):
     """Importable by its name, so that a configuration can be pickled."""
 
+    ALIGNGUARD = "ALIGNGUARD"
     ALLORA = "ALLORA"
+    BALORA = "BALORA"
+    DSEE = "DSEE"
     INTRINSICDIMENSION = "INTRINSICDIMENSION"
     LORAXS = "LORAXS"
     LORASB = "LORASB"

@@ -53,7 +53,12 @@ def _kronecker(m: int, n: int) -> int:
 
 FULL: Any = {"is_low_rank": False}
 CASES = {
+    "alignguard": Case(
+        adapters.AlignGuardConfig, {"r": 4, "k": 4, "pairs": 2}, lambda m, n: 8 * (m + n), ("Q", "F"), lora_rank=8
+    ),
     "allora": Case(adapters.ALLoraConfig, {"r": 4}, lambda m, n: 4 * (m + n)),
+    "balora": Case(adapters.BALoraConfig, {"r": 4, "alpha": 8}, lambda m, n: 4 * (m + n), ("A0", "B0"), lora_rank=8),
+    "dsee": Case(adapters.DSEEConfig, {"r": 4, "entries": 10}, lambda m, n: 4 * (m + n) + 10, ("places",), **FULL),
     "intrinsicdimension": Case(
         adapters.IntrinsicDimensionConfig,
         {"d": 200},
