@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+EXACT_BELOW = 512  # a short side of which a whole decomposition takes little
 SLACK = 8  # columns more than the rank that a randomised decomposition looks at
 PASSES = 10
 
@@ -13,11 +14,12 @@ def svd_factors(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tenso
     """The leading factors U (... x m x r), S (... x r), V (... x r x n) of a weight, in fp32 and with one choice of
     signs: the largest entry of each column of U is positive.
 
-    Where the rank is well under both sides they come from a randomised range finder (Halko et al. 2011,
-    arXiv:0909.4061) with ten passes, whose generator is its own.
+    Of a large weight and a rank well under both sides they come from a randomised range finder (Halko et al. 2011,
+    arXiv:0909.4061) with ten passes, whose generator is its own: where singular values hardly fall, as those of random
+    weights, nearly the leading ones.
     """
     weight = weight.detach().float()
-    if min(weight.shape[-2:]) <= 4 * rank:
+    if min(weight.shape[-2:]) <= max(EXACT_BELOW, 4 * rank):
         U, S, V = torch.linalg.svd(weight, full_matrices=False)
     else:
         U, S, V = _randomised(weight, rank, seed)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..rng import generator_of
 from .config import AdapterConfig
 from .factors import marks
 
@@ -161,7 +161,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def generator(self, config: AdapterConfig) -> torch.Generator:
         """What draws a layer's numbers: by the seed and the layer's name, so that no two layers have the same."""
-        return torch.Generator().manual_seed(config.seed * 2**32 + crc32(self.name.encode()))
+        return generator_of("adapter", config.seed, self.name)
 
     def _to_be_loaded(self, adapter: str, config: AdapterConfig, r: int) -> Tensors:
         """Zeros, until a saved adapter is loaded into them; a configuration from a file says that there was one."""

@@ -142,4 +142,4 @@ def trained(name: str, base: LlamaForCausalLM | None = None, adapter: str = "def
 
 
 def far(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max())
+    return float((a - b).detach().abs().max())
