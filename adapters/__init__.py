@@ -29,6 +29,7 @@ from .methods.svfit import SVFitConfig
 from .names import AdapterType
 from .penalty import adapter_layers, penalty
 from .registry import METHODS, register
+from .sparse_lora import SparseLora, SparseLoraCallback
 from .tuner import AdapterTuner, StepCallback
 
 __all__ = [
@@ -51,6 +52,8 @@ __all__ = [
     "SVFitConfig",
     "SokaConfig",
     "SorsaConfig",
+    "SparseLora",
+    "SparseLoraCallback",
     "StepCallback",
     "adapter_layers",
     "calibrate",

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils.integrations import gather_params_ctx
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ..rng import generator_of
 from .config import AdapterConfig
 from .factors import marks
+from .gathering import whole
 
 Tensors = dict[str, Tensor]
 MARKS = "marks"
@@ -147,8 +147,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         elif self.needs_statistics and self.name not in config.statistics:
             tensors = self._to_be_loaded(adapter, config, r)
         else:
-            weight: Any = self.get_base_layer().weight
-            with gather_params_ctx(weight), torch.no_grad():
+            with torch.no_grad():
                 tensors = self.start(self.wide_weight(), config, r)
         self._hold(adapter, config, tensors)
 
@@ -210,6 +209,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def tensors(self, adapter: str) -> Tensors:
         return {name: getattr(self, self.prefix + name)[adapter] for name in (*self.trained, *self.frozen, *self.kept)}
 
+    def whole_tensors(self, adapter: str) -> Tensors:
+        """The same where an engine has split them, to be read. Collective."""
+        return {name: whole(tensor) for name, tensor in self.tensors(adapter).items()}
+
     def scale(self, adapter: str) -> float:
         return self.settings[adapter].scale_of(self.name)
 
@@ -217,8 +220,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def wide_weight(self) -> Tensor:
         """The base's weight, out x in and dequantized, in fp32."""
-        weight: Tensor = self.get_base_weight() if self._unmerged is None else self._unmerged
+        weight: Tensor = self._unmerged if self._unmerged is not None else self._base_weight()
         return (weight.mT if isinstance(self.get_base_layer(), Conv1D) else weight).detach().float()
+
+    def _base_weight(self) -> Tensor:
+        held: Any = self.get_base_layer().weight
+        if hasattr(held, "ds_id") or hasattr(held, "full_tensor"):
+            return whole(held).detach()
+        weight: Tensor = self.get_base_weight()
+        return weight
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change of an adapter, as the base lays its weight out."""

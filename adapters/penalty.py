@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import AdapterConfig
-from .layer import AdapterLayer
+from .gathering import is_away, whole
+from .layer import AdapterLayer, Tensors
 
 OF_THE_LOSS = ("labels", "num_items_in_batch", "shift_labels")  # what a model is given for its loss alone
 
@@ -26,19 +27,27 @@ def penalty(model: nn.Module) -> Tensor | None:
     smoothing, ``compute_loss_func``) adds it there.
     """
     terms = [
-        layer.penalty(layer.settings[adapter], **{key: _whole(value) for key, value in layer.tensors(adapter).items()})
+        layer.penalty(layer.settings[adapter], **_all_of(layer, adapter))
         for layer in adapter_layers(model)
         for adapter in layer.active_adapters
-        if layer.has(adapter) and not layer.disable_adapters
+        if layer.has(adapter) and not layer.disable_adapters and type(layer).penalty is not AdapterLayer.penalty
     ]
     held = [term for term in terms if term is not None]
     return torch.stack(held).mean() if held else None
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """A parameter that FSDP2 has split, gathered: each process adds the same term, whose mean is that term."""
-    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return gathered
+def _all_of(layer: AdapterLayer, adapter: str) -> Tensors:
+    """What a term is made of. Under FSDP2 each process adds the same term, and the mean of gradients keeps it."""
+    return {key: _read(layer, value) for key, value in layer.tensors(adapter).items()}
+
+
+def _read(layer: AdapterLayer, tensor: Any) -> Tensor:
+    if is_away(tensor):
+        raise ValueError(
+            f"a term of {layer.name}'s loss needs all of its factors, and ZeRO 3 has split them; set "
+            f"stage3_param_persistence_threshold to at least {tensor.ds_numel}, or use ZeRO 2"
+        )
+    return whole(tensor)
 
 
 def add_penalty(model: nn.Module, args: Any, keywords: Mapping[str, Any], outputs: Any) -> Any:

@@ -111,9 +111,9 @@ class PSTLayer(AdapterLayer):
         zeros = int(config.share_at(step) * self.out_features * self.in_features)
         if not zeros or step % config.mask_every:
             return
-        tensors = self.tensors(adapter)
+        tensors = self.whole_tensors(adapter)
         wide = self.wide_weight() + config.beta * tensors["U"] @ tensors["V"]
         scores = self._scores(wide, config, **tensors).flatten()
         mask = torch.ones_like(scores, dtype=torch.bool)
         mask[scores.topk(zeros, largest=False).indices] = False
-        tensors["M"].copy_(packed_bits(mask))
+        self.tensors(adapter)["M"].copy_(packed_bits(mask))

@@ -91,6 +91,14 @@ def test_the_leading_share():
     assert leading_share(torch.randn(5000, 8), 8).item() == pytest.approx(1)
 
 
+def test_factors_that_zero_3_has_put_away_are_named():
+    model = attached("sorsa", gamma=1.0)
+    away = next(adapters.adapter_layers(model)).sorsa_U["default"]
+    away.data, away.ds_id, away.ds_numel = torch.empty(0), 0, 256
+    with pytest.raises(ValueError, match="set stage3_param_persistence_threshold to at least 256, or use ZeRO 2"):
+        adapters.penalty(model)
+
+
 def test_padding_does_not_count():
     config = config_of("balora")
     torch.manual_seed(0)
