@@ -11,7 +11,8 @@ of a matrix exists for a moment, as in full fine-tuning; L numbers of three kind
 seed and not saved. ``dimension_for`` reads d_90 off a row of runs.
 
 Departures: a generator a matrix instead of global ones, whose ports do not agree; the transform in fp32 by plain torch;
-weights are not replaced, so that state_dict, tied weights and DDP are as ever.
+weights are not replaced, so that state_dict, tied weights and DDP are as ever. FSDP2 refuses a parameter that blocks
+share, so that it must wrap the model as one; ZeRO does not.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ ALL = [(name, layout) for name in METHODS for layout in ("ddp", "fsdp2", "zero2"
 REFUSED = {  # with the word that tells why
     ("allora", "zero2"): "DeepSpeed",
     ("allora", "zero3"): "DeepSpeed",
+    ("intrinsicdimension", "fsdp2"): "is shared with a parameter",  # by FSDP2, where blocks are wrapped one by one
 }
 
 
