@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("optim", "models", "spectra", "train")
+FOLDERS = ("adapters", "optim", "models", "spectra", "train")
 
 
 def modules():
