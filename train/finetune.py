@@ -96,7 +96,7 @@ def _finetune(config: FinetuneConfig, requests: StopRequests | None) -> dict[str
     trainer = trainer_of(config, model, tokenizer, data, start)
     trainer.changed_keys = {change.key for change in changes}
     if config.has_adapter:
-        checked_optimizer(model, config)
+        check_schedule(run, checked_optimizer(model, config))
     if data.train.packed and not trainer.splits_base:
         check_packing(model, architecture.get_text_config().vocab_size, model.device)
     if run.should_save:

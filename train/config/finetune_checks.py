@@ -30,6 +30,8 @@ def check_finetune(config: FinetuneConfig) -> None:
             raise BadInput(f"{key} must be one of {', '.join(known)}, got {value!r}; {nearest(value, known)}")
     if data.format == LABEL and data.packing:
         raise BadInput("packing lays texts into one block, of which a classification head sees the end; leave it out")
+    if data.packing and getattr(config.run, "use_cache", False):
+        raise BadInput("packing needs use_cache: false; with a cache transformers takes a block for one example")
     check_shared(config, {"validation_examples": data.validation_examples})
     entry = optimizer_entry(config.optimizer.optimizer)
     if entry.layer is not None:
