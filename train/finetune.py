@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
-from .build.adapter import layers_of, merges, method_of, takes_targets
+from .build.adapter import check_adapter, layers_of, merges, method_of, takes_targets
 from .build.callbacks import EvaluateAt, LogLines
 from .build.optimizer import unused_keys
 from .build.packing_check import check_packing
@@ -68,6 +68,7 @@ def finetune(config: FinetuneConfig, requests: StopRequests | None = None) -> di
         Interrupted: when a signal has come.
     """
     check_finetune(config)
+    check_adapter(config)
     deepspeed.prepare(config.run)
     with data_only(), one_at_a_time(config.run):
         return _finetune(config, requests)

@@ -25,6 +25,7 @@ PATH_KEYS = (
 )  # fmt: skip
 # Keys that run.yaml leaves out: how this start began, a secret, and what the Trainer would choose its optimizer by.
 NOT_KEPT = {"resume_from_checkpoint", "hub_token", "local_rank", "optim", "optim_args", "optim_target_modules"}
+NAMED = (*SIZES, "stdlib", "stdlib-docstrings")  # what those keys hold that is no path, whatever lies there
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -298,7 +299,7 @@ class Config(Settings[ModelArguments, DataArguments, OptimizerArguments]):
 
 def _from_anywhere(path: Any) -> Any:
     """A path that names the same from another folder; anything else as it is."""
-    if isinstance(path, str) and path not in (*SIZES, "stdlib") and Path(path).exists():
+    if isinstance(path, str) and path not in NAMED and Path(path).exists():
         return str(Path(path).absolute())
     return path
 

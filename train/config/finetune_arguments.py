@@ -51,7 +51,8 @@ class TunedDataArguments:
         default_factory=list,
         metadata={
             "help": "A file, folder or glob of jsonl, json, csv, tsv, parquet or arrow, plain or .gz, .xz, .zst, .bz2 "
-            "(of texts also txt and md); a folder of save_to_disk; or hub:org/name. Several are laid together."
+            "(of texts also txt and md); a folder of save_to_disk; hub:org/name; stdlib (source text of this Python), "
+            "or stdlib-docstrings (questions about it). Several are laid together."
         },
     )
     validation_dataset: str | None = field(

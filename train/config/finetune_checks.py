@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from ...validation import nearest
-from ..build.adapter import check_adapter
 from ..engines.layout import Layout
 from ..errors import BadInput
 from .checks import check_shared, optimizer_entry
@@ -39,7 +38,6 @@ def check_finetune(config: FinetuneConfig) -> None:
             f"optimizer {entry.name} trains layers of its own ({entry.layer}), which only gracile pretrain puts into a "
             "model; choose another"
         )
-    check_adapter(config)
     _check_quantized(config)
 
 

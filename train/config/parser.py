@@ -18,11 +18,10 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from ...models.llama import SIZES
 from ...registry import LAYERS, OPTIMIZERS, recipes
 from ...validation import nearest
 from ..errors import BadInput
-from .arguments import PATH_KEYS, AnySettings, Config, Keywords, plain
+from .arguments import NAMED, PATH_KEYS, AnySettings, Config, Keywords, plain
 
 Kind = TypeVar("Kind", bound=AnySettings)
 # Keys that an optimizer has defaults of its own for.
@@ -114,6 +113,8 @@ def load_settings(kind: type[Kind], argv: Sequence[str], needs_output_dir: bool 
     found, argv = _taken_apart(argv, parser)
     source = found or kind.without_file
     settings, is_recipe = ({}, False) if source is None else _read_yaml(source)
+    if is_recipe and recipes()[str(source)].command != kind.command:
+        raise BadInput(f"{source} is a recipe of gracile {recipes()[str(source)].command}, and not of {kind.command}")
     settings = _by_newer_names(settings, kind) if is_recipe else settings
     _check_keys(kind, settings, f"in {source}")
     on_line = [re.split("=", a[2:])[0].replace("-", "_") for a in argv if a.startswith("--")]
@@ -294,7 +295,7 @@ def _beside(file: Path, value: Any) -> Any:
     """A path of a configuration file: relative to the file where that exists, else to the working directory."""
     if isinstance(value, list):
         return [_beside(file, item) for item in value]
-    if not isinstance(value, str) or value in (*SIZES, "stdlib", "") or Path(value).is_absolute():
+    if not isinstance(value, str) or value in (*NAMED, "") or Path(value).is_absolute():
         return value
     beside = file.parent / value
     return str(beside) if beside.exists() or next(glob.iglob(str(beside)), None) else value

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from ..config.finetune_arguments import LABEL, TunedDataArguments
 from ..errors import BadInput
 from ..sources import MARK, source_of
-from . import formats, identity
-from .corpus import told
+from . import docstrings, formats, identity
+from .corpus import stdlib_files, told
 from .examples import ExampleBlocks, Fitted, Piece, carries_loss, fit
-from .files import TEXT, Found, local_files
+from .files import TEXT, File, Found, local_files
 from .formats import Format
 from .rows import records, values
 
@@ -100,7 +100,7 @@ def open_tuning_data(
         held_out = [reader.part(data.validation_dataset, wanted, "validation_dataset")]
     elif any(part.source.validation is not None for part in train):
         splits = [part.source.validation for part in train if part.source.validation is not None]
-        held_out = [reader.part_of(split, wanted, "dataset") for split in splits]
+        held_out = [reader.part_of(split, wanted, "validation split of dataset") for split in splits]
     other = None
     if data.forgetting_dataset is not None:
         same = LABEL if wanted == LABEL else None  # a classification head says nothing of other texts
@@ -189,10 +189,12 @@ class _Reader:
         return self.part_of(self._source(name, key), wanted, key)
 
     def part_of(self, source: Source, wanted: str | None, key: str) -> Part:
+        """A data set; of one that is not trained on, as many rows as are evaluated on."""
         where = f"{key} {source.name!r}"
         name = formats.format_of(source.columns, self.data, wanted, where)
         form = formats.KINDS[name](self.data, self.tokenizer, where)
-        rows = self._encoded(source, form, where)
+        most = None if key == "dataset" else self.data.validation_examples
+        rows = self._encoded(source, form, where, most)
         fitted = fit(rows, form.goes_on, self.data, where)
         if not fitted.pieces:
             raise BadInput(f"{where} gives no example of {len(rows):,} rows: {fitted or 'it is empty'}")
@@ -212,8 +214,9 @@ class _Reader:
     def _template(self) -> Any:
         return self.data.chat_template if self.data.chat_template == "none" else self.tokenizer.chat_template
 
-    def _encoded(self, source: Source, form: Format, where: str) -> datasets.Dataset:
-        """An example for each row, empty where the row is; cached by content, format, tokenizer and template."""
+    def _encoded(self, source: Source, form: Format, where: str, most: int | None) -> datasets.Dataset:
+        """An example for each of the first rows, empty where the row is; cached by content, format, tokenizer and
+        template."""
         import datasets
 
         labels = datasets.Value("string") if form.name == LABEL else datasets.List(datasets.Value("int32"))
@@ -222,13 +225,13 @@ class _Reader:
         nothing: dict[str, Any] = {"input_ids": [], name: "" if form.name == LABEL else []}
 
         def examples() -> Iterator[dict[str, Any]]:
-            for place, row in source.rows():
+            for place, row in islice(source.rows(), most):
                 example = form.encode(row, place)
                 teaches = example is not None and (isinstance(example.labels, str) or carries_loss(example.labels))
                 yield {"input_ids": example.tokens, name: example.labels} if example and teaches else nothing
 
         columns = formats.needed(form.name, self.data)
-        key = (source.fingerprint, form.name, columns, identity.of_tokenizer(self.tokenizer), self._template)
+        key = (source.fingerprint, most, form.name, columns, identity.of_tokenizer(self.tokenizer), self._template)
         try:
             return datasets.Dataset.from_generator(
                 examples, features=features, fingerprint=identity.hashed("examples", ENCODING_VERSION, *key)
@@ -241,6 +244,8 @@ class _Reader:
     def _source(self, name: str, key: str) -> Source:
         if not name.strip():
             raise BadInput(f"{key} {name!r} is empty; give a path or hub:org/name")
+        if name in ("stdlib", docstrings.NAME):
+            return self._local(name, Found([File(path, TEXT, "") for path in stdlib_files()], []), key)
         found = None if name.startswith(MARK) else local_files(name)
         return self._hub(name, key) if found is None else self._local(name, found, key)
 
@@ -251,13 +256,17 @@ class _Reader:
         except LookupError:
             raise BadInput(f"encoding {encoding!r} is not known; choose one such as latin-1 or cp1252") from None
 
+        def rows_of(file: File) -> Iterator[Mapping[str, Any]]:
+            if name == docstrings.NAME:
+                yield from docstrings.questions(file.path)
+            elif file.kind == TEXT:
+                yield from ({text: one} for one in values(file, text, encoding))
+            else:
+                yield from records(file, encoding)
+
         def rows() -> Iterator[tuple[str, Mapping[str, Any]]]:
             for file in found.files:
-                of_text = file.kind == TEXT
-                every: Any = (
-                    ({text: one} for one in values(file, text, encoding)) if of_text else records(file, encoding)
-                )
-                for number, row in enumerate(every, 1):
+                for number, row in enumerate(rows_of(file), 1):
                     yield f"{file.path}: row {number}", row
 
         try:
@@ -267,7 +276,7 @@ class _Reader:
             raise BadInput(f"{key} {name!r} cannot be read: {error.strerror or error}") from None
         if not columns:
             raise BadInput(f"{key} {name!r} holds no rows")
-        fingerprint = identity.of_contents(contents, encoding)
+        fingerprint = identity.of_contents(contents, encoding, name == docstrings.NAME)
         split = self._local(f"{name} (validation)", Found(found.validation, []), key) if found.validation else None
         return Source(name, columns, rows, fingerprint, contents, split)
 

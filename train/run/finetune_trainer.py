@@ -159,8 +159,8 @@ class _BeforeTraining(TrainerCallback):
 
 def _sums(logits: Any, labels: Tensor) -> Tensor:
     """(B, 2): of each row the summed loss of its tokens in nats, and how many carry loss."""
-    logits = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1]
-    said = labels[:, 1:]
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    logits, said = logits[:, -labels.shape[1] : -1], labels[:, 1:]  # an adapter may put tokens of its own before
     losses = functional.cross_entropy(logits.float().transpose(1, 2), said, ignore_index=NO_LOSS, reduction="none")
     return torch.stack([losses.sum(1), (said != NO_LOSS).sum(1).to(losses.dtype)], dim=1)
 

@@ -113,6 +113,11 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused_and_nothing_resized(
     assert "the model embeds 400" in line
 
 
+def test_a_recipe_of_another_command_is_refused(capsys):
+    assert main(["quickstart"]) == 2
+    assert "quickstart is a recipe of gracile pretrain, and not of finetune" in capsys.readouterr().err
+
+
 def test_help_has_every_key_and_no_layers(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
