@@ -135,7 +135,7 @@ def table(results: dict[str, Any]) -> str:
     new, old = (perplexity(first.get(f"{part}_loss_before")) for part in ("validation", "forgetting"))
     columns = ("method", "what is trained", "numbers", "state, MiB", "peak, MiB", "rate", "tokens/s", "new", "old")
     lines = [
-        f"9m model, {results['steps']} steps of 2,048 tokens; perplexity before: {new} of the new text, {old} of the old.",
+        f"9m model, {results['steps']} steps of 2,048 tokens; perplexity before: new text {new}, old text {old}.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
