@@ -46,10 +46,10 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def save_base(folder: Path) -> str:
+def save_base(folder: Path, **changes: int) -> str:
     """A model of 2 layers with its tokenizer, as a user has one."""
     torch.manual_seed(0)
-    build_llama("2m", vocab_size=400, **SMALL).save_pretrained(folder)
+    build_llama("2m", vocab_size=400, **{**SMALL, **changes}).save_pretrained(folder)
     new_tokenizer().save_pretrained(folder)
     return str(folder)
 

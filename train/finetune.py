@@ -26,11 +26,18 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
-from .build.adapter import check_adapter, layers_of, merges, method_of, takes_targets
+from .build.adapter import check_adapter, layers_of, method_of, takes_targets
 from .build.callbacks import EvaluateAt, LogLines
 from .build.optimizer import unused_keys
 from .build.packing_check import check_packing
-from .build.tuned_model import base_architecture, build_tuned, known_classes, prepare_tokens, untrained_base
+from .build.tuned_model import (
+    base_architecture,
+    build_tuned,
+    check_widths,
+    known_classes,
+    prepare_tokens,
+    untrained_base,
+)
 from .config.checks import check_sizes
 from .config.finetune_arguments import LABEL, MESSAGES, PROMPT, FinetuneConfig
 from .config.finetune_checks import check_finetune
@@ -139,17 +146,17 @@ def _finish(trainer: FinetuneTrainer, parameters: int, speed: float | None) -> d
         title = f"{Path(config.model.model).name}, {metrics['adapter'] or 'all weights'}, {metrics['optimizer']}"
         report.plot_losses(folder, metrics["history"], round(tokens), title)
         report.write_metrics(folder, metrics)
-        print(f"\n{report.tuning_table(metrics)}\n\n  {folder}/ holds {_what_is_saved(config, model)}, checkpoints,")
+        print(f"\n{report.tuning_table(metrics)}\n\n  {folder}/ holds {_what_is_saved(trainer)}, checkpoints,")
         print(f"  {RUN_FILE}, metrics.json, loss.png and TensorBoard logs (tensorboard --logdir {folder})")
     return metrics
 
 
-def _what_is_saved(config: FinetuneConfig, model: PreTrainedModel) -> str:
-    if not config.has_adapter:
+def _what_is_saved(trainer: FinetuneTrainer) -> str:
+    if not trainer.config.has_adapter:
         return "the model, its tokenizer"
-    if merges(model):
+    if trainer.unmerged is None:
         return "the model with the adapter merged, its tokenizer, the adapter alone in adapter/"
-    return "the tokenizer, the adapter in adapter/ (it merges into no weights)"
+    return f"the tokenizer, the adapter in adapter/ ({trainer.unmerged})"
 
 
 # ---- building --------------------------------------------------------------------------------------------------------
@@ -184,6 +191,8 @@ def check_tunable(config: FinetuneConfig, architecture: PreTrainedConfig, data: 
         BadInput: for what either refuses, or a pattern that matches no layer.
     """
     model = untrained_base(config, architecture, data.classes)
+    if config.model.quantize is not None and config.run.use_cpu:
+        check_widths(model)
     if not config.has_adapter:
         check_schedule(config.run, checked_optimizer(model, config))
     elif config.model.adapter is not None and takes_targets(method_of(config.model.adapter)):

@@ -39,6 +39,7 @@ class FinetuneTrainer(RunTrainer):
 
     def __init__(self, *, config: FinetuneConfig, data: TuningData, end_tokens: list[int], **kwargs: Any) -> None:
         self.data, self.end_tokens = data, end_tokens
+        self.unmerged: str | None = None  # why an adapter is saved alone
         measured = (_classified, _accuracy) if config.classifies else (_sums, _mean_by_token)
         super().__init__(
             config=config, preprocess_logits_for_metrics=measured[0], compute_metrics=measured[1], **kwargs
@@ -113,10 +114,16 @@ class FinetuneTrainer(RunTrainer):
             return
         assert self.processing_class is not None
         self.processing_class.save_pretrained(folder)
-        if merges(tuned):
+        if not merges(tuned):
+            self.unmerged = "it merges into no weights"
+            return
+        try:
             merged = self._merged(Path(folder) / ADAPTER)
-            self._tell_ends(merged)
-            merged.save_pretrained(folder)
+        except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
+            self.unmerged = f"it was not merged: {' '.join(str(error).split())}"  # it is saved, and training was long
+            return
+        self._tell_ends(merged)
+        merged.save_pretrained(folder)
 
     def _merged(self, adapter: Path) -> Any:
         """The saved adapter merged into the saved model, as it was in training: from 4 bits, but not in them."""

@@ -27,6 +27,7 @@ KEYS = {
         {"adapter": "lora", "adapter_args": {"target_modules": ["q_proj"]}}, [], ["target_modules", "key of the run"],
     ),
     "a value that peft refuses": ({"adapter": "lora", "adapter_args": {"r": 0}}, [], ["adapter lora", "0"]),
+    "ranks that move": ({"adapter": "adalora", "adapter_args": {"total_step": 8}}, [], ["adalora", "checkpoint"]),
     "fields without an adapter": ({"adapter_args": {"r": 4}}, [], ["adapter_args", "need an adapter"]),
     "two adapters": ({"adapter": "lora", "adapter_from": "x"}, [], ["adapter and adapter_from"]),
     "a folder without an adapter": ({"adapter_from": "."}, [], ["adapter_config.json"]),
@@ -99,6 +100,11 @@ def test_labels_that_do_not_fit_are_refused(refused, tmp_path):
     two = write(tmp_path / "two.jsonl", [{"text": f"a {i}", "label": "gb"[i % 2]} for i in range(20)])
     line = refused(dataset=two, format="label", validation_dataset=one, forgetting_dataset=None)
     assert "the label 'good'" in line
+
+
+def test_four_bits_of_odd_widths_are_refused_on_a_cpu(refused, tmp_path):
+    odd = save_base(tmp_path / "odd", intermediate_size=96)
+    assert "down_proj has 96 inputs" in refused(model=odd, adapter="lora", quantize="4bit")
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused_and_nothing_resized(refused, tmp_path):

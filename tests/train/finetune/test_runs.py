@@ -109,6 +109,18 @@ def test_the_loss_is_a_mean_over_tokens_whatever_the_batches_are(short, tmp_path
         assert math.isclose(one[key], other[key], rel_tol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["ia3", "prompt_tuning"])
+def test_an_adapter_of_another_kind_is_saved_merged_or_alone(method, short, tmp_path, metrics, base, capsys):
+    given = {"num_virtual_tokens": 4} if method == "prompt_tuning" else {}
+    assert main([short(adapter=method, adapter_args=given, max_steps=3)]) == 0
+    run, alone = tmp_path / "run", method == "prompt_tuning"
+    assert (run / "model.safetensors").exists() != alone
+    assert ("merges into no weights" in capsys.readouterr().out) == alone
+    tuned = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter")
+    assert type(tuned.peft_config["default"]).__name__.lower().startswith(method.replace("_", ""))
+    assert metrics(run)["validation_loss"] < metrics(run)["validation_loss_before"]
+
+
 @pytest.mark.parametrize("way", [LORA, {}], ids=["lora", "all"])
 def test_classes_are_told_apart(way, short, tmp_path, metrics):
     words = {"good": "You are welcome, ", "bad": "asks: what is "}
