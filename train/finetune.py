@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
-from .build.adapter import check_adapter, layers_of, method_of, takes_targets
+from .build.adapter import check_adapter, layers_of, method_of, step_callbacks, takes_targets
 from .build.callbacks import EvaluateAt, LogLines
 from .build.optimizer import unused_keys
 from .build.packing_check import check_packing
@@ -99,7 +99,8 @@ def _finetune(config: FinetuneConfig, requests: StopRequests | None) -> dict[str
         changes = on_main(run, lambda: check_same_run(config, folder, data.identity, checkpoint))
 
     set_seed(run.seed)
-    model = build_tuned(config, data.classes, checkpoint if start.resharded else None)
+    collate = Collator(int(tokenizer.pad_token_id))
+    model = build_tuned(config, data, collate, checkpoint if start.resharded else None)
     prepare_tokens(model, tokenizer)
     trainer = trainer_of(config, model, tokenizer, data, start)
     trainer.changed_keys = {change.key for change in changes}
@@ -222,7 +223,7 @@ def trainer_of(
         eval_dataset=data.validation,
         data_collator=Collator(int(tokenizer.pad_token_id)),
         processing_class=tokenizer,
-        callbacks=[EvaluateAt(config.run.evaluate_at)],
+        callbacks=[EvaluateAt(config.run.evaluate_at), *step_callbacks(model)],
     )
     if config.run.disable_tqdm:
         trainer.remove_callback(PrinterCallback)

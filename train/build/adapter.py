@@ -8,18 +8,22 @@ from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from ...target_modules import reason_against, targets
 from ...validation import nearest
 from ..config.finetune_arguments import FinetuneConfig
+from ..data.examples import Collator
+from ..data.tuning import TuningData
 from ..errors import BadInput
 from ..sources import source_of
+from .calibration import calibrate_on, is_calibrated
 
 # Fields of a configuration of peft that other keys say, with the key, or that are the library's own to set.
 SAID_BY = {"target_modules": "target_modules"}
 SET_HERE = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "calibrated",
 }  # fmt: skip
 
 
@@ -61,6 +65,8 @@ def check_adapter(config: FinetuneConfig) -> None:
     if chosen.adapter is not None and chosen.adapter_from is not None:
         raise BadInput("adapter and adapter_from are both given: a saved adapter has its own method; leave one out")
     if chosen.adapter is None:
+        if config.data.calibration_examples is not None:
+            raise BadInput("calibration_examples need an adapter that starts from gradients, such as --adapter lorasb")
         if chosen.adapter_args is not None:
             raise BadInput(f"adapter_args {chosen.adapter_args} need an adapter, such as --adapter lora")
         if chosen.adapter_from is not None:
@@ -68,6 +74,8 @@ def check_adapter(config: FinetuneConfig) -> None:
             source_of("adapter_from", chosen.adapter_from)
         return
     kind = method_of(chosen.adapter)
+    if config.data.calibration_examples is not None and not is_calibrated(kind):
+        raise BadInput(f"calibration_examples has no effect with adapter {chosen.adapter}, which starts from weights")
     known = {f.name for f in dataclasses.fields(kind) if f.init} - SET_HERE
     for key in chosen.adapter_args or {}:
         if key in SAID_BY:
@@ -80,8 +88,11 @@ def takes_targets(kind: type[Any]) -> bool:
     return "target_modules" in {f.name for f in dataclasses.fields(kind)}
 
 
-def with_adapter(model: PreTrainedModel, config: FinetuneConfig) -> Any:
+def with_adapter(model: PreTrainedModel, config: FinetuneConfig, data: TuningData, collate: Collator) -> Any:
     """``model`` with the adapter that is trained; the model itself is frozen.
+
+    Args:
+        data: of which a method that starts from gradients sees some.
 
     Raises:
         BadInput: for what peft refuses, or a pattern that matches no layer.
@@ -94,14 +105,17 @@ def with_adapter(model: PreTrainedModel, config: FinetuneConfig) -> Any:
             methods()
             saved = source_of("adapter_from", chosen.adapter_from)
             local: Any = {} if saved.on_hub else {"local_files_only": True}
-            return peft.PeftModel.from_pretrained(model, saved.name, is_trainable=True, **local)
+            return _without_allocation(peft.PeftModel.from_pretrained(model, saved.name, is_trainable=True, **local))
         assert chosen.adapter is not None
         kind = method_of(chosen.adapter)
         given: dict[str, Any] = dict(chosen.adapter_args or {})
         if takes_targets(kind):
-            given["target_modules"] = layers_of(model, config.optimizer.target_modules)
+            given["target_modules"] = _shortened(layers_of(model, config.optimizer.target_modules), model)
         task = peft.TaskType.SEQ_CLS if config.classifies else peft.TaskType.CAUSAL_LM
-        return peft.get_peft_model(model, kind(task_type=task, **given))
+        adapter = kind(task_type=task, **given)
+        if is_calibrated(kind):
+            calibrate_on(model, adapter, config, data, collate)
+        return _without_allocation(peft.get_peft_model(model, adapter))
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, OSError) as error:
         named = chosen.adapter or chosen.adapter_from
         raise BadInput(f"adapter {named}: {' '.join(str(error).split()) or type(error).__name__}") from None
@@ -126,9 +140,32 @@ def layers_of(model: PreTrainedModel, patterns: list[str]) -> list[str]:
     return targets(model, patterns, names, unfit)
 
 
+def _shortened(layers: list[str], model: PreTrainedModel) -> list[str]:
+    """The last parts of the layers' names, where they are those of no other module; peft's own lists have such."""
+    ends = {name.rpartition(".")[2] for name in layers}
+    same = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    return sorted(ends) if same == set(layers) else layers
+
+
+def _without_allocation(model: Any) -> Any:
+    """Refuse a method that moves ranks between steps: a resumed run would have lost by what."""
+    if hasattr(model.base_model, "update_and_allocate"):
+        raise ValueError("it moves ranks by what no checkpoint keeps, so that a run could not go on; choose another")
+    return model
+
+
 def merges(model: Any) -> bool:
     """Whether an adapter can be merged into the weights of its model."""
     return callable(getattr(getattr(model, "base_model", None), "merge_and_unload", None))
+
+
+def step_callbacks(model: Any) -> list[TrainerCallback]:
+    """What tells adapters of this package the Trainer's steps, which an engine's optimizer does not."""
+    if find_spec("peft") is None or not has_adapter(model):
+        return []
+    from ...adapters import StepCallback, adapter_layers
+
+    return [StepCallback()] if any(True for _ in adapter_layers(model)) else []
 
 
 def has_adapter(model: Any) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -16,12 +17,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ...target_modules import output_layers
 from .. import sources
 from ..config.arguments import DTYPES
 from ..config.finetune_arguments import FinetuneConfig
+from ..data.examples import Collator
+from ..data.tuning import TuningData
 from ..engines.deepspeed import unpartitioned
 from ..errors import BadInput
 from .adapter import with_adapter
+
+CPU_BLOCK = 64  # weights of a row that bitsandbytes quantizes together
 
 
 def base_architecture(config: FinetuneConfig) -> PreTrainedConfig:
@@ -80,17 +86,19 @@ def load_base(
     return model
 
 
-def build_tuned(config: FinetuneConfig, classes: Sequence[str], checkpoint: Path | None) -> PreTrainedModel:
+def build_tuned(
+    config: FinetuneConfig, data: TuningData, collate: Collator, checkpoint: Path | None
+) -> PreTrainedModel:
     """What is trained, with a checkpoint's weights where one is given: engines copy them when they wrap the model."""
     if not config.has_adapter:
-        return load_base(config, classes, None if checkpoint is None else str(checkpoint))
+        return load_base(config, data.classes, None if checkpoint is None else str(checkpoint))
     with unpartitioned(config.run):  # an adapter may be made from whole weights
-        base = load_base(config, classes)
+        base = load_base(config, data.classes)
         if config.model.quantize is not None:
             import peft
 
             base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-        tuned = with_adapter(base, config)
+        tuned = with_adapter(base, config, data, collate)
         if checkpoint is not None:
             _load_adapter(tuned, checkpoint)
     return tuned
@@ -101,6 +109,21 @@ def _load_adapter(model: Any, checkpoint: Path) -> None:
         model.load_adapter(str(checkpoint), model.active_adapters[0], is_trainable=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise BadInput(f"{checkpoint} does not hold this adapter: {_line(error)}") from None
+
+
+def check_widths(model: PreTrainedModel) -> None:
+    """Refuse 4 bits on a CPU for layers that bitsandbytes has no kernel for there.
+
+    Raises:
+        BadInput: for the first of them.
+    """
+    output = output_layers(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name not in output and module.in_features % CPU_BLOCK:
+            raise BadInput(
+                f"quantize: {name} has {module.in_features} inputs, and on a CPU bitsandbytes needs multiples of "
+                f"{CPU_BLOCK}; leave quantize out, or use a GPU"
+            )
 
 
 def prepare_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

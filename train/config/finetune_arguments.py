@@ -65,6 +65,13 @@ class TunedDataArguments:
             "from its columns."
         },
     )
+    calibration_examples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of an adapter that starts from gradients, blocks that it sees before the first step (64): of "
+            "dataset, or of forgetting_dataset for what is to be kept (alignguard)."
+        },
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     format: str | None = field(
         default=None,

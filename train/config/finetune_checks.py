@@ -32,6 +32,8 @@ def check_finetune(config: FinetuneConfig) -> None:
     if data.packing and getattr(config.run, "use_cache", False):
         raise BadInput("packing needs use_cache: false; with a cache transformers takes a block for one example")
     check_shared(config, {"validation_examples": data.validation_examples})
+    if data.calibration_examples is not None and data.calibration_examples < 1:
+        raise BadInput(f"calibration_examples must be at least 1, got {data.calibration_examples}")
     entry = optimizer_entry(config.optimizer.optimizer)
     if entry.layer is not None:
         raise BadInput(
