@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="the new text")
     parser.add_argument("--validation", required=True, help="more of it, to evaluate on")
     parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS), metavar="NAME")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument(
         "--base", default="runs/base_9m", help="folder of the base model, which is made if it is not there"
     )
@@ -209,7 +209,8 @@ def main() -> None:
         results = held
     base = pretrained(Path(given.base), given.threads)
     done = {(one["name"], one["rate"]) for one in results["runs"]}
-    wanted = [(name, rate) for name in given.runs for rate in RUNS[name]["rates"] if (name, rate) not in done]
+    both = [(name, RUNS[name]["rates"][i]) for i in range(2) for name in given.runs]
+    wanted = [which for which in both if which not in done]
 
     def one(which: tuple[str, float]) -> None:
         found = run(*which, given, base)
