@@ -26,7 +26,7 @@ from gracile.optim import ReLoRAAdamW, SLTrainAdamW, SLTrainAdamW8bit, SSTAdamW
 from gracile.optim.core import batches
 from gracile.optim.distributed import pieces
 from gracile.optim.low_rank import optimizer as low_rank
-from gracile.optim.sparse import top_k
+from gracile.optim.sparse import lots, top_k
 
 Made = tuple[list[nn.Parameter], torch.optim.Optimizer]
 
@@ -37,6 +37,7 @@ OTHERS = [(500, 32), (500, 32), *[(32,)] * (2 * LAYERS + 1)]
 LIMITS = [
     *((batches, limit) for limit in ("AT_ONCE", "MATRICES_AT_ONCE", "MANY_BELOW", "FEW_BELOW")),
     (low_rank, "FOUND_AT_ONCE"),
+    (lots, "IN_A_LOT"),
     (pieces, "ELSEWHERE"),
     (top_k, "ON_A_GPU"),
 ]

@@ -38,7 +38,7 @@ from ..distributed import (
     stack_of,
     wrapped_group,
 )
-from ..state.spec import PLAIN, to_portable
+from ..state.spec import PLAIN, Placement, to_portable
 from .batches import (
     BY_ITSELF,
     Batch,
@@ -84,6 +84,9 @@ class ShardedOptimizer(DeclaredState):
         accepted: keywords and keys of other optimizers, with the values that change nothing.
         renamed: keys by the names that the authors' code has for them.
         only_read: keys of state that ``update`` does not write to.
+        spends_coordinates: whether ``direction`` does not look at the coordinates of a matrix again, once the rule had
+            them, and they are no gradient.
+        writes_by_shards: whether ``update`` writes weights by verbs of their shard alone.
         together: what of a model must be stepped together, for a message; None where each parameter may be by itself.
         phase_listener: None, or what is called with the name of each phase and returns a context manager for it; set
             it to see where the time of a step goes. ``find`` comes only where a subspace or a mask is due, also inside
@@ -96,6 +99,8 @@ class ShardedOptimizer(DeclaredState):
     later_keys: ClassVar[Mapping[str, Any]] = COMMON_KEYS
     together: ClassVar[str | None] = None
     only_read: ClassVar[tuple[str, ...]] = ()
+    spends_coordinates: ClassVar[bool] = False
+    writes_by_shards: ClassVar[bool] = True
     phase_listener: PhaseListener | None = None
     _is_unused = False  # whether the state is one that a blank step made, and nothing was loaded or trained since
     _elsewhere: Sequence[State] = ()  # of parameters whose experts are all moved by other processes, in this step
@@ -135,7 +140,8 @@ class ShardedOptimizer(DeclaredState):
         """Move one parameter, or a stack of alike matrices, of which ``G`` is the gathered gradient. Its counter has
         counted this step. Collective."""
         with self._dequantized(shard, group, state) as wide:
-            direction, correction = found_alone(self.direction(G, shard, group, wide), self.rule, group, shard)
+            spend = self.spends_coordinates and has_subspace(shard)
+            direction, correction = found_alone(self.direction(G, shard, group, wide), self.rule, group, shard, spend)
         decay = group["lr"] * group["weight_decay"]
         shard.write(direction, group["lr"] * correction, decay, self.rule.decay_first)
 
@@ -338,21 +344,32 @@ class ShardedOptimizer(DeclaredState):
 
     def _in_pieces(self, item: ParamStep) -> Iterator[ParamStep]:
         """A parameter, in pieces where it is large and each element moves by itself: a step's memory is then theirs."""
-        if not self.moves_by_element(item.shard, item.group):
+        size = self.piece_size(item)
+        if not size:
             yield item
             return
-        size = at_once(item.shard.device)
-        widens = self.moment_codec is not PLAIN or item.group["stochastic_rounding"]
-        if widens and launches_cost(item.shard.device):
-            size //= 2  # moments are made beside their direction
         for shard, begin, end in pieces_of(item.shard, size):
             if shard is item.shard:
                 yield item
             elif begin < end or self.moment_codec is not PLAIN:  # which every process takes part in
-                moments = self.stored_moments(item.shard, item.group)
-                parts = (spec.codec.piece(spec, item.shard, item.state, begin, end) for spec in moments)
-                state = {"step": item.state["step"], **{key: value for part in parts for key, value in part.items()}}
-                yield ParamStep(shard, item.group, state)
+                yield ParamStep(shard, item.group, self._state_of_piece(item, begin, end))
+
+    def piece_size(self, item: ParamStep) -> int:
+        """How many elements a parameter moves at a time, where each moves by itself; 0 where all move at once."""
+        if not self.moves_by_element(item.shard, item.group):
+            return 0
+        size = at_once(item.shard.device)
+        widens = self.moment_codec is not PLAIN or item.group["stochastic_rounding"]
+        return size // 2 if widens and launches_cost(item.shard.device) else size  # moments beside their direction
+
+    def _state_of_piece(self, item: ParamStep, begin: int, end: int) -> State:
+        """What is laid out as the parameter, from an element to another, and all of the rest."""
+        shard, state = item.shard, dict(item.state)
+        by_element = self.moves_by_element(shard, item.group)
+        for spec in self.stored_moments(shard, item.group) if by_element else self.state_specs(shard, item.group):
+            if spec.placement is Placement.ELEMENTS:
+                state |= spec.codec.piece(spec, shard, item.state, begin, end)
+        return state
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
         """A phase of the step, announced to the listener."""
@@ -363,7 +380,7 @@ class ShardedOptimizer(DeclaredState):
         if not item.group["stochastic_rounding"]:
             return nullcontext(item.state)
         specs = self.by_chance(item.shard, item.group)
-        return widened(item.shard, item.state, specs, item.group["rounding_seed"])
+        return widened(item.shard, item.state, specs, item.group["rounding_seed"], self.writes_by_shards)
 
     def rounded_weights(self, item: ParamStep, what: str) -> AbstractContextManager[None]:
         """Weights that are written outside of ``update``; ``what`` tells the passes of one step apart."""

@@ -13,7 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .full import FullMatrix, FullShard, PendingSolve, Update, WrittenUpdate, has_subspace
+from .blocked import WrittenUpdate
+from .full import FullMatrix, FullShard, PendingSolve, Update, has_subspace
 from .projection import LowRankUpdate, ProjectionSide
 
 State = MutableMapping[str, Tensor]

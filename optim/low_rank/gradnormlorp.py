@@ -21,6 +21,7 @@ means something. The paper's LoRA variant is peft's DoRA with ``GaLoreAdamW`` on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -30,10 +31,11 @@ from torch.optim.optimizer import ParamsT
 from ..core.batches import ask
 from ..core.rules import MOMENTS
 from ..core.types import Group, State
-from ..distributed import FullMatrix, FullShard, has_subspace
+from ..distributed import Block, FullMatrix, FullShard, LowRankUpdate, block_of, blocks, has_subspace
 from ..state.spec import Placement, StateSpec, wide_dtype
+from .basis import Basis
 from .optimizer import LowRankOptimizer
-from .singular import Columns
+from .singular import Columns, iterated
 
 SHORTEST = 1e-30  # a row of this length or less has no direction
 
@@ -102,8 +104,12 @@ class GradNormLoRPAdamW(LowRankOptimizer):
             state["length"].copy_(shard.row_norms(shard.gather_weights().to(wide_dtype(shard))))
 
     def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Columns:
-        D = _gradients(G, shard.gather_weights(keep=True), shard, state)[0].to(shard.dtype)  # which frees the wider one
-        return self.singular_vectors(D, self.previous_columns(shard, group, state), shard, group)
+        W, previous = shard.gather_weights(keep=True), self.previous_columns(shard, group, state)
+        if shard.in_blocks() and group["subspace_method"] == "iterate":
+            D = DirectionsInBlocks(G, W, shard, state["length"])
+            return iterated(D.gram_times, shard.side, previous, W.new_empty(0))
+        whole = Directions(G, W, shard, state["length"]).D.to(shard.dtype)  # which frees the wider one
+        return self.singular_vectors(whole, previous, shard, group)
 
     def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         if not has_subspace(shard):
@@ -111,8 +117,8 @@ class GradNormLoRPAdamW(LowRankOptimizer):
             return
         P = self.basis(shard, group, state)
         W, g = shard.gather_weights(), state["length"]
-        D, dg = _gradients(G, W, shard, state)
-        R = P.project(D)
+        D = (DirectionsInBlocks if shard.in_blocks() else Directions)(G, W, shard, g)
+        R, dg = D.project(P), D.dg
         del D  # before the next m x n
         N, correction = ask(self.rule, R, state, group, shard)
         moments = {"step": state["step"]} | {key: state[f"length_{key}"] for key in MOMENTS}
@@ -120,19 +126,67 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         if group["lr"] == 0:
             return  # put together again, W would differ by a rounding
         s = group["lr"] * correction
+        moved = -s * group["scale"] * P.lift(N)
+        del R, N
         directed = g.abs() > SHORTEST
-        c = W.to(g.dtype).mul_(torch.where(directed, 1 / g, 0))  # W itself where it is fp32
-        (-s * group["scale"] * P.lift(N)).add_to_(c)
-        size = shard.row_norms(c)
+        before = torch.where(directed, 1 / g, 0)
         g.sub_(torch.where(directed, N_g, 0), alpha=s).mul_(1 - group["lr"] * group["weight_decay"])
-        c.mul_(torch.where(directed, g / size, 0))
-        shard.rewrite(c)
+        if not shard.in_blocks():
+            shard.rewrite(_rotated(W, moved, before, g, shard))
+            return
+        for block in blocks(W.shape):
+            c = _rotated(block.of(W), block_of(moved, block), block.of(before), block.of(g), shard)
+            shard.rewrite_block(c, block)
 
 
-def _gradients(G: Tensor, W: Tensor, shard: FullMatrix, state: State) -> tuple[Tensor, Tensor]:
-    """D (m x n) and dg (m x 1), in fp32 at least."""
-    g = state["length"]
-    per_length = torch.where(g.abs() > SHORTEST, 1 / g, 0)
-    D = torch.mul(G, g)
-    dg = shard.row_sums(D.mul_(W)) * per_length.square()
-    return torch.mul(G, g, out=D).addcmul_(W, dg, value=-1), dg  # g (G - dg c), with g c = W
+def _rotated(W: Tensor, moved: LowRankUpdate, before: Tensor, g: Tensor, shard: FullMatrix) -> Tensor:
+    """Rows of W whose directions have ``moved``, at their new lengths; ``before`` is 1 / g of the old, 0 of none."""
+    c = W.to(g.dtype).mul_(before)  # W itself where it is fp32
+    moved.add_to_(c)
+    size = shard.row_norms(c)
+    return c.mul_(torch.where(before != 0, g / size, 0))
+
+
+class Directions:
+    """The gradient of directions, D (m x n), and of lengths, dg (m x 1), in fp32 at least."""
+
+    def __init__(self, G: Tensor, W: Tensor, shard: FullMatrix, g: Tensor) -> None:
+        per_length = torch.where(g.abs() > SHORTEST, 1 / g, 0)
+        D = torch.mul(G, g)
+        self.dg = shard.row_sums(D.mul_(W)) * per_length.square()
+        self.D = torch.mul(G, g, out=D).addcmul_(W, self.dg, value=-1)  # g (G - dg c), with g c = W
+
+    def project(self, P: Basis) -> Tensor:
+        return P.project(self.D)
+
+
+class DirectionsInBlocks:
+    """``Directions`` of a large matrix, whose D is never there as a whole."""
+
+    def __init__(self, G: Tensor, W: Tensor, shard: FullMatrix, g: Tensor) -> None:
+        self.G, self.W, self.g, self.side, self.dtype = G, W, g, shard.side, shard.dtype
+        per_length = torch.where(g.abs() > SHORTEST, 1 / g, 0).square_()
+        sums = [
+            shard.row_sums(torch.mul(block.of(G), block.of(g)).mul_(block.of(W))) for block in blocks(shard.side.shape)
+        ]
+        self.dg = torch.cat(sums).mul_(per_length)
+
+    def _by_lines(self) -> Iterator[tuple[Block, Tensor]]:
+        for block in blocks(self.side.shape, self.side.line_axis):
+            D = torch.mul(block.of(self.G), block.of(self.g))
+            yield block, D.addcmul_(block.of(self.W), block.of(self.dg), value=-1)
+
+    def project(self, P: Basis) -> Tensor:
+        R = P.columns.new_empty(self.side.projected_shape)
+        for block, D in self._by_lines():
+            block.of(R).copy_(P.project(D))
+        return R
+
+    def gram_times(self, Q: Tensor) -> Tensor:
+        """D^T D Q on the right, D D^T Q on the left."""
+        Z = torch.zeros_like(Q)
+        for _, D in self._by_lines():
+            D = D.to(self.dtype).to(Q.dtype)  # rounded, as a whole one is
+            lines = D if self.side.right else D.t()
+            Z.addmm_(lines.t(), lines @ Q)
+        return Z

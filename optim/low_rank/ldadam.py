@@ -40,7 +40,7 @@ from ..core.clock import steps_of
 from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, State
-from ..distributed import FullMatrix, add_product_
+from ..distributed import FullMatrix, add_product_, blocks
 from ..state.spec import ERRORS, Placement, StateSpec, basis_spec, wide_dtype
 from .basis import Basis
 from .optimizer import LowRankOptimizer
@@ -147,10 +147,22 @@ def _next_columns(A: Tensor, P: Tensor, shard: FullMatrix, group: Group, state: 
 
 def _carry(E: Tensor | None, previous: Tensor, P: Tensor, shard: FullMatrix, group: Group, state: State) -> None:
     """M and V (r x long) rotated into the new subspace; what M loses goes to E (short x long)."""
-    beta1, beta2 = group["betas"]
-    t = steps_of(state) - 1
     C = P.mT @ previous
     held = _wide(state["exp_avg"], shard), _wide(state["exp_avg_sq"], shard)
+    if not shard.in_blocks():
+        _carry_lines(E, *held, C, previous, P, group, steps_of(state) - 1)
+        return
+    for block in blocks((shard.side.line_length, shard.side.lines), axis=1):
+        parts = (block.of(of_lines) for of_lines in held)
+        _carry_lines(None if E is None else block.of(E), *parts, C, previous, P, group, steps_of(state) - 1)
+
+
+def _carry_lines(
+    E: Tensor | None, M: Tensor, V: Tensor, C: Tensor, previous: Tensor, P: Tensor, group: Group, t: int
+) -> None:
+    """``_carry`` of some lines, from step t."""
+    beta1, beta2 = group["betas"]
+    held = M, V
     M, V = (moment.to(P.dtype) for moment in held)
     rotated = C @ M
     if E is not None:

@@ -15,8 +15,12 @@ from ..core import batches
 from ..core.optimizer import ShardedOptimizer
 from ..core.rules import MOMENTS
 from ..core.types import Group, ParamStep, State
+from ..distributed import blocked, is_large
 from ..state.spec import PLAIN
 from .frozen_zeros import keep_only_
+
+
+IN_A_LOT = 2**24  # elements: what is made of each is ten bytes at most, for comparisons and copies in fp32
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Lot:
 
 def lots_of(items: Sequence[ParamStep], unit: int = 1) -> Iterator[Lot]:
     """Matrices in lots; a piece of one begins at a multiple of ``unit`` elements."""
-    most = max(1, batches.AT_ONCE // unit) * unit
+    most = max(1, IN_A_LOT // unit) * unit
     pieces: list[tuple[ParamStep, slice, Tensor]] = []
     room = most
     for item in items:
@@ -100,6 +104,16 @@ class MovedInLots(ShardedOptimizer):
         rounded = self.moment_codec is not PLAIN or item.group["stochastic_rounding"]
         return not rounded and _is_flat(item) and self.fits_in_lots(item)
 
+    writes_by_shards = False
+
+    def piece_size(self, item: ParamStep) -> int:
+        """Of a large matrix, too, whose weights are rounded by chance or whose lots are no lots."""
+        large = self.is_for_matrices(item.group) and not item.shard.split and is_large(item.shard.shape)
+        if not (large and _is_flat(item) and self.fits_in_lots(item)):
+            return super().piece_size(item)
+        unit = self.unit(item.group)
+        return max(1, blocked.BLOCK // unit) * unit
+
     def move_lots(self, items: list[ParamStep]) -> None:
         for lot in lots_of(items, self.unit(items[0].group)):
             self.move_lot(lot)
@@ -110,21 +124,24 @@ def adamw_lot_(optimizer: ShardedOptimizer, lot: Lot, gradient: Tensor | None = 
     group, weights = lot.group, lot.weights
     kept = torch.cat(weights) != 0 if hold else None
     R = lot.gradients if gradient is None else lot.parts(gradient)
-    N, correction = rule_of(lot, optimizer, R)
-    batches.decay_together(weights, group)
-    torch._foreach_add_(weights, N, alpha=-group["lr"] * correction)
+    move_by_rule_(lot, optimizer, R)
     if kept is not None:
         W = torch.cat(weights)
         keep_only_(W, kept)
         torch._foreach_copy_(weights, lot.parts(W))
 
 
-def rule_of(lot: Lot, optimizer: ShardedOptimizer, gradients: Sequence[Tensor]) -> tuple[list[Tensor], float]:
-    """The directions of a lot, and the factor on the learning rate, by one call of the rule."""
-    assert optimizer.rule.together is not None
-    return optimizer.rule.together(
-        gradients, lot.states(), lot.group, batches.clock_of(lot.items[0].state, lot.items[0].shard)
-    )
+def move_by_rule_(lot: Lot, optimizer: ShardedOptimizer, gradients: Sequence[Tensor]) -> None:
+    """Weights of a lot, after they have decayed: by a kernel that writes them, where all is of one dtype."""
+    rule, group, weights, states = optimizer.rule, lot.group, lot.weights, lot.states()
+    clock = batches.clock_of(lot.items[0].state, lot.items[0].shard)
+    batches.decay_together(weights, group)
+    if len({own[0].dtype for own in (weights, gradients, lot.held(MOMENTS[0]))}) == 1 and rule.in_place is not None:
+        rule.in_place(weights, gradients, states, group, clock)
+        return
+    assert rule.together is not None
+    N, correction = rule.together(gradients, states, group, clock)
+    torch._foreach_add_(weights, N, alpha=-group["lr"] * correction)
 
 
 def _is_flat(item: ParamStep) -> bool:
