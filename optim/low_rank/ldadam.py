@@ -44,7 +44,7 @@ from ..distributed import FullMatrix, add_product_, blocks
 from ..state.spec import ERRORS, Placement, StateSpec, basis_spec, wide_dtype
 from .basis import Basis
 from .optimizer import LowRankOptimizer
-from .singular import leading_singular_vectors, orthonormalized
+from .singular import leading_of_large, leading_singular_vectors, orthonormalized
 
 
 class LDAdamW(LowRankOptimizer):
@@ -115,7 +115,10 @@ class LDAdamW(LowRankOptimizer):
         previous = self.columns(shard, group, state).clone()
         A = state["error"].add_(G) if group["error_feedback"] else G.to(previous.dtype)
         with self.phase(FIND):
-            if steps_of(state) == 1:
+            side = shard.side
+            if steps_of(state) == 1 and shard.in_blocks() and side.line_length <= side.lines:
+                columns = leading_of_large(A, side)
+            elif steps_of(state) == 1:
                 columns = shard.solve(A, partial(leading_singular_vectors, side=shard.side)).result()
             else:
                 columns = _next_columns(A, previous, shard, group, state)

@@ -46,6 +46,30 @@ def leading_singular_vectors(gradient: Tensor, side: ProjectionSide, previous: T
     return torch.where(finite, columns, torch.nan).to(gradient.dtype)
 
 
+def leading_of_large(gradient: Tensor, side: ProjectionSide) -> Tensor:
+    """``leading_singular_vectors`` of the short side of a large matrix, without a copy of it and all of its vectors: the
+    eigenvectors of its Gram matrix, and one orthogonal iteration for what squares lose in fp32. Another sign, perhaps."""
+    lines = gradient if side.right else gradient.t()
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    size = torch.linalg.vector_norm(gradient, torch.inf).to(wide).clamp_(min=torch.finfo(wide).tiny)
+    gram = gradient.new_zeros(side.line_length, side.line_length, dtype=wide)
+    parts = torch.split(lines, max(1, WIDENED // lines.shape[1]))
+    for part in parts:
+        unit = part.to(wide) / size  # squares could overflow
+        gram.addmm_(unit.t(), unit)
+    finite = torch.isfinite(gram.sum())  # of which no unit entry can be too large
+    del unit
+    _, vectors = torch.linalg.eigh(gram.masked_fill_(~finite, 0))
+    del gram
+    vectors = vectors[:, -side.rank :].flip(1)
+    Z = torch.zeros_like(vectors)
+    for part in parts:
+        unit = part.to(wide) / size
+        Z.addmm_(unit.t(), unit @ vectors)
+    columns = orthonormalized(Z, vectors)
+    return torch.where(finite, columns, torch.nan).to(gradient.dtype)
+
+
 def _by_gram_matrix(G: Tensor, side: ProjectionSide) -> Tensor:
     """The same vectors up to sign, from the eigenvectors of G^T G or G G^T, whichever is small, in fp64."""
     if not has_fp64(G.device):
