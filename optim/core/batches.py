@@ -27,7 +27,7 @@ from .types import Group, ParamStep, State
 
 AT_ONCE = 5 * 2**23  # numbers that a batch makes: 160 MiB in fp32
 MATRICES_AT_ONCE = 3 * 2**25  # that one of matrices makes, copies of gradients and state among them: 384 MiB
-IN_A_SPAN = 2**21  # that are made on the way, where one parameter's are made in spans
+IN_A_SPAN = 2**20  # that are made on the way, where one parameter's are made in spans
 ON_A_CPU = 2**22  # that one of matrices makes there: 16 MiB
 # Elements of a matrix, from which on it gives a GPU enough to do by itself: of a method with many kernels a matrix, and
 # of one with few, for which a copy of a gradient costs more than the launches that it saves. And on a CPU.
@@ -38,9 +38,7 @@ Towards = tuple[Update, float]  # the same of a parameter
 Direction = Generator[tuple[Tensor, State], Found, Towards]
 
 
-def found_alone(
-    direction: Direction, rule: Rule, group: Group, shard: FullShard, spend: bool = False
-) -> Towards:
+def found_alone(direction: Direction, rule: Rule, group: Group, shard: FullShard, spend: bool = False) -> Towards:
     """What a direction, of one parameter or of a stack, comes to, by a call of the rule of its own; ``spend``: the
     memory of large coordinates may be that of what the rule makes of them."""
     try:
@@ -56,7 +54,7 @@ def found_alone(
 
 def is_asked_in_spans(rule: Rule, coordinates: Tensor, state: State) -> bool:
     """Whether coordinates are so large that what a rule makes on the way should not be another tensor of their size."""
-    large = coordinates.dim() == 2 and coordinates.numel() > 2 * IN_A_SPAN
+    large = coordinates.dim() == 2 and coordinates.numel() > 4 * IN_A_SPAN
     if rule.together is None or not (large and launches_cost(coordinates.device)):
         return False
     held = [state[key] for key in MOMENTS if key in state]

@@ -1,7 +1,7 @@
 """A large matrix in blocks of its rows or columns, so that what a step makes of it is not as large as all of it.
 
-Only large matrices are: a smaller one is made at once. Where all of it must be known first, as its norm, blocks are made
-twice, which takes time, and so only of larger ones.
+Only large matrices are: a smaller one is made at once. Where all of it must be known first, as its norm, blocks are
+made twice, which takes time, and so only of larger ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 from .projection import LowRankUpdate
 
 BLOCK = 2**22  # elements of a block: 16 MiB in fp32
-LARGE, LARGE_TWICE = 2**23, 2**24  # those of a matrix, more than which are made in blocks; in blocks that are made twice
+LARGE = 2**23  # those of a matrix, more than which are made in blocks
+LARGE_TWICE = 2**24  # where each block is made twice
 
 
 class WrittenUpdate:
@@ -73,9 +74,7 @@ class BlockedUpdate(WrittenUpdate):
 @overload
 def block_of(update: LowRankUpdate, block: Block) -> LowRankUpdate: ...
 @overload
-def block_of(
-    update: Tensor | LowRankUpdate | WrittenUpdate, block: Block
-) -> Tensor | LowRankUpdate: ...
+def block_of(update: Tensor | LowRankUpdate | WrittenUpdate, block: Block) -> Tensor | LowRankUpdate: ...
 def block_of(update: Tensor | LowRankUpdate | WrittenUpdate, block: Block) -> Tensor | LowRankUpdate:
     """What an update is in a block."""
     if isinstance(update, LowRankUpdate):

@@ -59,7 +59,7 @@ class FullShard:
     alone = False  # whether other processes, of several, know nothing of it
     # where weights are rounded by chance as they are written: what writes a block that was widened
     round_block: Callable[[Tensor, Block], None] | None = None
-    round_places: Callable[[Tensor, Tensor, Tensor], None] | None = None  # some elements (narrow, wide), at these places
+    round_places: Callable[[Tensor, Tensor, Tensor], None] | None = None  # what writes some elements (narrow, wide, at)
 
     def __init__(self, parameter: Tensor, position: int, workspace: Workspace) -> None:
         self.parameter = parameter

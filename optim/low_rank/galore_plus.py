@@ -219,7 +219,9 @@ class GaLorePlusAdamW(GaLore):
         N_E, own_correction = entries
         values, places = N_E.mul_(group["scale"] * own_correction / correction), state["residual_places"]
         if missed is None:
-            return BlockedUpdate(G.shape, partial(_corrected, U, values, places, shard), shard.side.line_axis), correction
+            return BlockedUpdate(
+                G.shape, partial(_corrected, U, values, places, shard), shard.side.line_axis
+            ), correction
         dense = U.dense(out=missed)
         _lines(dense, shard).scatter_add_(-1, places.long(), values.to(dense.dtype))
         return dense, correction

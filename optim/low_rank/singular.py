@@ -47,8 +47,9 @@ def leading_singular_vectors(gradient: Tensor, side: ProjectionSide, previous: T
 
 
 def leading_of_large(gradient: Tensor, side: ProjectionSide) -> Tensor:
-    """``leading_singular_vectors`` of the short side of a large matrix, without a copy of it and all of its vectors: the
-    eigenvectors of its Gram matrix, and one orthogonal iteration for what squares lose in fp32. Another sign, perhaps."""
+    """``leading_singular_vectors`` of the short side of a large matrix, without a copy of it and all of its vectors:
+    the eigenvectors of its Gram matrix, and one orthogonal iteration for what squares lose in fp32. In fp32 at least,
+    and with other signs, perhaps."""
     lines = gradient if side.right else gradient.t()
     wide = torch.promote_types(gradient.dtype, torch.float32)
     size = torch.linalg.vector_norm(gradient, torch.inf).to(wide).clamp_(min=torch.finfo(wide).tiny)
@@ -66,8 +67,7 @@ def leading_of_large(gradient: Tensor, side: ProjectionSide) -> Tensor:
     for part in parts:
         unit = part.to(wide) / size
         Z.addmm_(unit.t(), unit @ vectors)
-    columns = orthonormalized(Z, vectors)
-    return torch.where(finite, columns, torch.nan).to(gradient.dtype)
+    return torch.where(finite, orthonormalized(Z, vectors), torch.nan)
 
 
 def _by_gram_matrix(G: Tensor, side: ProjectionSide) -> Tensor:
@@ -205,11 +205,11 @@ class _Matrices:
     def _one_by_one(self, X: Tensor, rows: int, seen: Callable[[Tensor], Tensor]) -> Tensor:
         found = X.new_empty(len(self.held), rows, X.shape[-1])
         for G, own, product in zip(self.held, X, found, strict=True):
-            _times(seen(G), own, product)
+            times(seen(G), own, product)
         return found
 
 
-def _times(G: Tensor, X: Tensor, out: Tensor) -> None:
+def times(G: Tensor, X: Tensor, out: Tensor) -> None:
     """G X, of G made as wide as X some rows at a time."""
     rows = len(G) if G.dtype == X.dtype else max(1, WIDENED // G.shape[1])
     for part, product in zip(torch.split(G, rows), torch.split(out, rows), strict=True):

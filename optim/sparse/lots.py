@@ -19,7 +19,6 @@ from ..distributed import blocked, is_large
 from ..state.spec import PLAIN
 from .frozen_zeros import keep_only_
 
-
 IN_A_LOT = 2**24  # elements: what is made of each is ten bytes at most, for comparisons and copies in fp32
 
 
@@ -121,7 +120,7 @@ class MovedInLots(ShardedOptimizer):
 
 def adamw_lot_(optimizer: ShardedOptimizer, lot: Lot, gradient: Tensor | None = None, hold: bool = False) -> None:
     """``frozen_zeros.adamw_`` of a lot; ``gradient`` is flat."""
-    group, weights = lot.group, lot.weights
+    weights = lot.weights
     kept = torch.cat(weights) != 0 if hold else None
     R = lot.gradients if gradient is None else lot.parts(gradient)
     move_by_rule_(lot, optimizer, R)

@@ -163,12 +163,12 @@ class WGSEFAdamW(MovedInLots):
                 values.setdefault(id(matrices[i].item), []).append((matrices[i], own))
         for item in due:
             last = _is_last(item)
-            found = values.get(id(item), ())
+            own_values = values.get(id(item), [])
             if not last and item.group["stochastic_rounding"] and not item.shard.split and is_large(item.shard.shape):
-                self._multiply_in_bands(item, found)
+                self._multiply_in_bands(item, own_values)
                 continue
             with nullcontext() if last else self.rounded_weights(item, "shrunk"):
-                for matrix, own in found:
+                for matrix, own in own_values:
                     W = item.shard.parameter.view(-1)[matrix.expert.begin : matrix.expert.end]
                     W = W.view(matrix.expert.shard.parameter.shape)
                     if last:
