@@ -313,7 +313,7 @@ class ShardedOptimizer(DeclaredState):
         if numbers:
             return Movable(Way.STACKED, numbers, self._stack_kind(item))
         if costly and self.moves_in_lots(item):
-            return Movable(Way.IN_LOTS, numbers_of(item), self.batch_kind(item))
+            return Movable(Way.IN_LOTS, 0, self.batch_kind(item))  # lots have a size of their own
         alike = self.moves_by_direction(shard, item.group) or self.moves_plainly(item)
         if not (costly and alike and self.rule.together is not None and self._holds_numbers(item)):
             return BY_ITSELF

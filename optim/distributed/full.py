@@ -116,6 +116,10 @@ class FullShard:
         """The memory of a gathered gradient, where it is a copy that a method may write its update to."""
         return None
 
+    def refill(self, G: Tensor) -> Tensor:
+        """The gradient once more, in the memory that ``spare`` gave."""
+        raise NotImplementedError
+
     @property
     def coordinates_shape(self) -> tuple[int, ...]:
         """The shape of what the rule sees."""

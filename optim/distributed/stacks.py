@@ -107,7 +107,8 @@ class StackedMatrix(FullMatrix):
         super().__init__(first.parameter, first.position, first.workspace, side)
         self.shards, self.shape = shards, first.shape
         self._weights: Tensor | None = None
-        self._spare: Tensor | None = None
+        self._spare: Tensor | None = None  # a copy of the gradients that follow
+        self._gradients: Sequence[Tensor] = []
 
     @property
     def positions(self) -> list[int]:
@@ -120,8 +121,12 @@ class StackedMatrix(FullMatrix):
     def stack_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
         """B x m x n."""
         G, is_view = stacked(gradients)
-        self._spare = None if is_view else G
+        self._spare, self._gradients = (None, []) if is_view else (G, gradients)
         return G
+
+    def refill(self, G: Tensor) -> Tensor:
+        """The gradients once more, in the memory of a stack of them that was written to."""
+        return torch.stack(list(self._gradients), out=G)
 
     def spare(self, G: Tensor) -> Tensor | None:
         return G if G is self._spare else None

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
     """
 
     finds_together = False  # the gradient of directions is a matrix of its own
-    stack_copies = 3  # of the gradient, the weights, and the gradient of directions
+    stack_copies = 2  # of the weights, and of the gradient, which becomes that of directions
 
     def __init__(
         self,
@@ -106,9 +107,9 @@ class GradNormLoRPAdamW(LowRankOptimizer):
     def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Columns:
         W, previous = shard.gather_weights(keep=True), self.previous_columns(shard, group, state)
         if shard.in_blocks() and group["subspace_method"] == "iterate":
-            D = DirectionsInBlocks(G, W, shard, state["length"])
+            D = DirectionsInBlocks(G, W, shard, Lengths.of(shard, state))
             return iterated(D.gram_times, shard.side, previous, W.new_empty(0))
-        whole = Directions(G, W, shard, state["length"]).D.to(shard.dtype)  # which frees the wider one
+        whole = Directions(G, W, shard, Lengths.of(shard, state)).D.to(shard.dtype)  # which frees the wider one
         return self.singular_vectors(whole, previous, shard, group)
 
     def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
@@ -116,8 +117,8 @@ class GradNormLoRPAdamW(LowRankOptimizer):
             super().update(G, shard, group, state)
             return
         P = self.basis(shard, group, state)
-        W, g = shard.gather_weights(), state["length"]
-        D = (DirectionsInBlocks if shard.in_blocks() else Directions)(G, W, shard, g)
+        W, lengths = shard.gather_weights(), Lengths.of(shard, state)
+        D = (DirectionsInBlocks if shard.in_blocks() else Directions)(G, W, shard, lengths)
         R, dg = D.project(P), D.dg
         del D  # before the next m x n
         N, correction = ask(self.rule, R, state, group, shard)
@@ -128,33 +129,55 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         s = group["lr"] * correction
         moved = -s * group["scale"] * P.lift(N)
         del R, N
-        directed = g.abs() > SHORTEST
-        before = torch.where(directed, 1 / g, 0)
-        g.sub_(torch.where(directed, N_g, 0), alpha=s).mul_(1 - group["lr"] * group["weight_decay"])
+        g = lengths.g  # becomes the new one
+        g.sub_(torch.where(lengths.directed, N_g, lengths.zero), alpha=s)
+        g.mul_(1 - group["lr"] * group["weight_decay"])
         if not shard.in_blocks():
-            shard.rewrite(_rotated(W, moved, before, g, shard))
+            shard.rewrite(_rotated(W, moved, lengths, shard))
             return
         for block in blocks(W.shape):
-            c = _rotated(block.of(W), block_of(moved, block), block.of(before), block.of(g), shard)
-            shard.rewrite_block(c, block)
+            shard.rewrite_block(_rotated(block.of(W), block_of(moved, block), lengths.part(block), shard), block)
 
 
-def _rotated(W: Tensor, moved: LowRankUpdate, before: Tensor, g: Tensor, shard: FullMatrix) -> Tensor:
-    """Rows of W whose directions have ``moved``, at their new lengths; ``before`` is 1 / g of the old, 0 of none."""
-    c = W.to(g.dtype).mul_(before)  # W itself where it is fp32
+class Lengths(NamedTuple):
+    """Of rows (m x 1): g, 1 / g as it was or 0 of those that have no direction, and whether they have one; and a zero,
+    which is made once a step."""
+
+    g: Tensor
+    inverse: Tensor
+    directed: Tensor
+    zero: Tensor
+
+    @classmethod
+    def of(cls, shard: FullMatrix, state: State) -> Lengths:
+        g, zero = state["length"], shard.workspace.number(0.0, shard.device)
+        directed = g.abs() > SHORTEST
+        return cls(g, torch.where(directed, 1 / g, zero), directed, zero)
+
+    def part(self, block: Block) -> Lengths:
+        return Lengths(*map(block.of, self))
+
+
+def _rotated(W: Tensor, moved: LowRankUpdate, lengths: Lengths, shard: FullMatrix) -> Tensor:
+    """Rows of W whose directions have ``moved``, at their new lengths."""
+    c = W.to(lengths.g.dtype).mul_(lengths.inverse)  # W itself where it is fp32
     moved.add_to_(c)
     size = shard.row_norms(c)
-    return c.mul_(torch.where(before != 0, g / size, 0))
+    return c.mul_(torch.where(lengths.directed, lengths.g / size, lengths.zero))
 
 
 class Directions:
     """The gradient of directions, D (m x n), and of lengths, dg (m x 1), in fp32 at least."""
 
-    def __init__(self, G: Tensor, W: Tensor, shard: FullMatrix, g: Tensor) -> None:
-        per_length = torch.where(g.abs() > SHORTEST, 1 / g, 0)
-        D = torch.mul(G, g)
-        self.dg = shard.row_sums(D.mul_(W)) * per_length.square()
-        self.D = torch.mul(G, g, out=D).addcmul_(W, self.dg, value=-1)  # g (G - dg c), with g c = W
+    def __init__(self, G: Tensor, W: Tensor, shard: FullMatrix, lengths: Lengths) -> None:
+        g, spare = lengths.g, shard.spare(G)
+        if spare is not None and spare.dtype == g.dtype:  # a stack's copy of gradients
+            D = spare.mul_(g)
+        else:
+            D, spare = torch.mul(G, g), None
+        self.dg = shard.row_sums(D.mul_(W)) * lengths.inverse.square()
+        D = torch.mul(G, g, out=D) if spare is None else shard.refill(D).mul_(g)
+        self.D = D.addcmul_(W, self.dg, value=-1)  # g (G - dg c), with g c = W
 
     def project(self, P: Basis) -> Tensor:
         return P.project(self.D)
@@ -163,13 +186,13 @@ class Directions:
 class DirectionsInBlocks:
     """``Directions`` of a large matrix, whose D is never there as a whole."""
 
-    def __init__(self, G: Tensor, W: Tensor, shard: FullMatrix, g: Tensor) -> None:
-        self.G, self.W, self.g, self.side, self.dtype = G, W, g, shard.side, shard.dtype
-        per_length = torch.where(g.abs() > SHORTEST, 1 / g, 0).square_()
+    def __init__(self, G: Tensor, W: Tensor, shard: FullMatrix, lengths: Lengths) -> None:
+        self.G, self.W, self.g, self.side, self.dtype = G, W, lengths.g, shard.side, shard.dtype
         sums = [
-            shard.row_sums(torch.mul(block.of(G), block.of(g)).mul_(block.of(W))) for block in blocks(shard.side.shape)
+            shard.row_sums(torch.mul(block.of(G), block.of(self.g)).mul_(block.of(W)))
+            for block in blocks(shard.side.shape)
         ]
-        self.dg = torch.cat(sums).mul_(per_length)
+        self.dg = torch.cat(sums).mul_(lengths.inverse.square())
 
     def _by_lines(self) -> Iterator[tuple[Block, Tensor]]:
         for block in blocks(self.side.shape, self.side.line_axis):

@@ -62,14 +62,18 @@ def lots_of(items: Sequence[ParamStep], unit: int = 1) -> Iterator[Lot]:
     room = most
     for item in items:
         G = item.take_grad().reshape(-1)
-        for begin in range(0, len(G), most):
-            span = slice(begin, min(begin + most, len(G)))
-            size = span.stop - span.start
-            if size > room:
+        begin = 0
+        while begin < len(G):
+            size = len(G) - begin
+            if size > room:  # as much as there is room for
+                size = min(size, room // unit * unit)
+            if size:
+                span = slice(begin, begin + size)
+                pieces.append((item, span, G[span]))
+                begin, room = begin + size, room - size
+            if begin < len(G):
                 yield Lot(*zip(*pieces, strict=True))
                 pieces, room = [], most
-            pieces.append((item, span, G[span]))
-            room -= size
     if pieces:
         yield Lot(*zip(*pieces, strict=True))
 
