@@ -24,7 +24,7 @@ from pretend_device import on_device, pretend
 from gracile.models.convert import convert
 from gracile.optim import ReLoRAAdamW, SLTrainAdamW, SLTrainAdamW8bit, SSTAdamW
 from gracile.optim.core import batches
-from gracile.optim.distributed import pieces
+from gracile.optim.distributed import blocked, pieces
 from gracile.optim.low_rank import optimizer as low_rank
 from gracile.optim.sparse import lots, top_k
 
@@ -37,6 +37,7 @@ OTHERS = [(500, 32), (500, 32), *[(32,)] * (2 * LAYERS + 1)]
 LIMITS = [
     *((batches, limit) for limit in ("AT_ONCE", "MATRICES_AT_ONCE", "MANY_BELOW", "FEW_BELOW")),
     (low_rank, "FOUND_AT_ONCE"),
+    *((blocked, limit) for limit in ("BLOCK", "LARGE", "LARGE_TWICE")),
     (lots, "IN_A_LOT"),
     (pieces, "ELSEWHERE"),
     (top_k, "ON_A_GPU"),

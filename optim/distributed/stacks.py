@@ -118,6 +118,9 @@ class StackedMatrix(FullMatrix):
     def weights(self) -> list[Tensor]:
         return [shard.parameter for shard in self.shards]
 
+    def in_blocks(self, twice: bool = False) -> bool:
+        return False  # as many are a stack as memory is for
+
     def stack_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
         """B x m x n."""
         G, is_view = stacked(gradients)

@@ -106,7 +106,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
 
     def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Columns:
         W, previous = shard.gather_weights(keep=True), self.previous_columns(shard, group, state)
-        if shard.in_blocks() and group["subspace_method"] == "iterate":
+        if shard.in_blocks(twice=True) and group["subspace_method"] == "iterate":
             D = DirectionsInBlocks(G, W, shard, Lengths.of(shard, state))
             return iterated(D.gram_times, shard.side, previous, W.new_empty(0))
         whole = Directions(G, W, shard, Lengths.of(shard, state)).D.to(shard.dtype)  # which frees the wider one
