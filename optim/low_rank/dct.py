@@ -186,6 +186,7 @@ class DCTAdamW(LowRankOptimizer):
             scores = A.scores(Q, p)
         else:
             scores = shard.all_reduce_(column_scores(shard.own(A), Q, side, p))
+        del Q  # where it is planned, it is made anew
         chosen = best_columns(scores, side.rank)
         if group["rotate_subspace"]:
             place, kept = kept_places(state["indices"], chosen, k)

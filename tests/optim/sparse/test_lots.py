@@ -94,7 +94,7 @@ def test_a_workspace_of_any_size_makes_no_difference(name, on_a_gpu, monkeypatch
     for one, other in zip(trained(name), whole, strict=True):
         near = name == "HyperSparse" and torch.allclose(one, other)  # a CPU's tanh differs at the ends
         assert near or torch.equal(one, other)
-    assert len(on_a_gpu) > 3 * count or not count
+    assert len(on_a_gpu) > 2 * count or not count  # those of the whole, and smaller ones
     assert all(sum(span.stop - span.start for span in lot.spans) <= 72 for lot in on_a_gpu[count:])
 
 
