@@ -112,6 +112,18 @@ def experts_of(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield whole.removesuffix(".weight"), p
 
 
+def names_to_choose_by(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Of ``modules``, by name, what patterns know each by: the layers that ``convert`` puts in place of experts in one
+    tensor are chosen as these were."""
+    names = dict(zip(modules, modules, strict=True))
+    for name in modules:
+        parent = name.rpartition(".")[0]
+        tensor = getattr(modules.get(parent), "tensor_replaced", None)
+        if isinstance(tensor, str):
+            names[name] = f"{parent.rpartition('.')[0]}.{tensor}".removeprefix(".").removesuffix(".weight")
+    return names
+
+
 def left_out_on_purpose(target_modules: str | Iterable[str]) -> tuple[str, ...]:
     """What the part of a block is called that is not meant, where patterns name the other part alone."""
     patterns = {target_modules} if isinstance(target_modules, str) else set(target_modules)

@@ -6,7 +6,9 @@
 1. Every variant of ``tests/catalogue.py``: 14 steps on matrices of a LLaMA-60M's shapes, with refreshes or changes of
    masks, on the GPU and on the CPU from the same weights and gradients; waits for the device (``set_sync_debug_mode``)
    and kernels launched in an ordinary step and in the busiest one; state saved, loaded and gone on with, to the bit.
-2. A step between refreshes at 350M and 1B beside torch's fused AdamW, galore-torch, apollo-torch and bitsandbytes,
+2. Of each, a step that a CUDA graph replays (``capturable=True``), and one that torch.compile generates code for,
+   beside its twin that does without (``--skip_graphs``: compiling takes as long as all else).
+3. A step between refreshes at 350M and 1B beside torch's fused AdamW, galore-torch, apollo-torch and bitsandbytes,
    and the allocator's peak over a step, beside which ``--plans`` puts what is planned for it.
 """
 
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from gracile import optim
 from gracile.train.measurement import fake_step
@@ -32,6 +35,7 @@ from gracile.train.measurement import fake_step
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
+import recorded_graph  # noqa: E402
 from catalogue import VARIANTS  # noqa: E402
 from optimizer_step import contenders, layer_shapes  # noqa: E402
 
@@ -43,7 +47,7 @@ SIZES = {"350m": 256, "1b": 512}  # and the rank of GaLore's recipe
 LAYERS = {"350m": 24, "1b": 24}
 
 
-def optimizer_of(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def optimizer_of(name: str, parameters: list[nn.Parameter], **more: Any) -> torch.optim.Optimizer:
     """As the catalogue has it, matrices at a rank that suits these shapes, the others in a group of their own."""
     variant = VARIANTS[name]
     assert variant.quadratic is not None
@@ -53,7 +57,7 @@ def optimizer_of(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optim
     if keys.get("block_size") == 1:
         keys["block_size"] = 16
     matrices, others = parameters[: len(SHAPES)], parameters[len(SHAPES) :]
-    return variant.cls([{"params": matrices, **keys}, {"params": others}], **variant.quadratic.keys)
+    return variant.cls([{"params": matrices, **keys}, {"params": others}], **variant.quadratic.keys, **more)
 
 
 def gradients(step: int) -> list[Tensor]:
@@ -69,21 +73,24 @@ def gradients(step: int) -> list[Tensor]:
     return drawn
 
 
-def twins(name: str) -> tuple[Any, Any]:
-    """The same parameters and optimizer on the CPU and on the GPU."""
+def twins(name: str, devices: tuple[str, str] = ("cpu", "cuda"), **more: Any) -> tuple[Any, Any]:
+    """The same parameters and optimizer on two devices, by default the CPU and the GPU."""
     generator = torch.Generator().manual_seed(0)
     values = [0.1 * torch.randn(shape, generator=generator) for shape in SHAPES + PLAIN]
     made = []
-    for device in ("cpu", "cuda"):
+    for device in devices:
         parameters = [nn.Parameter(v.clone().to(device)) for v in values]
         torch.manual_seed(0)
-        made.append((parameters, optimizer_of(name, parameters)))
+        made.append((parameters, optimizer_of(name, parameters, **more)))
     return made[0], made[1]
 
 
 def give(parameters: list[nn.Parameter], step: int) -> None:
     for p, G in zip(parameters, gradients(step), strict=True):
-        p.grad = G.to(p.device)
+        if p.grad is None:
+            p.grad = G.to(p.device)
+        else:
+            p.grad.copy_(G)
 
 
 def waits(run: Callable[[], object]) -> dict[str, int]:
@@ -166,6 +173,58 @@ def goes_on(name: str, saved: Any, expected: list[nn.Parameter]) -> bool:
     return all(torch.equal(p, q) for p, q in zip(parameters, expected, strict=True))
 
 
+# ---- as a graph -----------------------------------------------------------------------------------------------------
+
+
+def replayed(name: str, device: str = "cuda") -> dict[str, Any]:
+    """How far replays of one captured step end from the steps, of the movement; or why none is captured. On the CPU the
+    graph is one of ``tests/recorded_graph.py``."""
+    try:
+        (held, one), (others, twin) = twins(name, (device, device), capturable=True)
+    except ValueError as reason:
+        return {"refused": str(reason).rsplit(": ", 1)[-1]}
+    first = [p.detach().cpu().clone() for p in held]
+    graph: Any = None
+    left = count = 0
+    for step in range(STEPS):
+        for parameters in (held, others):
+            give(parameters, step)
+        twin.step()
+        if left:
+            graph = graph or captured(one, device)
+            graph.replay()
+            left, count = left - 1, count + 1
+        else:
+            one.step()
+            left = one.steps_until_refresh()
+    return {"replays": count, "of_movement": far([p.detach().cpu() for p in others], held, first)[0]}
+
+
+def captured(optimizer: torch.optim.Optimizer, device: str) -> Any:
+    if device == "cpu":
+        return recorded_graph.captured(optimizer)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph
+
+
+def compiled(name: str, device: str = "cuda", backend: str = "inductor") -> dict[str, Any]:
+    """How far compiled steps end from those that are not, of the movement; graphs after the first step and the last."""
+    torch._dynamo.reset()
+    counters.clear()
+    (held, one), (others, twin) = twins(name, (device, device))
+    first = [p.detach().cpu().clone() for p in held]
+    step, graphs = torch.compile(one.step, backend=backend), []
+    for number in range(STEPS):
+        for parameters in (held, others):
+            give(parameters, number)
+        step()
+        twin.step()
+        graphs.append(counters["stats"]["unique_graphs"])
+    return {"graphs": [graphs[0], graphs[-1]], "of_movement": far([p.detach().cpu() for p in others], held, first)[0]}
+
+
 # ---- what it costs --------------------------------------------------------------------------------------------------
 
 
@@ -225,19 +284,28 @@ def add_plans(told: dict[str, Any]) -> None:
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
+def as_graph(told: dict[str, Any] | None) -> str:
+    """A cell of the table: not seen, refused, failed, or how far from steps."""
+    if told is None or "of_movement" not in told:
+        return "" if told is None else str(told.get("refused") or told["error"])
+    how = f"{told['replays']} replays" if "replays" in told else "{} to {} graphs".format(*told["graphs"])
+    return f"{told['of_movement']:.1e}, {how}"
+
+
 def table(told: dict[str, Any]) -> str:
     lines = [f"{told['device']}, torch {told['torch']}, CUDA {told['cuda']}", ""]
     heads = ["optimizer", "from the CPU, of its movement", "weights apart"]
-    heads += ["waits: step / busy", "launches: step / busy", "resumed"]
+    heads += ["waits: step / busy", "launches: step / busy", "resumed", "replayed", "compiled"]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, row in told["variants"].items():
         if "error" in row:
-            lines.append(f"| {name} | {row['error']} | | | | |")
+            lines.append(f"| {name} | {row['error']} | | | | | | |")
             continue
         pause = " / ".join(str(sum(row["waits"][k].values())) for k in ("ordinary", "busy"))
         launched = " / ".join(str(row["launches"][k]) for k in ("ordinary", "busy"))
         same = "to the bit" if row["resumed"] else "DIFFERS"
-        lines.append(f"| {name} | {row['of_movement']:.1e} | {row['apart']:.4f} | {pause} | {launched} | {same} |")
+        cells = [f"{row['of_movement']:.1e}", f"{row['apart']:.4f}", pause, launched, same]
+        lines.append(f"| {' | '.join([name, *cells, *map(as_graph, (row.get('replayed'), row.get('compiled')))])} |")
     for size, rows in told.get("costs", {}).items():
         base = rows.get("torch AdamW fused", {}).get("ms")
         heads = [f"all matrices of {size}", "ms", "of fused AdamW", "peak beyond what is held", "planned"]
@@ -254,6 +322,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=(), metavar="TEXT", help="variants whose names hold one of these")
     parser.add_argument("--skip_costs", action="store_true")
+    parser.add_argument("--skip_graphs", action="store_true")
     parser.add_argument("--plans", action="store_true", help="only put plans beside the results that are there")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--budget", type=float, default=60.0, help="seconds for the steps of a size")
@@ -284,6 +353,11 @@ def main() -> None:
             told["variants"][name] = check(name)
         except Exception as error:  # the others are still to be seen
             told["variants"][name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        for what, see in () if options.skip_graphs else (("replayed", replayed), ("compiled", compiled)):
+            try:
+                told["variants"][name][what] = see(name)
+            except Exception as error:
+                told["variants"][name][what] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
         print(name, told["variants"][name], flush=True)
         keep()
     print(table(told))

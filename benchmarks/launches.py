@@ -24,20 +24,25 @@ from pretend_device import on_device, pretend
 from gracile.models.convert import convert
 from gracile.optim import ReLoRAAdamW, SLTrainAdamW, SLTrainAdamW8bit, SSTAdamW
 from gracile.optim.core import batches
+from gracile.optim.core.optimizer import ShardedOptimizer
 from gracile.optim.distributed import blocked, pieces
 from gracile.optim.low_rank import optimizer as low_rank
 from gracile.optim.sparse import lots, top_k
+from gracile.optim.state import blockwise_8bit
+from gracile.optim.state.spec import PLAIN
 
 Made = tuple[list[nn.Parameter], torch.optim.Optimizer]
 
 SMALLER = 64
 LAYERS = 24
-LONG, DIVISIBLE = 85, 88  # 5461 / 64, and what heads and patterns divide
+# 5461 / 64; what heads and patterns divide; and of which coordinates are whole blocks of 256, as they are at full size
+LONG, DIVISIBLE, IN_BLOCKS = 85, 88, 96
 OTHERS = [(500, 32), (500, 32), *[(32,)] * (2 * LAYERS + 1)]
 LIMITS = [
     *((batches, limit) for limit in ("AT_ONCE", "MATRICES_AT_ONCE", "MANY_BELOW", "FEW_BELOW")),
     (low_rank, "FOUND_AT_ONCE"),
     *((blocked, limit) for limit in ("BLOCK", "LARGE", "LARGE_TWICE")),
+    (blockwise_8bit, "SMALLEST"),
     (lots, "IN_A_LOT"),
     (pieces, "ELSEWHERE"),
     (top_k, "ON_A_GPU"),
@@ -67,7 +72,8 @@ def made_of_matrices(variant: Variant) -> Made:
     assert use is not None
     own = dict(use.matrices or {})
     own |= {"rank": RANK} if own.get("rank", 1) > 1 else {}
-    matrices = [nn.Parameter(on_device(0.1 * torch.randn(shape))) for shape in matrix_shapes(own) * LAYERS]
+    shapes = matrix_shapes(own, variant.cls) * LAYERS
+    matrices = [nn.Parameter(on_device(0.1 * torch.randn(shape))) for shape in shapes]
     others = made_others()
     return matrices + others, variant.cls([{"params": matrices, **own}, {"params": others}], **use.keys)
 
@@ -77,7 +83,7 @@ def made_of_layers(variant: Variant) -> Made:
     assert variant.layer is not None
     assert variant.cells is not None
     kind, keys, _ = variant.layer
-    model = nn.Sequential(*(nn.Linear(n, m, bias=False) for m, n in matrix_shapes({}) * LAYERS))
+    model = nn.Sequential(*(nn.Linear(n, m, bias=False) for m, n in matrix_shapes({}, variant.cls) * LAYERS))
     convert(model, kind, [str(number) for number in range(len(model))], rank=RANK, **keys)
     for layer in model:
         for tensors in (layer._parameters, layer._buffers):
@@ -91,8 +97,8 @@ def made_of_layers(variant: Variant) -> Made:
     return held, variant.cls(held, **keys)
 
 
-def matrix_shapes(keys: Mapping[str, object]) -> list[tuple[int, int]]:
-    long = DIVISIBLE if keys.keys() & {"n", "num_heads"} else LONG
+def matrix_shapes(keys: Mapping[str, object], kind: type[ShardedOptimizer]) -> list[tuple[int, int]]:
+    long = DIVISIBLE if keys.keys() & {"n", "num_heads"} else LONG if kind.moment_codec is PLAIN else IN_BLOCKS
     return [(32, 32)] * 4 + [(long, 32)] * 2 + [(32, long)]
 
 

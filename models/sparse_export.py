@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from ..target_modules import experts_of
 from ..validation import is_whole, nearest, require
 from .layers import BlockSparseLinear, CondensedLinear, CSRLinear, InferenceLinear, SemiStructuredLinear
 
@@ -100,7 +101,9 @@ def sparsify(model: nn.Module, form: str = AUTO, tokens: Sequence[int] = (1,)) -
     require(len(tokens) >= 1, "tokens must name a number to measure at", tuple(tokens))
     found = sparse_linears(model)
     if not found:
-        raise ValueError(f"no linear layer is at least {LEAST:.0%} zeros: there is nothing to leave out")
+        experts = any(True for name, module in model.named_modules() for _ in experts_of(name, module))
+        dense = " (experts in one tensor stay dense)" if experts else ""
+        raise ValueError(f"no linear layer is at least {LEAST:.0%} zeros: there is nothing to leave out{dense}")
     layers = {name: candidates(linear) for name, linear in found.items()}
     if form != AUTO and not any(form in forms for forms in layers.values()):
         where = next(iter(found.values())).weight

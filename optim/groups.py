@@ -14,6 +14,7 @@ from ..target_modules import (
     DEFAULT_TARGETS,
     experts_of,
     left_out_on_purpose,
+    names_to_choose_by,
     output_layers,
     reason_against,
     targets,
@@ -168,18 +169,20 @@ def _dim(parameter: Tensor) -> int:
 
 def _targets(model: nn.Module, target_modules: str | Iterable[str], masked: bool) -> Iterator[Target]:
     matrices = list(_matrices(model, masked))
-    reasons = {target.name: reason_against(target.parameter) for target in matrices}
-    candidates = [target for target in matrices if reasons[target.name] is None]
-    unfit = {name: reason for name, reason in reasons.items() if reason is not None}
+    reasons = [(target, reason_against(target.parameter)) for target in matrices]
+    candidates = [target for target, reason in reasons if reason is None]
     names = dict.fromkeys(target.name for target in candidates)
+    unfit = {target.name: reason for target, reason in reasons if reason is not None and target.name not in names}
     matched = set(targets(model, target_modules, names, unfit))
     yield from (target for target in candidates if target.name in matched or target.density is not None)
 
 
 def _matrices(model: nn.Module, masked: bool) -> Iterator[Target]:
     """Layers with a matrix of their own, trainable or not: nn.Linear and its like (GPT-2's Conv1D), not embeddings; and
-    tensors of experts. Of an optimizer of masks, also matrices that their layers call sparse."""
+    tensors of experts, or the layers that stand for one, under its name. Of an optimizer of masks, also matrices that
+    their layers call sparse."""
     modules = dict(model.named_modules())
+    names = names_to_choose_by(modules)
     embeddings = {id(m.weight) for m in modules.values() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     for name, module in modules.items():
         tell = getattr(module, "sparse_parts", None) if masked else None
@@ -187,7 +190,7 @@ def _matrices(model: nn.Module, masked: bool) -> Iterator[Target]:
         for part, density in densities.items():
             p = module._parameters.get(part)
             if p is not None and _dim(p) == 2 and id(p) not in embeddings:
-                yield Target(name, p, density)
+                yield Target(names[name], p, density)
         yield from (Target(part, p) for part, p in experts_of(name, module))
 
 

@@ -55,6 +55,7 @@ class Lion(ShardedOptimizer):
     """
 
     rule = LION
+    captures = True
     accepted: ClassVar[Mapping[str, Accepted]] = {**ACCEPTED, **OF_LION}
 
     def __init__(

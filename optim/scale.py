@@ -63,7 +63,7 @@ class SCALE(ShardedOptimizer):
     [[-0.5, 0.5], [-0.5, -0.5]]
     """
 
-    rule, matrix_key = TORCH_ADAM, "role"
+    rule, matrix_key, captures = TORCH_ADAM, "role", True
     checks: ClassVar[Mapping[str, Check]] = {
         "role": one_of(*NORMALIZED_OVER, optional=True),
         "momentum": number("in [0, 1)"),

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from gracile import fp64
+from gracile.optim.core import rules_8bit
 
 
 class _Backend(_DummyBackendModule):
@@ -203,9 +204,11 @@ def pretend(without_fp64: bool = False) -> Iterator[Record]:
     """In the block there is a device."""
     _pretending.record, _pretending.without_fp64 = Record(), without_fp64
     types = fp64.WITHOUT_FP64 | ({DEVICE.type} if without_fp64 else set())
+    with_kernel = patch.object(rules_8bit, "WITH_KERNEL", rules_8bit.WITH_KERNEL | {DEVICE.type})
     torch._C._set_only_lift_cpu_tensors(True)
     try:
-        with patch.object(torch, "Generator", _Generator), patch.object(fp64, "WITHOUT_FP64", types), _pretending:
+        generator, without = patch.object(torch, "Generator", _Generator), patch.object(fp64, "WITHOUT_FP64", types)
+        with generator, without, with_kernel, _pretending:
             yield _pretending.record
     finally:
         torch._C._set_only_lift_cpu_tensors(False)

@@ -15,6 +15,7 @@ COMMANDS = {
     "memory": "plan the memory of a run, before anything is allocated",
     "profile": "measure the memory and the time of a run's first steps",
     "export": "write a sparse model without its zeros, for inference",
+    "spectra": "show what a fine-tuning did to the spectra of a model's matrices",
     "list": "list every optimizer, layer and embedded configuration",
     "completion": "print a script by which a shell completes commands and keys",
 }

@@ -65,6 +65,14 @@ class FactoredLinear(nn.Module, ABC):
     def dense(self) -> Tensor:
         """W (out x in), computed now; detached."""
 
+    def trained_weight(self) -> Tensor:
+        """W (out x in), computed now, through which parameters get the gradients that a pass of the layer gives them.
+
+        Raises:
+            ValueError: for a layer without such a weight.
+        """
+        raise ValueError(f"{self} gives no gradients through a dense weight")
+
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw new values for all parameters."""

@@ -85,6 +85,9 @@ class IsoFlopLinear(FactoredLinear):
 
     @torch.no_grad()
     def dense(self) -> Tensor:
+        return self.trained_weight()
+
+    def trained_weight(self) -> Tensor:
         if not self.is_linear:
             raise ValueError(f"{self} is not linear: no plain layer computes what it does")
         return self.product()

@@ -61,6 +61,9 @@ class LowRankLinear(FactoredLinear):
 
     @torch.no_grad()
     def dense(self) -> Tensor:
+        return self.trained_weight()
+
+    def trained_weight(self) -> Tensor:
         return self.B @ self.A
 
     def extra_repr(self) -> str:

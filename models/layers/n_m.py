@@ -86,6 +86,10 @@ class NMLinear(DenseWeight):
         y: Tensor = _Masked.apply(x, self.weight, *self.pattern, self.residue, self.flow == "scaled")
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def trained_weight(self) -> Tensor:
+        W: Tensor = _MaskedWeight.apply(self.weight, *self.pattern, self.residue, self.flow == "scaled")
+        return W
+
     @torch.no_grad()
     def dense(self) -> Tensor:
         return self.weight * largest(self.weight, self.n, self.m)
@@ -124,3 +128,19 @@ class _Masked(torch.autograd.Function):
                 dW = (as_rows(dy).mT @ as_rows(x)).to(W.dtype)
                 dW = _scaled(dW, W, *ctx.mask) if ctx.scaled else dW
         return dx, dW, None, None, None, None
+
+
+class _MaskedWeight(torch.autograd.Function):
+    """The same where W * F multiplies elsewhere: ``dWF`` is what a pass has as dy^T x."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, n: int, m: int, residue: float, scaled: bool) -> Tensor:
+        ctx.save_for_backward(W)
+        ctx.mask, ctx.scaled = (n, m, residue), scaled
+        return _scaled(W, W, *ctx.mask).view_as(W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dWF: Tensor) -> tuple[Tensor | None, ...]:
+        (W,) = ctx.saved_tensors
+        return _scaled(dWF, W, *ctx.mask) if ctx.scaled else dWF, None, None, None, None

@@ -75,8 +75,15 @@ class OrderedLowRankLinear(FactoredWeight):
         self.V.copy_(Vh[: self.rank].mT * roots)
 
     def forward(self, x: Tensor) -> Tensor:
-        b = self.width if self.sampled is None or not self.training else min(self.sampled, self.width)
+        b = self._components()
         return F.linear(x @ self.V[:, :b], self.U[:, :b], self.bias)
+
+    def trained_weight(self) -> Tensor:
+        b = self._components()
+        return self.U[:, :b] @ self.V[:, :b].mT
+
+    def _components(self) -> int:
+        return self.width if self.sampled is None or not self.training else min(self.sampled, self.width)
 
     @torch.no_grad()
     def dense(self) -> Tensor:

@@ -104,6 +104,11 @@ class ReLoRALinear(FactoredLinear):
         seen = F.dropout(x, self.dropout, self.training)
         return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(seen, self.A), self.B)
 
+    def trained_weight(self) -> Tensor:
+        if self.dropout:
+            raise ValueError(f"{self} drops inputs, which a dense weight does not see: set dropout=0")
+        return torch.addmm(self.weight, self.B, self.A, alpha=self.scale)
+
     @torch.no_grad()
     def dense(self) -> Tensor:
         return torch.cat([rows.to(self.weight) for rows in self._folded(self.parts())])

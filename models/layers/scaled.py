@@ -88,6 +88,9 @@ class ScaledLinear(DenseWeight):
 
     @torch.no_grad()
     def dense(self) -> Tensor:
+        return self.trained_weight()
+
+    def trained_weight(self) -> Tensor:
         return _scaled(self.weight, self.A)
 
     @torch.no_grad()

@@ -121,6 +121,9 @@ class SparseLowRankLinear(FactoredLinear):
 
     @torch.no_grad()
     def dense(self) -> Tensor:
+        return self.trained_weight()
+
+    def trained_weight(self) -> Tensor:
         return _dense(self.A, self.B, self.values, self.support, self.scale)
 
     def extra_repr(self) -> str:

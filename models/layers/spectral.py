@@ -78,6 +78,10 @@ class SpectralLinear(FactoredWeight):
         y: Tensor = _Spectral.apply(x, self.U, self.U_frozen, self.V, self.V_frozen, self.sigma)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def trained_weight(self) -> Tensor:
+        W: Tensor = _SpectralWeight.apply(self.U, self.U_frozen, self.V, self.V_frozen, self.sigma)
+        return W
+
     @torch.no_grad()
     def dense(self, parts: Parts | None = None) -> Tensor:
         U, V, sigma = _spectrum(self.parts() if parts is None else parts)
@@ -190,3 +194,28 @@ class _Spectral(torch.autograd.Function):
             if need_sigma:
                 dsigma = as_rows(C.mul_(H)).sum(0).to(sigma.dtype)  # C is not needed any more
         return dx, dU, None, dV, None, dsigma
+
+
+class _SpectralWeight(torch.autograd.Function):
+    """W itself, with the same gradients: of G, its own, as dy^T x is in a pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, U: Tensor, U_frozen: Tensor | None, V: Tensor, V_frozen: Tensor | None, sigma: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(U, U_frozen, V, V_frozen, sigma)
+        return (_columns(U, U_frozen) * sigma) @ _columns(V, V_frozen).mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
+        U, U_frozen, V, V_frozen, _ = ctx.saved_tensors
+        need_U, _, need_V, _, need_sigma = ctx.needs_input_grad
+        dU = dV = dsigma = None
+        if need_U or need_sigma:
+            H = G @ (_columns(V, V_frozen) if need_sigma else V)  # m x k: dU is its active columns
+            dU = H[:, : U.shape[1]].contiguous() if need_U else None
+            dsigma = H.mul_(_columns(U, U_frozen)).sum(0) if need_sigma else None
+        if need_V:
+            dV = G.mT @ U
+        return dU, None, dV, None, dsigma

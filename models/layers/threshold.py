@@ -111,6 +111,12 @@ class ThresholdLinear(DenseWeight):
         y: Tensor = _Sparse.apply(x, self.weight, self.s, self.threshold(), self.annealed.clone(), self.budget)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def trained_weight(self) -> Tensor:
+        if self.training and self.counts and self.s is not None:
+            self._count()
+        W: Tensor = _SparseWeight.apply(self.weight, self.s, self.threshold(), self.annealed.clone(), self.budget)
+        return W
+
     @torch.no_grad()
     def threshold(self) -> Tensor:
         """What a weight must exceed (1), in fp32 at least: theta; of a budget the smallest weight that stays."""
@@ -185,9 +191,35 @@ class _Sparse(torch.autograd.Function):
                 dx = dy @ _sparse(weight, theta, ctx.budget).to(dy.dtype)
             if need_weight or need_s:
                 G = _wide(dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1]))
-                G = torch.where(_alive(weight, theta, ctx.budget), G, G * annealed.to(G.dtype))
-                dweight = G.to(weight.dtype)
-                if need_s:
-                    sigma = _wide(s).sigmoid()
-                    ds = (-sigma * (1 - sigma) * (G * weight.sign()).sum()).to(s.dtype)
+                dweight, ds = _gradients(G, weight, s if need_s else None, theta, annealed, ctx.budget)
         return dx, dweight, ds, None, None, None
+
+
+def _gradients(
+    G: Tensor, weight: Tensor, s: Tensor | None, theta: Tensor, annealed: Tensor, budget: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """dW and ds of G, the gradient of W~ in fp32 at least."""
+    G = torch.where(_alive(weight, theta, budget), G, G * annealed.to(G.dtype))
+    if s is None:
+        return G.to(weight.dtype), None
+    sigma = _wide(s).sigmoid()
+    return G.to(weight.dtype), (-sigma * (1 - sigma) * (G * weight.sign()).sum()).to(s.dtype)
+
+
+class _SparseWeight(torch.autograd.Function):
+    """W~ itself, in W's dtype, with the same gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, s: Tensor | None, theta: Tensor, annealed: Tensor, budget: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(weight, s, theta, annealed)
+        ctx.budget = budget
+        return _sparse(weight, theta, budget).to(weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
+        weight, s, theta, annealed = ctx.saved_tensors
+        dweight, ds = _gradients(_wide(G), weight, s if ctx.needs_input_grad[1] else None, theta, annealed, ctx.budget)
+        return dweight, ds, None, None, None

@@ -13,13 +13,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from enum import Enum
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..distributed import FullShard, StackedState, Update, has_subspace, spans, stacked
+from ..numbers import Number, add_each_, decay_of, is_zero
 from .clock import steps_of
 from .rules import MOMENTS, Rule
 from .rules_together import Clock
@@ -33,8 +33,8 @@ ON_A_CPU = 2**22  # that one of matrices makes there: 16 MiB
 # of one with few, for which a copy of a gradient costs more than the launches that it saves. And on a CPU.
 MANY_BELOW, FEW_BELOW, BORN_STACKED_BELOW = 2**24, 2**20, 2**16
 
-Found = tuple[Tensor, float]  # the direction of coordinates, and the factor on the learning rate
-Towards = tuple[Update, float]  # the same of a parameter
+Found = tuple[Tensor, Number]  # the direction of coordinates, and the factor on the learning rate
+Towards = tuple[Update, Number]  # the same of a parameter
 Direction = Generator[tuple[Tensor, State], Found, Towards]
 
 
@@ -44,8 +44,7 @@ def found_alone(direction: Direction, rule: Rule, group: Group, shard: FullShard
     try:
         coordinates, state = next(direction)
     except StopIteration as end:  # a rule of its own
-        towards: Towards = end.value
-        return towards
+        return _returned(end)
     in_spans = spend and is_asked_in_spans(rule, coordinates, state)
     found = (asked_in_spans if in_spans else ask)(rule, coordinates, state, group, shard)
     del coordinates  # before what is made of their direction
@@ -55,7 +54,7 @@ def found_alone(direction: Direction, rule: Rule, group: Group, shard: FullShard
 def is_asked_in_spans(rule: Rule, coordinates: Tensor, state: State) -> bool:
     """Whether coordinates are so large that what a rule makes on the way should not be another tensor of their size."""
     large = coordinates.dim() == 2 and coordinates.numel() > 4 * IN_A_SPAN
-    if rule.together is None or not (large and launches_cost(coordinates.device)):
+    if rule.together is None or not (large and launches_cost(coordinates.device)) or torch.compiler.is_compiling():
         return False
     held = [state[key] for key in MOMENTS if key in state]
     return all(own.is_contiguous() for own in (coordinates, *held))
@@ -103,9 +102,13 @@ def _ended(direction: Direction, found: Found) -> Towards:
     try:
         direction.send(found)
     except StopIteration as end:
-        towards: Towards = end.value
-        return towards
+        return _returned(end)
     raise RuntimeError("a direction asks the rule once")
+
+
+def _returned(end: StopIteration) -> Towards:
+    towards: Towards = end.args[0]  # its ``value``, which torch.compile does not trace
+    return towards
 
 
 def launches_cost(device: torch.device) -> bool:
@@ -216,13 +219,13 @@ def numbers_of(item: ParamStep) -> int:
 
 def decay_together(weights: Sequence[Tensor], group: Group) -> None:
     """W <- W - lr * weight_decay * W."""
-    if decay := group["lr"] * group["weight_decay"]:
+    if not is_zero(decay := decay_of(group)):
         torch._foreach_mul_(list(weights), 1 - decay)
 
 
 def clock_of(state: State, shard: FullShard) -> Clock:
     """What gives the clock that the parameters of a batch have in common, on their device."""
-    return partial(shard.workspace.number, steps_of(state), shard.device)
+    return lambda: shard.workspace.number(steps_of(state), shard.device)
 
 
 def move_in_place(items: Sequence[ParamStep], rule: Rule) -> None:
@@ -250,6 +253,6 @@ def write_together(shards: Sequence[FullShard], towards: Iterator[Towards], grou
         else:
             shard.add_(update, step)
     if dense:
-        torch._foreach_add_([W for W, _ in dense], [own for _, own in dense], alpha=step)
+        add_each_([W for W, _ in dense], [own for _, own in dense], step)
     if not decay_first:
         decay_together(weights, group)

@@ -218,8 +218,8 @@ class DeclaredState(FaithfulLoading):
     def specs(self, shard: FullShard, group: Group) -> list[StateSpec]:
         """All tensors of a parameter's state."""
         if isinstance(shard, Experts):
-            return [step_spec(), *specs_of_experts(shard, lambda one: self.state_specs(one, group))]
-        return [step_spec(), *self.state_specs(shard, group)]
+            return [step_spec(group), *specs_of_experts(shard, lambda one: self.state_specs(one, group))]
+        return [step_spec(group), *self.state_specs(shard, group)]
 
     def _new_state(self, shard: FullShard, group: Group) -> dict[str, Tensor]:
         state = new_state(self.specs(shard, group), shard)

@@ -23,6 +23,7 @@ COMMON_CHECKS: dict[str, Check] = {
     "weight_decay": number(">= 0"),
     "state_dtype": _floating_dtype,
     "maximize": flag(),
+    "capturable": flag(),
     "stochastic_rounding": flag(),
     "rounding_seed": whole(0),
 }

@@ -42,7 +42,6 @@ ACCEPTED: Mapping[str, Accepted] = {
     # torch.optim
     "foreach": Accepted((None, False), "parameters are stepped one after the other"),
     "fused": Accepted((None, False), "parameters are stepped one after the other"),
-    "capturable": Accepted((False,), "counters of steps live on the CPU"),
     "differentiable": Accepted((False,), "no graph of a step is kept"),
     "amsgrad": Accepted((False,), "no maximum of second moments is kept"),
     "decoupled_weight_decay": Accepted((True,), "weight decay is decoupled"),

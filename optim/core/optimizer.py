@@ -17,6 +17,7 @@ import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +39,7 @@ from ..distributed import (
     stack_of,
     wrapped_group,
 )
+from ..numbers import decay_of
 from ..state.spec import PLAIN, Placement, to_portable
 from .batches import (
     BY_ITSELF,
@@ -54,27 +56,32 @@ from .batches import (
     numbers_of,
     write_together,
 )
+from .capture import CapturableStep, count_on_device, numbers_of_group
 from .clock import steps_of
-from .declared_state import DeclaredState
+from .compiled import Graphs, compiler_in_use, is_traced
 from .group_checks import COMMON_CHECKS, check_declared, check_rounding, check_tensors, parameters_in
 from .keywords import ACCEPTED, Accepted, check_keys, check_keywords, keyword_names
 from .rounding import widened, widened_weights
-from .rules import plain, with_numbers
+from .rules import Rule, plain
+from .rules_8bit import is_for_codes, is_moved_in_place
 from .types import Group, ParamGroup, ParamStep, State
 
 # Phases of a step, by the names that a listener gets.
 FIND, UPDATE, AFTER = "find", "update", "after"
 # The keys of every class beside its constructor's, with what they are where they are not given.
-COMMON_KEYS: Mapping[str, Any] = {"maximize": False, "stochastic_rounding": False, "rounding_seed": 0}
+COMMON_KEYS: Mapping[str, Any] = {
+    "maximize": False, "stochastic_rounding": False, "rounding_seed": 0, "capturable": False
+}  # fmt: skip
 PhaseListener = Callable[[str], AbstractContextManager[Any]]
 
 
-class ShardedOptimizer(DeclaredState):
+class ShardedOptimizer(CapturableStep):
     """Base of all optimizers here. ``rule`` moves coordinates, and the parameters that are no matrices of the method.
 
-    State per parameter, tensors only: ``step`` (fp32 scalar on the CPU) and what ``state_specs`` declares. All of it is
-    born at the first ``step()``, for every trainable parameter, so that all processes have the same keys. Where an
-    engine steps flat tensors that hold several parameters, keys begin with a parameter's position: ``"3.exp_avg"``.
+    State per parameter, tensors only: ``step`` (fp32 scalar on the CPU, or with ``capturable`` where the parameter is)
+    and what ``state_specs`` declares. All of it is born at the first ``step()``, for every trainable parameter, so that
+    all processes have the same keys. Where an engine steps flat tensors that hold several parameters, keys begin with a
+    parameter's position: ``"3.exp_avg"``.
 
     A constructor's arguments are its group keys: it passes ``locals()`` on, of which its parameters are taken. Its
     ``torch_keywords`` are the keys that every class has (``COMMON_KEYS``), and what ``accepted`` lists.
@@ -83,6 +90,7 @@ class ShardedOptimizer(DeclaredState):
         checks: a check for each key of the class's own.
         accepted: keywords and keys of other optimizers, with the values that change nothing.
         renamed: keys by the names that the authors' code has for them.
+        rule_of_codes: the rule over moments that are codes in 8 bits, for devices with a kernel for it; or None.
         only_read: keys of state that ``update`` does not write to.
         spends_coordinates: whether ``direction`` does not look at the coordinates of a matrix again, once the rule had
             them, and they are no gradient.
@@ -98,10 +106,12 @@ class ShardedOptimizer(DeclaredState):
     renamed: ClassVar[Mapping[str, str]] = {}
     later_keys: ClassVar[Mapping[str, Any]] = COMMON_KEYS
     together: ClassVar[str | None] = None
+    rule_of_codes: ClassVar[Rule | None] = None
     only_read: ClassVar[tuple[str, ...]] = ()
     spends_coordinates: ClassVar[bool] = False
     writes_by_shards: ClassVar[bool] = True
     phase_listener: PhaseListener | None = None
+    _compiler: Any = None  # torch's callback, of a step that is compiled
     _is_unused = False  # whether the state is one that a blank step made, and nothing was loaded or trained since
     _elsewhere: Sequence[State] = ()  # of parameters whose experts are all moved by other processes, in this step
     _wrapped_states: dict[Tensor, dict[str, Tensor]] | None = None  # in use since the last step, under a wrapper
@@ -113,7 +123,7 @@ class ShardedOptimizer(DeclaredState):
         defaults |= {key: more.pop(key, value) for key, value in COMMON_KEYS.items()}
         check_keywords(type(self).__name__, more, defaults, self.accepted)
         self.defaults = defaults  # what the checks of groups look at; torch sets it again
-        self.registry = ParamRegistry()
+        self.registry, self._graphs = ParamRegistry(), Graphs()
         self._key_names, self._moments, self._by_chance, self._of_experts = {}, {}, {}, {}
         self._check_each(defaults)
         super().__init__(params, defaults)
@@ -139,11 +149,19 @@ class ShardedOptimizer(DeclaredState):
     def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         """Move one parameter, or a stack of alike matrices, of which ``G`` is the gathered gradient. Its counter has
         counted this step. Collective."""
-        with self._dequantized(shard, group, state) as wide:
-            spend = self.spends_coordinates and has_subspace(shard)
-            direction, correction = found_alone(self.direction(G, shard, group, wide), self.rule, group, shard, spend)
-        decay = group["lr"] * group["weight_decay"]
-        shard.write(direction, group["lr"] * correction, decay, self.rule.decay_first)
+        rule, spend = self._rule_for(shard, group, state), self.spends_coordinates and has_subspace(shard)
+        with self._dequantized(shard, group, state) if rule is self.rule else nullcontext(state) as wide:
+            direction, correction = found_alone(self.direction(G, shard, group, wide), rule, group, shard, spend)
+        shard.write(direction, group["lr"] * correction, decay_of(group), self.rule.decay_first)
+
+    def update_each(
+        self, gradients: Sequence[Tensor], shards: Sequence[FullShard], group: Group, states: Sequence[State]
+    ) -> None:
+        """``update`` of several parameters that go where ``direction`` says, by one call of the rule."""
+        each = zip(gradients, shards, states, strict=True)
+        directions = [self.direction(G, shard, group, state) for G, shard, state in each]
+        towards = found_together(directions, self.rule, group, shards[0])
+        write_together(shards, towards, group, self.rule.decay_first)
 
     def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> Direction:
         """Where a parameter goes, laid out as ``G``, and the factor on the learning rate. Collective.
@@ -215,6 +233,8 @@ class ShardedOptimizer(DeclaredState):
         parameters = parameters_in(group)
         check_tensors(parameters)
         check_rounding(parameters, group)
+        if group["capturable"]:
+            self.check_capturable(group)
         if self.is_for_matrices(group):
             for shape in map(full_shape, parameters):
                 self.check_shape(shape, group)
@@ -239,9 +259,17 @@ class ShardedOptimizer(DeclaredState):
     # ---- one step, in phases ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    @torch._disable_dynamo  # clocks, messages and host reads: a graph would break at each of them
+    @partial(torch._disable_dynamo, recursive=False)  # this frame alone, which asks whether there is a compiler
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. Returns the closure's loss, if there is a closure."""
+        self._compiler = None if compiler_in_use is None else compiler_in_use()
+        try:
+            return self._step(closure)
+        finally:
+            self._compiler = None
+
+    @torch._disable_dynamo  # clocks, messages and host reads: a graph would break at each of them
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -251,13 +279,16 @@ class ShardedOptimizer(DeclaredState):
             if first:
                 self._warn_without_matrices()
             work = self._collect()
+            self.check_captured(work)
             self._is_unused = first and self._is_blank(work)
             if not self._is_unused:
                 self.advance(work)
+            self.note_counts()
         return loss
 
     def advance(self, work: list[ParamStep]) -> None:
         """The phases of a step, for parameters that have state and a gradient. Collective."""
+        count_on_device(work)
         for portion in self.portions(work):
             self.find(portion)
             with self.phase(UPDATE):
@@ -270,9 +301,13 @@ class ShardedOptimizer(DeclaredState):
         with self.phase(AFTER):
             self.after_step(work)
 
-    def _update_batch(self, batch: Batch) -> None:
-        if batch.way is Way.IN_PLACE:
-            move_in_place(batch.items, self.rule)
+    def _update_batch(self, found: Batch) -> None:
+        batch = Batch([item.with_numbers() for item in found.items], found.way)
+        first = batch.items[0]
+        if callable(self._compiler) and all(is_traced(self, item) for item in batch.items):
+            self._graphs.move(self, batch, self._compiler)
+        elif batch.way is Way.IN_PLACE:
+            move_in_place(batch.items, self._rule_for(first.shard, first.group, first.state))
         elif batch.way is Way.STACKED:
             self._update_stacked(batch.items)
         elif batch.way is Way.IN_LOTS:
@@ -290,10 +325,8 @@ class ShardedOptimizer(DeclaredState):
 
     def _update_together(self, batch: list[ParamStep]) -> None:
         """``update`` of several parameters that are alike, by one call of the rule."""
-        group = batch[0].group
-        directions = [self.direction(item.take_grad(), item.shard, group, item.state) for item in batch]
-        towards = found_together(directions, self.rule, group, batch[0].shard)
-        write_together([item.shard for item in batch], towards, group, self.rule.decay_first)
+        gradients, shards, states = zip(*((item.take_grad(), item.shard, item.state) for item in batch), strict=True)
+        self.update_each(gradients, shards, batch[0].group, states)
 
     def _update_stacked(self, batch: list[ParamStep]) -> None:
         """``update`` of alike matrices as of one."""
@@ -314,6 +347,8 @@ class ShardedOptimizer(DeclaredState):
             return Movable(Way.STACKED, numbers, self._stack_kind(item))
         if costly and self.moves_in_lots(item):
             return Movable(Way.IN_LOTS, 0, self.batch_kind(item))  # lots have a size of their own
+        if self._rule_for(shard, item.group, item.state) is not self.rule:
+            return Movable(Way.IN_PLACE) if self._is_code_in_place(item) else BY_ITSELF
         alike = self.moves_by_direction(shard, item.group) or self.moves_plainly(item)
         if not (costly and alike and self.rule.together is not None and self._holds_numbers(item)):
             return BY_ITSELF
@@ -328,6 +363,17 @@ class ShardedOptimizer(DeclaredState):
         moments = self.stored_moments(item.shard, item.group)
         return all(item.state[spec.name].is_floating_point() for spec in moments)
 
+    def _rule_for(self, shard: FullShard, group: Group, state: State) -> Rule:
+        """The rule that moves a parameter: the one for codes, where its moments are such and there is a kernel, which
+        takes Python's numbers."""
+        if self.rule_of_codes is not None and not group["capturable"] and is_for_codes(shard, state):
+            return self.rule_of_codes
+        return self.rule
+
+    def _is_code_in_place(self, item: ParamStep) -> bool:
+        grad = item.shard.held_gradient
+        return self.moves_plainly(item) and grad is not None and is_moved_in_place(item.shard.parameter, grad)
+
     def _stack_kind(self, item: ParamStep) -> object:
         shard, grad = item.shard, item.shard.held_gradient
         assert grad is not None
@@ -340,7 +386,8 @@ class ShardedOptimizer(DeclaredState):
         W, grad = item.shard.parameter, item.shard.held_gradient
         assert grad is not None
         held = {(t.dtype, t.stride()) for t in (W, grad, *(t for key, t in item.state.items() if key != "step"))}
-        return len(held) == 1 and self.rule.in_place is not None and self.moves_plainly(item)
+        fused = self.rule.in_place is not None and not item.group["capturable"]  # whose eps follows from t
+        return len(held) == 1 and fused and self.moves_plainly(item)
 
     def _in_pieces(self, item: ParamStep) -> Iterator[ParamStep]:
         """A parameter, in pieces where it is large and each element moves by itself: a step's memory is then theirs."""
@@ -380,13 +427,13 @@ class ShardedOptimizer(DeclaredState):
         if not item.group["stochastic_rounding"]:
             return nullcontext(item.state)
         specs = self.by_chance(item.shard, item.group)
-        return widened(item.shard, item.state, specs, item.group["rounding_seed"], self.writes_by_shards)
+        return widened(item.shard, item.state, specs, item.group, self.writes_by_shards)
 
     def rounded_weights(self, item: ParamStep, what: str) -> AbstractContextManager[None]:
         """Weights that are written outside of ``update``; ``what`` tells the passes of one step apart."""
         if not item.group["stochastic_rounding"]:
             return nullcontext()
-        return widened_weights(item.shard, item.state, item.group["rounding_seed"], what)
+        return widened_weights(item.shard, item.state, item.group, what)
 
     def _is_blank(self, work: list[ParamStep]) -> bool:
         """Whether a step moves nothing: torch.distributed.checkpoint lets state be made by one without a learning rate
@@ -405,7 +452,7 @@ class ShardedOptimizer(DeclaredState):
             f"plain rule; make groups by gracile.optim.param_groups(model, {self.matrix_key}=...), for a Trainer by "
             f"optimizer_cls_and_kwargs=({name}, {{'params': param_groups(...)}})",
             UserWarning,
-            stacklevel=5,
+            stacklevel=8,
         )
 
     def _device_type(self) -> str:
@@ -416,8 +463,9 @@ class ShardedOptimizer(DeclaredState):
         self._take_over_states()
         work, alone, workspace = [], [], Workspace()
         self._elsewhere = []
+        self.look_at_counters()
         for group in self.param_groups:
-            numbers = {**self.later_keys, **with_numbers(group)}
+            numbers = {**self.later_keys, **numbers_of_group(group)}
             for p in group["params"]:
                 if not p.requires_grad and p.grad is None:
                     continue
@@ -427,11 +475,13 @@ class ShardedOptimizer(DeclaredState):
                     shard.maximize = group["maximize"]
                     if "step" not in state or (self._is_unused and steps_of(state) == 0):
                         state.update(self._new_state(shard, group))
+                    state, counter = self.with_host_clock(p, shard, numbers, state)
                     if p.grad is None or 0 in shard.shape:
                         continue
                     parts = self.matrices_of(shard, numbers, state)
-                    work += [ParamStep(part, numbers, its) for part, its in parts if not part.alone]
-                    alone += [ParamStep(part, numbers, its) for part, its in parts if part.alone]
+                    items = [ParamStep(part, numbers, its, counter=counter) for part, its in parts]
+                    work += [item for item in items if not item.shard.alone]
+                    alone += [item for item in items if item.shard.alone]
                     if not parts:
                         self._elsewhere.append(state)
         if self._wrapped_states is not None:
@@ -475,7 +525,7 @@ class ShardedOptimizer(DeclaredState):
             self.defaults.setdefault(key, value)
         self.param_groups[:] = [ParamGroup(group, self.later_keys) for group in self.param_groups]
         if not hasattr(self, "registry"):  # unpickled: torch keeps nothing but groups, state and defaults
-            self.registry = ParamRegistry()
+            self.registry, self._graphs = ParamRegistry(), Graphs()
             self._key_names, self._moments, self._by_chance, self._of_experts = {}, {}, {}, {}
             for group in self.param_groups:
                 self.register(group)

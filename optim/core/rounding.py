@@ -26,13 +26,14 @@ from torch import Tensor
 from ..distributed import Block, FullShard, MatrixShard, Runs, at_once, is_large, spans
 from ..state.spec import ERRORS, MOMENTS, Placement, StateSpec
 from .clock import steps_of
-from .types import State
+from .types import Group, State
 
 LARGEST = 0x7F7F0000  # the largest bf16, as the bits of an fp32
 INFINITE = 0x7F800000
 ROOTS = (0x3504F333, 0x5DB3D743, 0x478DDE6F)  # of 2, 3 and 5: odd, and otherwise of no pattern
 WEIGHTS = "weights"  # the name of the parameter among its tensors
 
+Key = tuple[int | Tensor, int | Tensor]  # words of 32 bits
 Places = Callable[[int, int], Tensor]  # of elements from .. to of a flat tensor, their places in the whole (int32)
 
 
@@ -43,21 +44,21 @@ def is_rounded(spec: StateSpec) -> bool:
 
 @contextmanager
 def widened(
-    shard: FullShard, state: State, specs: Iterable[StateSpec], seed: int, in_blocks: bool = False
+    shard: FullShard, state: State, specs: Iterable[StateSpec], group: Group, in_blocks: bool = False
 ) -> Iterator[State]:
     """Weights and state in fp32 for a step of one parameter; what they have become is rounded at the end. With
     ``in_blocks`` weights of a large matrix are wider in blocks, as ``FullShard.write`` writes them."""
     seen = {**state, **{spec.name: state[spec.name].float() for spec in specs}}
     by_blocks = in_blocks and not shard.split and shard.parameter.dim() > 1 and is_large(shard.shape)
-    with (rounded_blocks if by_blocks else widened_weights)(shard, state, seed):
+    with (rounded_blocks if by_blocks else widened_weights)(shard, state, group):
         yield seen
     for spec in specs:
-        key = _key(seed, shard, state, spec.name)
+        key = _key(group, shard, state, spec.name)
         round_(state[spec.name], seen[spec.name], key, _places(spec, shard, state))
 
 
 @contextmanager
-def widened_weights(shard: FullShard, state: State, seed: int, what: str = WEIGHTS) -> Iterator[None]:
+def widened_weights(shard: FullShard, state: State, group: Group, what: str = WEIGHTS) -> Iterator[None]:
     """Weights in fp32, where they are bf16; ``what`` tells two such passes of one step apart."""
     if shard.dtype != torch.bfloat16:
         yield
@@ -65,16 +66,16 @@ def widened_weights(shard: FullShard, state: State, seed: int, what: str = WEIGH
     with shard.in_place_of_weights(shard.parameter.detach().float()) as (narrow, wide):
         yield
     places = _from(shard.first_element, narrow.device)
-    round_(narrow, wide, _key(seed, shard, state, what), places)
+    round_(narrow, wide, _key(group, shard, state, what), places)
 
 
 @contextmanager
-def rounded_blocks(shard: FullShard, state: State, seed: int) -> Iterator[None]:
+def rounded_blocks(shard: FullShard, state: State, group: Group) -> Iterator[None]:
     """Weights that are rounded, where they are bf16, as they are written: in fp32 is never more than a block."""
     if shard.dtype != torch.bfloat16:
         yield
         return
-    key, n = _key(seed, shard, state, WEIGHTS), shard.parameter[0].numel()
+    key, n = _key(group, shard, state, WEIGHTS), shard.parameter[0].numel()
 
     def round_block(wide: Tensor, block: Block) -> None:
         places = _from(shard.first_element + block.begin * n, wide.device)
@@ -94,7 +95,7 @@ def rounded_blocks(shard: FullShard, state: State, seed: int) -> Iterator[None]:
         shard.round_block = shard.round_places = None
 
 
-def round_(narrow: Tensor, wide: Tensor, key: tuple[int, int], places: Places) -> None:
+def round_(narrow: Tensor, wide: Tensor, key: Key, places: Places) -> None:
     """narrow (bf16) <- wide (fp32), of one shape, rounded by the noise of ``key`` at the places of their elements."""
     flat = wide.reshape(-1)  # in the order of the elements, which a transposed weight has otherwise in memory
     rounded = narrow.view(-1) if narrow.is_contiguous() else torch.empty_like(flat, dtype=narrow.dtype)
@@ -113,7 +114,7 @@ def _rounded(wide: Tensor, noise: Tensor) -> Tensor:
     return torch.where(size < INFINITE, rounded, wide).to(torch.bfloat16)
 
 
-def noise(places: Tensor, key: tuple[int, int]) -> Tensor:
+def noise(places: Tensor, key: Key) -> Tensor:
     """16 uniform bits (int32) for each place: three rounds of multiplying and mixing, two of which would leave none of
     the correlations between neighbours, seeds and steps that one leaves."""
     first, second = key
@@ -128,8 +129,22 @@ def _mix(x: Tensor, factor: int) -> Tensor:
     return x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
 
 
-def _key(seed: int, shard: FullShard, state: State, what: str) -> tuple[int, int]:
-    told = f"{seed} {shard.position} {steps_of(state)} {what}"
+def _key(group: Group, shard: FullShard, state: State, what: str) -> Key:
+    """Two words for a tensor in a step. Where a graph counts the steps, they are made on the device, and are others."""
+    seed, position = group["rounding_seed"], shard.position
+    if not group.get("capturable"):
+        return _words(f"{seed} {position} {steps_of(state)} {what}")
+    first, second = _words(f"{seed} {position} {what}")
+    t = state["step"].to(torch.int32)
+    return _word_of(t, first, second), _word_of(t, second, first)
+
+
+def _word_of(t: Tensor, first: int, second: int) -> Tensor:
+    mixed = _mix(t.bitwise_xor(first), ROOTS[0])
+    return _mix(mixed.bitwise_xor_(second), ROOTS[1])
+
+
+def _words(told: str) -> tuple[int, int]:
     digest = hashlib.sha256(told.encode()).digest()
     return _signed(int.from_bytes(digest[:4], "little")), _signed(int.from_bytes(digest[4:8], "little"))
 

@@ -7,7 +7,6 @@ A rule sees coordinates only. Whether they are a whole tensor or a projected mat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...validation import flag, is_real, number, require
+from ..numbers import Number, add_, count_of, root_of
 from ..state.spec import Coordinates, StateSpec
 from .rules_together import adam_together, adamw_in_place, lion_together
 
@@ -32,10 +32,10 @@ class Rule:
 
     check: Callable[[dict[str, Any]], None]
     specs: Callable[[Coordinates, torch.dtype, dict[str, Any]], list[StateSpec]]
-    direction: Callable[..., tuple[Tensor, float]]  # of (gradient, state, group); Adafactor's asks for the shard too
+    direction: Callable[..., tuple[Tensor, Number]]  # of (gradient, state, group); Adafactor's asks for the shard too
     decay_first: bool = False
     needs_rows: bool = False  # a part of a matrix must come in whole rows
-    together: Callable[..., tuple[list[Tensor], float]] | None = (
+    together: Callable[..., tuple[list[Tensor], Number]] | None = (
         None  # of lists of gradients and states, group and clock
     )
     in_place: Callable[..., None] | None = None  # of lists of weights, gradients and states, group and clock
@@ -74,7 +74,7 @@ def adam_specs(coordinates: Coordinates, dtype: torch.dtype, group: dict[str, An
 
 def adam(
     gradient: Tensor, state: MutableMapping[str, Tensor], group: dict[str, Any], *, torch_eps: bool = False
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, Number]:
     """Adam (Kingma & Ba 2015, arXiv:1412.6980) as GaLore's code and the former Hugging Face ``AdamW`` write it.
 
         M <- b1 M + (1 - b1) R          V <- b2 V + (1 - b2) R * R
@@ -88,8 +88,8 @@ def adam(
     R = gradient.to(M.dtype)
     M.mul_(beta1).add_(R, alpha=1 - beta1)
     V.mul_(beta2).addcmul_(R, R, value=1 - beta2)
-    t = state["step"].item()  # lives on the CPU: reading it does not stop a GPU
-    root = math.sqrt(1 - beta2**t)
+    t = count_of(state, group)
+    root = root_of(1 - beta2**t)
     N = V.sqrt() if R is gradient else torch.sqrt(V, out=R)  # a copy is used up
     N.add_(group["eps"] * root if torch_eps else group["eps"])
     torch.div(M, N, out=N)
@@ -173,16 +173,16 @@ def adafactor(
     """
     dtype = state["exp_avg_sq_row" if "exp_avg_sq_row" in state else "exp_avg_sq"].dtype
     R = gradient.to(dtype)
-    beta2 = 1.0 - state["step"].item() ** group["decay_rate"]
+    beta2 = 1.0 - count_of(state, group) ** group["decay_rate"]
     squares = (R.square() if R is gradient else R.square_()).add_(group["eps"][0])  # in a copy, if there is one
     if "exp_avg_sq_row" in state:
         C, D = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-        C.mul_(beta2).add_(over.mean(squares, -1), alpha=1 - beta2)
-        D.mul_(beta2).add_(over.mean(squares, -2), alpha=1 - beta2)
+        add_(C.mul_(beta2), over.mean(squares, -1), 1 - beta2)
+        add_(D.mul_(beta2), over.mean(squares, -2), 1 - beta2)
         size = over.mean(C.unsqueeze(-1), -2)
         N = torch.mul((C / size).rsqrt_().unsqueeze(-1), D.unsqueeze(-2).rsqrt(), out=squares)
     else:
-        N = state["exp_avg_sq"].mul_(beta2).add_(squares, alpha=1 - beta2).rsqrt()
+        N = add_(state["exp_avg_sq"].mul_(beta2), squares, 1 - beta2).rsqrt()
     N.mul_(gradient)
     return N.div_((over.rms(N) / group["clip_threshold"]).clamp_(min=1.0)), 1.0
 

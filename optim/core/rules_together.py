@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..numbers import Number, count_of, root_of
 from .types import Group, State
 
 Clock = Callable[[], Tensor]
@@ -18,16 +18,18 @@ Clock = Callable[[], Tensor]
 
 def adam_together(
     gradients: Sequence[Tensor], states: Sequence[State], group: Group, clock: Clock, *, torch_eps: bool = False
-) -> tuple[list[Tensor], float]:
+) -> tuple[list[Tensor], Number]:
     """``rules.adam`` of tensors with the same clock, by torch's fused AdamW with zeros for weights: these become
 
     -M / (1 - b1^t) / (sqrt(V) / sqrt(1 - b2^t) + e)        e = eps, or eps / sqrt(1 - b2^t) as GaLore's code has it
     """
     beta1, beta2 = group["betas"]
     M, V = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
-    t = states[0]["step"].item()
-    root = math.sqrt(1 - beta2**t)
+    t = count_of(states[0], group)
+    root = root_of(1 - beta2**t)
     correction = root / (1 - beta1**t)
+    if isinstance(root, Tensor):  # of which the fused kernel takes no eps
+        return _adam_of_each(gradients, M, V, group, eps=group["eps"] * root if torch_eps else group["eps"]), correction
     R = [_laid_out_as(moment, own) for own, moment in zip(gradients, M, strict=True)]
     moved = _zeros_like(M)
     torch._fused_adamw_(
@@ -36,6 +38,24 @@ def adam_together(
         amsgrad=False, maximize=False,
     )  # fmt: skip
     return moved, correction
+
+
+def _adam_of_each(
+    gradients: Sequence[Tensor], M: list[Tensor], V: list[Tensor], group: Group, eps: Number
+) -> list[Tensor]:
+    """M / (sqrt(V) + eps) of each, once the moments have taken up the gradients."""
+    beta1, beta2 = group["betas"]
+    R = [own.to(moment.dtype) for own, moment in zip(gradients, M, strict=True)]
+    torch._foreach_mul_(M, beta1)
+    torch._foreach_add_(M, R, alpha=1 - beta1)
+    torch._foreach_mul_(V, beta2)
+    torch._foreach_addcmul_(V, R, R, value=1 - beta2)
+    N = list(torch._foreach_sqrt(V))
+    for own in N:  # of a tensor, torch._foreach_add_ makes a number, which stops the device
+        own.add_(eps)
+    torch._foreach_reciprocal_(N)
+    torch._foreach_mul_(N, M)
+    return N
 
 
 def adamw_in_place(
@@ -49,8 +69,7 @@ def adamw_in_place(
 ) -> None:
     """Weights of the moments' dtype moved by ``adam_together`` and the learning rate, in no memory of its own."""
     beta1, beta2 = group["betas"]
-    t = states[0]["step"].item()
-    root = math.sqrt(1 - beta2**t)
+    root = root_of(1 - beta2 ** count_of(states[0], group))
     M, V = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
     torch._fused_adamw_(
         list(weights), list(gradients), M, V, [], [clock()] * len(M),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -37,6 +37,31 @@ class ParamGroup(dict[str, Any]):
             super().__setitem__(key, value)
 
 
+class WithClock(MutableMapping[str, Tensor]):
+    """A state with another counter in the place of its own; what else is written to it goes into the state."""
+
+    def __init__(self, held: State, step: Tensor) -> None:
+        self.held, self.step = held, step
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.step if key == "step" else self.held[key]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        if key == "step":
+            self.step = value
+        else:
+            self.held[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.held[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+
 @dataclass(eq=False, slots=True)
 class ParamStep:
     """One parameter of this step: what this process holds of it, its group and its state."""
@@ -45,8 +70,15 @@ class ParamStep:
     group: Group
     state: State
     is_due: bool = False  # for a new subspace, in this step
+    counter: Tensor | None = None  # that a graph replays; ``state`` then has what the host knows of it
     usable: Tensor | None = None  # of a subspace found in this step: a flag on the device, whether it is finite
     _grad: Tensor | None = None
+
+    def with_numbers(self) -> ParamStep:
+        """As arithmetic sees it: with the counter that a graph replays, if there is one. Takes the gradient along."""
+        if self.counter is None:
+            return self
+        return replace(self, state=WithClock(self.state, self.counter))
 
     @property
     def matrix(self) -> FullMatrix:

@@ -14,6 +14,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from ..numbers import Number, add_
 from .projection import LowRankUpdate
 
 BLOCK = 2**22  # elements of a block: 16 MiB in fp32
@@ -24,7 +25,7 @@ LARGE_TWICE = 2**24  # where each block is made twice
 class WrittenUpdate:
     """An update that writes itself into weights."""
 
-    def add_to_weights_(self, weights: Tensor, alpha: float) -> None:
+    def add_to_weights_(self, weights: Tensor, alpha: Number) -> None:
         """weights += alpha * this."""
         raise NotImplementedError
 
@@ -66,9 +67,9 @@ class BlockedUpdate(WrittenUpdate):
     make: Callable[[Block], Tensor]
     axis: int = 0
 
-    def add_to_weights_(self, weights: Tensor, alpha: float) -> None:
+    def add_to_weights_(self, weights: Tensor, alpha: Number) -> None:
         for block in blocks(self.shape, self.axis):
-            block.of(weights).add_(self.make(block), alpha=alpha)
+            add_(block.of(weights), self.make(block), alpha)
 
 
 @overload

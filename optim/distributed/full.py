@@ -17,9 +17,10 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from ..numbers import Number, add_, is_zero
 from .blocked import Block, BlockedUpdate, WrittenUpdate, block_of, blocks, is_large
 from .process_group import ProcessGroup
-from .projection import LowRankUpdate, ProjectionSide
+from .projection import LowRankUpdate, ProjectionSide, add_product_
 from .shard_range import Runs
 from .workspace import Workspace
 
@@ -131,7 +132,10 @@ class FullShard:
         return Runs.all_of(self.coordinates_shape)
 
     def in_blocks(self, twice: bool = False) -> bool:
-        """Whether what is made of a matrix is made in blocks, or in ones that are made ``twice``."""
+        """Whether what is made of a matrix is made in blocks, or in ones that are made ``twice``. Compiled code makes
+        all at once: it fuses what would be made on the way."""
+        if torch.compiler.is_compiling():
+            return False
         return not self.split and self.parameter.dim() == 2 and is_large(self.parameter.shape, twice)
 
     # ---- what all elements have in common ---------------------------------------------------------------------------
@@ -203,10 +207,10 @@ class FullShard:
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
-    def write(self, update: Update, step_size: float, decay: float | Tensor, decay_first: bool) -> None:
+    def write(self, update: Update, step_size: Number, decay: Number, decay_first: bool) -> None:
         """W <- W - step_size * update, and W <- W - decay * W before or, as in GaLore's code, after it.
 
-        A decay that is a tensor comes first. ``update`` is laid out as ``gather_grad`` gives the gradient. Collective.
+        ``update`` is laid out as ``gather_grad`` gives the gradient. Collective.
         """
         if self.round_block is not None:
             self._write_rounded(update, step_size, decay, decay_first)
@@ -216,7 +220,7 @@ class FullShard:
         self.add_(update, -step_size)
         _decay_(W, decay, decay_first, before=False)
 
-    def _write_rounded(self, update: Update, step_size: float, decay: float | Tensor, decay_first: bool) -> None:
+    def _write_rounded(self, update: Update, step_size: Number, decay: Number, decay_first: bool) -> None:
         """``write`` of weights that are wider for a moment, a block at a time."""
         assert self.round_block is not None
         axis = update.axis if isinstance(update, BlockedUpdate) else 0
@@ -230,19 +234,19 @@ class FullShard:
             self.round_block(W, block)
             del W  # before the next
 
-    def add_(self, update: Update, alpha: float) -> None:
+    def add_(self, update: Update, alpha: Number) -> None:
         """W <- W + alpha * update."""
         self._add_to(self.parameter, update, alpha)
 
-    def _add_to(self, weights: Tensor, update: Update, alpha: float) -> None:
+    def _add_to(self, weights: Tensor, update: Update, alpha: Number) -> None:
         if isinstance(update, LowRankUpdate):
             self._add_product(weights, update, alpha)
         elif isinstance(update, WrittenUpdate):
             update.add_to_weights_(weights, alpha)
         else:
-            weights.add_(update, alpha=alpha)
+            add_(weights, update, alpha)
 
-    def _add_product(self, weights: Tensor, update: LowRankUpdate, alpha: float) -> None:
+    def _add_product(self, weights: Tensor, update: LowRankUpdate, alpha: Number) -> None:
         """weights += alpha * update, rounded to the weights once.
 
         On a CPU ``addmm_`` adds the r products to the weight in several portions and rounds at the weight's size each
@@ -251,24 +255,30 @@ class FullShard:
         """
         left, right = update.left.to(weights.dtype), update.right.to(weights.dtype)
         if weights.device.type != "cpu":
-            weights.addmm_(left, right, alpha=alpha * update.factor)
+            add_product_(weights, left, right, alpha * update.factor)
             return
-        exact = math.frexp(update.factor)[0] == 0.5  # a power of two, such as 0.25: no rounding, so no pass of its own
+        factor = update.factor
+        if isinstance(alpha, Tensor) or isinstance(factor, Tensor) or torch.compiler.is_compiling():
+            add_(weights, left @ right, alpha * factor)
+            return
+        exact = math.frexp(factor)[0] == 0.5  # a power of two, such as 0.25: no rounding, so no pass of its own
         rows = max(1, PRODUCT // max(1, weights.shape[1]))
         for own, lines in zip(torch.split(weights, rows), torch.split(left, rows), strict=True):
             product = torch.mm(lines, right, out=self.workspace.like(own))
             if exact:
-                own.add_(product, alpha=alpha * update.factor)
+                own.add_(product, alpha=alpha * factor)
             else:
-                own.add_(product.mul_(update.factor), alpha=alpha)
+                own.add_(product.mul_(factor), alpha=alpha)
 
 
-def _decay_(weights: Tensor, decay: float | Tensor, decay_first: bool, before: bool) -> None:
-    """What of decay comes ``before`` the update, or after it: a tensor before, for to ask it would stop the device."""
-    if before and (isinstance(decay, Tensor) or (decay and decay_first)):
+def _decay_(weights: Tensor, decay: Number, decay_first: bool, before: bool) -> None:
+    """What of decay comes ``before`` the update, or after it."""
+    if is_zero(decay) or before != decay_first:
+        return
+    if decay_first:
         weights.mul_(1 - decay)
-    if not (before or decay_first or isinstance(decay, Tensor)) and decay:
-        weights.add_(weights, alpha=-decay)
+    else:
+        add_(weights, weights, -decay)
 
 
 class FullMatrix(FullShard):

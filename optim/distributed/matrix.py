@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..numbers import Number, add_
 from .flat import rms_of_parts
 from .full import FullMatrix, PendingSolve, Update
 from .process_group import ProcessGroup
@@ -163,13 +164,13 @@ class MatrixShard(FullMatrix):
             torch.cat([b.view(last - first, width) for b, width in zip(blocks, widths, strict=True)], dim=1)
         )
 
-    def add_(self, update: Update, alpha: float) -> None:
+    def add_(self, update: Update, alpha: Number) -> None:
         if self.side.right and not self.view.cut:
             self._add_to(self.parameter.view(self.block_shape), update, alpha)
         else:
             dense = update.dense() if isinstance(update, LowRankUpdate) else update
             assert isinstance(dense, Tensor), "of a matrix that is worked on in lines"
-            self.parameter.add_(self._flat(dense).to(self.parameter.dtype), alpha=alpha)
+            add_(self.parameter, self._flat(dense).to(self.parameter.dtype), alpha)
 
     def rewrite(self, weights: Tensor) -> None:
         self.parameter.copy_(self._flat(weights))

@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..numbers import Number, scaled
+
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
 
 
@@ -61,9 +63,13 @@ class LowRankUpdate:
 
     left: Tensor
     right: Tensor
-    factor: float = 1.0
+    factor: Number = 1.0
 
     def __rmul__(self, factor: float) -> LowRankUpdate:
+        return self.times(factor)
+
+    def times(self, factor: Number) -> LowRankUpdate:
+        """``factor`` of this; a tensor does not let an operator have it."""
         return LowRankUpdate(self.left, self.right, factor * self.factor)
 
     def to(self, dtype: torch.dtype) -> LowRankUpdate:
@@ -76,7 +82,8 @@ class LowRankUpdate:
     def added_to(self, dense: Tensor, out: Tensor | None = None) -> Tensor:
         """dense + this, in one new tensor or in ``out``, which may be ``dense``."""
         add = torch.addmm if dense.dim() == 2 else torch.baddbmm
-        return add(dense, self.left.to(dense.dtype), self.right.to(dense.dtype), alpha=self.factor, out=out)
+        left, factor = scaled(self.left.to(dense.dtype), self.factor)
+        return add(dense, left, self.right.to(dense.dtype), alpha=factor, out=out)
 
     def product(self) -> Tensor:
         """This without its factor."""
@@ -86,7 +93,8 @@ class LowRankUpdate:
         return torch.matmul(self.left, self.right, out=out).mul_(self.factor)
 
 
-def add_product_(dense: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
+def add_product_(dense: Tensor, left: Tensor, right: Tensor, factor: Number) -> Tensor:
     """dense += factor * left right, of matrices or of stacks of them."""
     add = dense.addmm_ if dense.dim() == 2 else dense.baddbmm_
+    left, factor = scaled(left, factor)
     return add(left, right, alpha=factor)

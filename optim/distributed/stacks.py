@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..numbers import Number, add_each_, is_zero
 from .blocked import WrittenUpdate
 from .full import FullMatrix, FullShard, PendingSolve, Update, has_subspace
 from .projection import LowRankUpdate, ProjectionSide
@@ -152,38 +153,45 @@ class StackedMatrix(FullMatrix):
     def gather_weights(self, keep: bool = False) -> Tensor:
         weights, self._weights = self._weights, None
         if weights is None:
-            weights, _ = stacked(self.weights)
+            own = self.in_one_piece
+            weights = own[0] if own[0].dim() > len(self.shape) else torch.stack(list(own))
         if keep:
             self._weights = weights
         return weights
 
     def rewrite(self, weights: Tensor) -> None:
-        own = self._in_one_piece
+        own = self.in_one_piece
         torch._foreach_copy_(own, [weights] if len(own) == 1 else list(weights))
 
-    def write(self, update: Update, step_size: float, decay: float | Tensor, decay_first: bool) -> None:
-        weights = self._in_one_piece
-        if isinstance(decay, Tensor):  # comes first, one for each
-            factors = (1 - decay).view(-1)
-            one = len(weights) == 1
-            torch._foreach_mul_(weights, [factors.view(-1, *[1] * len(self.shape))] if one else list(factors))
-        elif decay and decay_first:
-            torch._foreach_mul_(weights, 1 - decay)
+    def write(self, update: Update, step_size: Number, decay: Number, decay_first: bool) -> None:
+        decays = not is_zero(decay)
+        if decays and decay_first:
+            self._scale(1 - decay)
         self.add_(update, -step_size)
-        if not isinstance(decay, Tensor) and decay and not decay_first:
-            torch._foreach_mul_(weights, 1 - decay)
+        if decays and not decay_first:
+            self._scale(1 - decay)
 
-    def add_(self, update: Update, alpha: float) -> None:
+    def _scale(self, factor: Number) -> None:
+        """W <- factor * W. Of several, the factors of each (B x 1 x 1)."""
+        weights = self.in_one_piece
+        if not isinstance(factor, Tensor) or factor.dim() == 0:
+            torch._foreach_mul_(weights, factor)
+        elif len(weights) == 1:
+            weights[0].mul_(factor.view(-1, *[1] * len(self.shape)))
+        else:
+            torch._foreach_mul_(weights, list(factor.view(-1)))
+
+    def add_(self, update: Update, alpha: Number) -> None:
         assert not isinstance(update, WrittenUpdate), "of a matrix that has a subspace"
-        weights = self._in_one_piece
+        weights = self.in_one_piece
         if isinstance(update, LowRankUpdate):
             dense, alpha = update.product().to(self.parameter.dtype), alpha * update.factor
         else:
             dense = update
-        torch._foreach_add_(weights, [dense] if len(weights) == 1 else list(dense), alpha=alpha)
+        add_each_(weights, [dense] if len(weights) == 1 else list(dense), alpha)
 
     @cached_property
-    def _in_one_piece(self) -> list[Tensor]:
+    def in_one_piece(self) -> list[Tensor]:
         """The weights: one tensor where they lie in one, else each."""
         return [stacked(self.weights)[0]] if _lie_in_one(self.weights) else self.weights
 
@@ -211,7 +219,7 @@ class StackedVectors(StackedMatrix):
     def state(self, states: Sequence[State], only_read: Collection[str] = ()) -> StackedState:
         return StackedState(states, only_read, of_vectors=True)
 
-    def add_(self, update: Update, alpha: float) -> None:
+    def add_(self, update: Update, alpha: Number) -> None:
         super().add_(update.squeeze(1) if isinstance(update, Tensor) else update, alpha)
 
 

@@ -11,13 +11,16 @@ class Workspace:
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
-        self._numbers: dict[tuple[float, torch.device], Tensor] = {}
+        self._numbers: dict[tuple[float, torch.device, torch.dtype, str], Tensor] = {}
 
-    def number(self, value: float, device: torch.device) -> Tensor:
-        """An fp32 scalar on the device, made once a step. Not to be written to."""
-        if (value, device) not in self._numbers:
-            self._numbers[value, device] = torch.full((), value, dtype=torch.float32, device=device)
-        return self._numbers[value, device]
+    def number(
+        self, value: float, device: torch.device, dtype: torch.dtype = torch.float32, what: str = "step"
+    ) -> Tensor:
+        """A scalar on the device, made once a step for each ``what``. Not to be written to."""
+        key = value, device, dtype, what
+        if key not in self._numbers:
+            self._numbers[key] = torch.full((), value, dtype=dtype, device=device)
+        return self._numbers[key]
 
     def clear(self) -> None:
         """Give the memory back, before a method that needs as much for something else."""

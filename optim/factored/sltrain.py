@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch.optim.optimizer import ParamsT
 
+from ..core.rules_8bit import of_codes
 from ..state.blockwise_8bit import IN_8_BITS, require_bitsandbytes
 from .optimizer import FactoredOptimizer
 
@@ -99,6 +100,7 @@ class SLTrainAdamW8bit(SLTrain):
     """
 
     moment_codec = IN_8_BITS
+    rule_of_codes = of_codes(SLTrain.rule)
 
     def __init__(
         self,

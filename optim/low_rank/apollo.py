@@ -104,6 +104,7 @@ class APOLLOAdamW(LowRankOptimizer):
         "seed": _seed,
     }
 
+    captures = True
     stack_copies = 1
     only_read = ("basis", "seed")
     published = Published("apollo-torch", renamed={"update_norm": "scaled_grad"}, derived=("seed",))
@@ -137,6 +138,11 @@ class APOLLOAdamW(LowRankOptimizer):
         if group["rank"] == 1 and group["scale_type"] == "channel":
             advice = "rank=1 with scale_type='channel' is known to train badly; APOLLO-Mini is scale_type='tensor'"
             warnings.warn(advice, stacklevel=4)
+
+    def why_not_captured(self, group: Group) -> str | None:
+        if group["rank"] is not None and group["proj"] == "random":
+            return 'a random projection is drawn anew in every step; with proj="svd" it can be True'
+        return super().why_not_captured(group)
 
     def basis_specs(self, shard: FullMatrix, group: Group) -> list[StateSpec]:
         norm = StateSpec("update_norm", (), wide_dtype(shard))
@@ -178,7 +184,7 @@ class APOLLOAdamW(LowRankOptimizer):
         # |R_j| = 0 where |N_j| is not: a factor that fp16 cannot hold
         s = s.clamp(max=torch.finfo(G.dtype).max).to(G.dtype)
         if not group["scale_front"]:
-            correction *= math.sqrt(group["scale"])
+            correction = correction * math.sqrt(group["scale"])
         if shard.in_blocks(twice=not group["disable_nl"]):
             return self._in_blocks(G, s, shard, group, state), correction
         Z = torch.mul(G, s, out=shard.spare(G))

@@ -41,6 +41,7 @@ from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, flag, is_whole, one_of, require
 from ..core.batches import Direction
+from ..core.capture import NEVER
 from ..core.clock import steps_of
 from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
@@ -108,6 +109,7 @@ class DCTAdamW(LowRankOptimizer):
     """
 
     rule = TORCH_ADAM
+    captures = True
     stack_copies = 2
     only_read = ()
     checks: ClassVar[Mapping[str, Check]] = {
@@ -149,17 +151,26 @@ class DCTAdamW(LowRankOptimizer):
         if has_subspace(shard):
             torch.arange(shard.side.rank, out=state["indices"], device=state["indices"].device)
 
+    def why_not_captured(self, group: Group) -> str | None:
+        if group["rank"] is not None and group["update_proj_gap"] > 1:
+            return "in some steps it chooses columns, in others not; with update_proj_gap=1 it can be True"
+        return super().why_not_captured(group)
+
     def waits_for_gradient(self, group: Group) -> bool:
         return bool(group["update_proj_gap"] > 1)  # with 1 the next step chooses anyhow
 
-    def is_due(self, group: Group, state: State) -> bool:
-        return False
+    def due_in(self, group: Group, state: State) -> int:
+        return NEVER
 
     def batch_kind(self, item: ParamStep) -> object:
         return self.waited_for_gradient(item.shard)
 
     def find(self, work: list[ParamStep]) -> None:
-        """Nothing: columns are chosen in ``low_rank_direction``, for the gradient and the error together."""
+        """The cosines alone, which no graph makes; columns are chosen in ``low_rank_direction``, for the gradient and
+        the error together."""
+        for item in work:
+            if has_subspace(item.shard):
+                cosine_basis(item.shard.side.basis_shape[0], item.shard.device)
 
     def columns(self, shard: FullMatrix, group: Group, state: State) -> Tensor:
         Q = cosine_basis(shard.side.basis_shape[0], shard.device)
@@ -168,8 +179,7 @@ class DCTAdamW(LowRankOptimizer):
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         A = self._with_error(G, shard, group, state)
-        t, gap = steps_of(state), group["update_proj_gap"]
-        if t == 1 or t % gap == 0 or (gap > 1 and self.waited_for_gradient(shard)):
+        if group["update_proj_gap"] == 1 or self._is_chosen_now(shard, group, steps_of(state)):
             with self.phase(FIND):
                 self._choose_columns(A, shard, group, state)
         P = self.basis(shard, group, state)
@@ -177,6 +187,9 @@ class DCTAdamW(LowRankOptimizer):
         self._keep_error(A, R, P, shard, group, state)
         N, correction = yield R, state
         return P.lift(N), correction
+
+    def _is_chosen_now(self, shard: FullMatrix, group: Group, t: int) -> bool:
+        return t == 1 or t % group["update_proj_gap"] == 0 or self.waited_for_gradient(shard)
 
     def _choose_columns(self, A: Tensor | PackedInBlocks, shard: FullMatrix, group: Group, state: State) -> None:
         side = shard.side

@@ -34,6 +34,7 @@ from ...validation import Check, flag, number, one_of
 from ..core.batches import Direction
 from ..core.types import Group, State
 from ..distributed import Block, BlockedUpdate, FullMatrix, LowRankUpdate, block_of
+from ..numbers import Number
 from ..state.spec import StateSpec, wide_dtype
 from .growth_limiter import limit_growth_, limited_in_blocks
 from .optimizer import LowRankOptimizer
@@ -79,6 +80,7 @@ class FiraAdamW(LowRankOptimizer):
         "limit_after_bias_correction": flag(),
     }
 
+    captures = True
     stack_copies = 1
     renamed: ClassVar[Mapping[str, str]] = {"alpha": "scale"}  # of their groups
     published = Published("fira", scale="alpha", renamed={"residual_norm": "scaling_grad"})
@@ -116,7 +118,7 @@ class FiraAdamW(LowRankOptimizer):
         f = P.line_norms(N) / (P.line_norms(R) + 1e-8)
         subtracted = group["scale"] if group["residual"] == "reference" else 1.0
         if shard.in_blocks(twice=True):
-            factor = correction if group["limit_after_bias_correction"] else 1.0
+            factor: Number = correction if group["limit_after_bias_correction"] else 1.0
             missed = _missed_in_blocks(G, -subtracted * P.lift(R), f)
             S_of = limited_in_blocks(missed, shard, state["residual_norm"], group["growth"], factor)
             lifted = group["scale"] * P.lift(N)

@@ -36,6 +36,10 @@ class FirstGradients:
         """Whether a matrix has moved without a gradient."""
         return not self._seen.get(position, True)
 
+    def seen(self, position: int) -> bool:
+        """Whether a matrix is known to have moved by a gradient."""
+        return self._seen.get(position, False)
+
     def recall(self, work: Sequence[ParamStep]) -> None:
         """Ask the moments of matrices that have moved and of which nothing is known. Collective, after loading."""
         unknown = [item for item in work if item.shard.position not in self._seen and steps_of(item.state) > 0]

@@ -26,7 +26,6 @@ a non-finite gradient keeps the old P.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -35,11 +34,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..core.batches import Direction
-from ..core.clock import steps_of
 from ..core.keywords import ACCEPTED, OF_Q_GALORE, Accepted
 from ..core.rules import ADAFACTOR, LION
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullMatrix, FullShard, has_subspace
+from ..numbers import Number, count_of, decay_of, least_of, root_of
 from .optimizer import LowRankOptimizer
 from .published import Published
 
@@ -49,6 +48,7 @@ class GaLore(LowRankOptimizer):
 
     accepted: ClassVar[Mapping[str, Accepted]] = {**ACCEPTED, **OF_Q_GALORE}
 
+    captures = True
     moves_together = True
     stack_copies = 1
     few_kernels = True
@@ -82,8 +82,9 @@ class GaLoreAdamW(GaLore):
             parts are gathered when P is used; False stores all of P on each. None: True from 8 processes on.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
         torch_keywords: ``maximize``, as for ``torch.optim.AdamW``; ``stochastic_rounding`` of bf16 weights and moments,
-            by noise of ``rounding_seed``; and what ``torch.optim`` and the authors' classes take beside these, at the
-            values that change nothing (``foreach=None``, ``correct_bias=True``); others are refused with the reason.
+            by noise of ``rounding_seed``; ``capturable``, for steps in a CUDA graph; and what ``torch.optim`` and the
+            authors' classes take beside these, at the values that change nothing (``foreach=None``,
+            ``correct_bias=True``); others are refused with the reason.
 
     State of an m x n matrix: ``(r * short + 2 * r * long)`` elements and a counter, against AdamW's ``2 * m * n``.
     ``short`` and ``long`` are the smaller and the larger of m and n with ``proj_type="std"``; in general, the side that
@@ -263,16 +264,16 @@ class GaLoreAdafactor(GaLore):
         N.mul_(lr)
         if group["beta1"] is not None:  # averages whole steps, their learning rates too
             N = state["exp_avg"].mul_(group["beta1"]).add_(N, alpha=1 - group["beta1"])
-        decay = lr * group["weight_decay"] if group["weight_decay"] else 0.0
+        decay = decay_of({**group, "lr": lr})
         update = group["scale"] * P.lift(N) if P else N
         del N  # which may be wider
         shard.write(update, 1.0, decay, self.rule.decay_first)
 
-    def _learning_rate(self, shard: FullShard, group: Group, state: State) -> float | Tensor:
-        t = steps_of(state)
-        lr: float | Tensor = group["lr"]
+    def _learning_rate(self, shard: FullShard, group: Group, state: State) -> Number:
+        lr: Number = group["lr"]
         if group["relative_step"]:
-            lr = min(1e-6 * t if group["warmup_init"] else 1e-2, 1 / math.sqrt(t))
+            t = count_of(state, group)
+            lr = least_of(1 / root_of(t), 1e-6 * t if group["warmup_init"] else 1e-2)
         if not group["scale_parameter"]:
             return lr
         return shard.weight_rms().clamp_(min=group["eps"][1]) * lr

@@ -48,6 +48,7 @@ from ..distributed import (
     blocks,
     has_subspace,
 )
+from ..numbers import Number
 from ..state.spec import INDICES, MOMENTS, Placement, StateSpec, moment_dtype
 from .galore import GaLore
 from .singular import (
@@ -180,6 +181,11 @@ class GaLorePlusAdamW(GaLore):
             return PendingRange(part, side, previous, seed, width, times)
         return randomized_range(part, side, previous, seed, width, times, shard.all_reduce_)
 
+    def why_not_captured(self, group: Group) -> str | None:
+        if group["rank"] is not None and group["residual_fraction"] > 0:
+            return "its residual has a warm-up, which the host counts; with residual_fraction=0 it can be True"
+        return super().why_not_captured(group)
+
     # ---- the sparse residual ------------------------------------------------------------------------------------
 
     def basis_specs(self, shard: FullMatrix, group: Group) -> list[StateSpec]:
@@ -202,7 +208,10 @@ class GaLorePlusAdamW(GaLore):
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         if group["residual_fraction"] == 0:
-            return (yield from super().low_rank_direction(G, shard, group, state))
+            return super().low_rank_direction(G, shard, group, state)
+        return self._with_residual(G, shard, group, state)
+
+    def _with_residual(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         P = self.basis(shard, group, state)
         R = P.project(G)
         N, correction = yield R, state
@@ -228,7 +237,7 @@ class GaLorePlusAdamW(GaLore):
 
     def _residual(
         self, missed: Sequence[Missed], shard: FullMatrix, group: Group, state: State
-    ) -> tuple[Tensor, float] | None:
+    ) -> tuple[Tensor, Number] | None:
         """N_E (lines x q) and its bias correction, or None during the warm-up."""
         support, scores = state["residual_places"], state["residual_exp_avg"]
         age = steps_of(state) - group["residual_warmup"]

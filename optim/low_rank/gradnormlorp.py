@@ -33,6 +33,7 @@ from ..core.batches import ask
 from ..core.rules import MOMENTS
 from ..core.types import Group, State
 from ..distributed import Block, FullMatrix, FullShard, LowRankUpdate, block_of, blocks, has_subspace
+from ..numbers import add_, decay_of, is_zero
 from ..state.spec import Placement, StateSpec, wide_dtype
 from .basis import Basis
 from .optimizer import LowRankOptimizer
@@ -71,6 +72,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         (torch.Size([32, 1]), True)
     """
 
+    captures = True
     finds_together = False  # the gradient of directions is a matrix of its own
     stack_copies = 2  # of the weights, and of the gradient, which becomes that of directions
 
@@ -124,14 +126,13 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         N, correction = ask(self.rule, R, state, group, shard)
         moments = {"step": state["step"]} | {key: state[f"length_{key}"] for key in MOMENTS}
         N_g, _ = ask(self.rule, dg, moments, group, shard)
-        if group["lr"] == 0:
+        if is_zero(group["lr"]):
             return  # put together again, W would differ by a rounding
         s = group["lr"] * correction
-        moved = -s * group["scale"] * P.lift(N)
+        moved = P.lift(N).times(-s * group["scale"])
         del R, N
         g = lengths.g  # becomes the new one
-        g.sub_(torch.where(lengths.directed, N_g, lengths.zero), alpha=s)
-        g.mul_(1 - group["lr"] * group["weight_decay"])
+        add_(g, torch.where(lengths.directed, N_g, lengths.zero), -s).mul_(1 - decay_of(group))
         if not shard.in_blocks():
             shard.rewrite(_rotated(W, moved, lengths, shard))
             return
@@ -150,7 +151,11 @@ class Lengths(NamedTuple):
 
     @classmethod
     def of(cls, shard: FullMatrix, state: State) -> Lengths:
-        g, zero = state["length"], shard.workspace.number(0.0, shard.device)
+        g = state["length"]
+        if torch.compiler.is_compiling():  # which a workspace's numbers would be compiled again for
+            zero = g.new_zeros(())
+        else:
+            zero = shard.workspace.number(0.0, shard.device)
         directed = g.abs() > SHORTEST
         return cls(g, torch.where(directed, 1 / g, zero), directed, zero)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import Block, FullMatrix, squares_in_blocks
+from ..numbers import Number
 
 TINY = 1e-12  # a norm below this is no norm to grow from
 
@@ -33,7 +34,7 @@ def excess_of(norm: Tensor, previous_norm: Tensor, growth: float) -> Tensor:
 
 
 def limited_in_blocks(
-    make: Callable[[Block], Tensor], shard: FullMatrix, previous_norm: Tensor, growth: float, factor: float = 1.0
+    make: Callable[[Block], Tensor], shard: FullMatrix, previous_norm: Tensor, growth: float, factor: Number = 1.0
 ) -> Callable[[Block], Tensor]:
     """``limit_growth_`` of a residual that is made in blocks: once for its norm, of which ``factor`` is compared, and
     again by what this gives."""

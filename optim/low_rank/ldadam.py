@@ -36,6 +36,7 @@ from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, flag, number
 from ..core.batches import Direction
+from ..core.capture import NEVER
 from ..core.clock import steps_of
 from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
@@ -108,8 +109,8 @@ class LDAdamW(LowRankOptimizer):
     def waits_for_gradient(self, group: Group) -> bool:
         return False
 
-    def is_due(self, group: Group, state: State) -> bool:
-        return False  # the subspace moves in ``low_rank_direction``, for the gradient and the error together
+    def due_in(self, group: Group, state: State) -> int:
+        return NEVER  # the subspace moves in ``low_rank_direction``, for the gradient and the error together
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         previous = self.columns(shard, group, state).clone()
@@ -157,14 +158,15 @@ def _next_columns(A: Tensor, P: Tensor, shard: FullMatrix, group: Group, state: 
 def _carry(E: Tensor | None, previous: Tensor, P: Tensor, shard: FullMatrix, group: Group, state: State) -> None:
     """M and V (r x long) rotated into the new subspace; what M loses goes to E (short x long)."""
     C = P.mT @ previous
+    t = steps_of(state) - 1
     held = _wide(state["exp_avg"], shard), _wide(state["exp_avg_sq"], shard)
     if not shard.in_blocks():
         M, V = held
-        _carry_lines(E, M, V, C, previous, P, group, steps_of(state) - 1)
+        _carry_lines(E, M, V, C, previous, P, group, t)
         return
     for block in blocks((shard.side.line_length, shard.side.lines), axis=1):
         M, V = map(block.of, held)
-        _carry_lines(None if E is None else block.of(E), M, V, C, previous, P, group, steps_of(state) - 1)
+        _carry_lines(None if E is None else block.of(E), M, V, C, previous, P, group, t)
 
 
 def _carry_lines(

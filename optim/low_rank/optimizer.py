@@ -23,7 +23,8 @@ from torch.optim.optimizer import ParamsT
 
 from ...validation import Check, finite, one_of, require, whole
 from ..core.batches import Direction, is_born_small, is_stacked_at, launches_cost
-from ..core.clock import every, steps_of
+from ..core.capture import NEVER
+from ..core.clock import steps_of
 from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.types import Group, ParamStep, State
 from ..distributed import (
@@ -132,7 +133,11 @@ class LowRankOptimizer(ShardedOptimizer):
 
     def is_due(self, group: Group, state: State) -> bool:
         """Whether a matrix needs a new basis before it moves: at its steps 0, T, 2T, ..."""
-        return every(group["update_proj_gap"], steps_of(state))
+        return self.due_in(group, state) == 0
+
+    def due_in(self, group: Group, state: State) -> int:
+        """How many steps a matrix takes before it needs a new basis."""
+        return -steps_of(state) % int(group["update_proj_gap"])
 
     def waits_for_gradient(self, group: Group) -> bool:
         """Whether a subspace comes from the gradient: a matrix that had none yet, or none that is finite, stays due."""
@@ -290,6 +295,13 @@ class LowRankOptimizer(ShardedOptimizer):
         waits = self.waits_for_gradient(item.group) and self.waited_for_gradient(item.shard)
         return waits or self.is_due(item.group, item.state)
 
+    def ordinary_steps(self, item: ParamStep) -> int:
+        if not has_subspace(item.shard):
+            return NEVER
+        if self.waits_for_gradient(item.group) and not self._first_gradients.seen(item.shard.position):
+            return 0
+        return self.due_in(item.group, item.state)
+
     def find(self, work: list[ParamStep]) -> None:
         due = [item for item in work if item.is_due]
         if due:
@@ -370,5 +382,5 @@ class LowRankOptimizer(ShardedOptimizer):
         if not torch.stack([flag.to(flags[0].device) for flag in flags]).all():  # one host read for all matrices
             self._warned_non_finite = True
             warnings.warn(
-                "a gradient was constant or not finite at a refresh; its matrix keeps its old subspace", stacklevel=6
+                "a gradient was constant or not finite at a refresh; its matrix keeps its old subspace", stacklevel=9
             )

@@ -38,6 +38,7 @@ from ...validation import Check, flag, is_whole, number, require, whole
 from ..core.clock import steps_of
 from ..core.keywords import ACCEPTED, OF_8_BITS, Accepted
 from ..core.rules import TORCH_ADAM
+from ..core.rules_8bit import of_codes
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullMatrix, FullShard, has_subspace
 from ..state.blockwise_8bit import BLOCK, IN_8_BITS, require_bitsandbytes, scales_key
@@ -97,7 +98,9 @@ class GaLoreAdamW8bit(GaLore):
     """
 
     rule = replace(TORCH_ADAM, decay_first=False)
+    rule_of_codes = of_codes(rule)
     moment_codec = IN_8_BITS
+    captures = True
     few_kernels = False
     only_read = PACKED
     published = Published("galore-torch", scratch=("unorm_vec",))
@@ -203,10 +206,10 @@ class GaLoreAdamW8bit(GaLore):
 
     # ---- the lazy clock -----------------------------------------------------------------------------------------
 
-    def is_due(self, group: Group, state: State) -> bool:
+    def due_in(self, group: Group, state: State) -> int:
         if group["cos_threshold"] is None:
-            return super().is_due(group, state)
-        return bool(steps_of(state) >= state["next_refresh"].item())
+            return super().due_in(group, state)
+        return max(0, int(state["next_refresh"].item()) - steps_of(state))
 
     def after_refresh(self, work: list[ParamStep]) -> None:
         lazy = [item for item in work if item.group["cos_threshold"] is not None]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..distributed import FullShard, WrittenUpdate
+from ..numbers import Number, scaled
 
 WORTH_A_RUN = 16  # places side by side
 
@@ -41,7 +42,8 @@ class Places:
         else:
             flat.view(-1, self.run).index_copy_(0, self.runs.long(), values.view(-1, self.run))
 
-    def add_(self, flat: Tensor, values: Tensor, alpha: float) -> None:
+    def add_(self, flat: Tensor, values: Tensor, alpha: Number) -> None:
+        values, alpha = scaled(values, alpha)
         if len(self.indices) == self.count:
             flat.add_(values, alpha=alpha)
         elif self.runs is None:
@@ -59,5 +61,5 @@ class PlacedUpdate(WrittenUpdate):
     places: Places
     values: Tensor
 
-    def add_to_weights_(self, weights: Tensor, alpha: float) -> None:
+    def add_to_weights_(self, weights: Tensor, alpha: Number) -> None:
         self.places.add_(weights.view(-1), self.values, alpha)

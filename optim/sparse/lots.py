@@ -16,6 +16,7 @@ from ..core.optimizer import ShardedOptimizer
 from ..core.rules import MOMENTS
 from ..core.types import Group, ParamStep, State
 from ..distributed import blocked, is_large
+from ..numbers import add_each_
 from ..state.spec import PLAIN
 from .frozen_zeros import keep_only_
 
@@ -144,7 +145,7 @@ def move_by_rule_(lot: Lot, optimizer: ShardedOptimizer, gradients: Sequence[Ten
         return
     assert rule.together is not None
     N, correction = rule.together(gradients, states, group, clock)
-    torch._foreach_add_(weights, N, alpha=-group["lr"] * correction)
+    add_each_(weights, N, -group["lr"] * correction)
 
 
 def _is_flat(item: ParamStep) -> bool:

@@ -52,6 +52,7 @@ from ..distributed import (
     is_large,
     spans,
 )
+from ..numbers import add_, decay_of, is_zero
 from ..state.spec import INDICES, Coordinates, Placement, StateSpec, moment_dtype
 from .alike_masks import Wanted, is_whole
 from .alike_structures import changed_together
@@ -228,8 +229,8 @@ class SparseOptimizer(ShardedOptimizer):
         if "momentum" in state:
             for span in spans(G.numel(), blocked.BLOCK):
                 _follow(state["momentum"][span], G.reshape(-1)[span], group)
-        W, decay = shard.parameter.view(-1), group["lr"] * group["weight_decay"]
-        if decay and shard.round_block is None:
+        W, decay = shard.parameter.view(-1), decay_of(group)
+        if not is_zero(decay) and shard.round_block is None:
             W.mul_(1 - decay)
         for span in spans(len(state["indices"]), Places(shard, group, state["indices"]).unit(blocked.BLOCK)):
             M = Places(shard, group, state["indices"][span])
@@ -239,15 +240,15 @@ class SparseOptimizer(ShardedOptimizer):
     def _move_some(self, M: Places, R: Tensor, W: Tensor, shard: FullShard, group: Group, state: State) -> None:
         """Some weights of a large mask; W is flat."""
         if group["grown_step"] == "own":
-            N, correction = aged_adam(R, state, group), 1.0
+            N, step = aged_adam(R, state, group), -group["lr"]
         else:
             N, correction = ask(self.rule, R, state, group, shard)
-        step = -group["lr"] * correction
+            step = -group["lr"] * correction
         if shard.round_places is None:
             M.add_(W, N, step)
             return
         narrow = M.of(W)
-        wide = narrow.float().mul_(1 - group["lr"] * group["weight_decay"]).add_(N, alpha=step)
+        wide = add_(narrow.float().mul_(1 - decay_of(group)), N, step)
         shard.round_places(narrow, wide, M.indices)
         M.put_(W, narrow)
 

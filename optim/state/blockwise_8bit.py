@@ -94,7 +94,8 @@ def _code(signed: bool, device: torch.device) -> Tensor:
     return code
 
 
-def _code_of(key: str, device: torch.device) -> Tensor:
+def code_of(key: str, device: torch.device) -> Tensor:
+    """What the codes of a moment stand for."""
     return _code(not key.endswith("_sq"), device)  # second moments have no sign to keep
 
 
@@ -176,7 +177,7 @@ def of_bitsandbytes(spec: StateSpec, number: str, theirs: MutableMapping[str, An
         return {spec.name: codes}
     if not isinstance(scales, Tensor) or len(scales) != -(-size // BLOCK):
         raise ValueError(f"absmax{number} must hold a scale for each block of {BLOCK} of {size} elements")
-    if not isinstance(values, Tensor) or not torch.equal(values.cpu(), _code_of(spec.name, torch.device("cpu"))):
+    if not isinstance(values, Tensor) or not torch.equal(values.cpu(), code_of(spec.name, torch.device("cpu"))):
         raise ValueError(f"qmap{number} must be the dynamic map of bitsandbytes; its codes stand for other numbers")
     return {spec.name: codes, scales_key(spec.name): scales}
 
@@ -193,7 +194,7 @@ def dequantize(state: Mapping[str, Tensor], key: str, shard: FullShard | None = 
         return codes.float()
     blocks = Blocks(shard, codes.device) if shard is not None and shard.split else None
     padded = codes if blocks is None else blocks.padded(codes)
-    code = _code_of(key, codes.device)
+    code = code_of(key, codes.device)
     values: Tensor = dequantize_blockwise(padded, absmax=absmax.view(-1), code=code, blocksize=BLOCK)
     return values if blocks is None else blocks.cut_from(values, codes)
 
@@ -208,6 +209,6 @@ def quantize_(values: Tensor, state: State, key: str, shard: FullShard) -> None:
         blocks.fill_(values)
     if not values.numel():
         return
-    codes, scales = quantize_blockwise(values, code=_code_of(key, values.device), blocksize=BLOCK)
+    codes, scales = quantize_blockwise(values, code=code_of(key, values.device), blocksize=BLOCK)
     state[key].copy_(codes if blocks is None else blocks.cut_from(codes, state[key]))
     state[scales_key(key)].copy_(scales.absmax.view_as(state[scales_key(key)]))

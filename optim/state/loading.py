@@ -8,6 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+# Keys of a group that stay what they are when another is loaded.
+OWN_KEYS = ("group_number", "capturable")
+
 
 class FaithfulLoading(torch.optim.Optimizer):
     """An optimizer whose ``load_state_dict`` keeps dtypes, copies, and checks before it changes anything.
@@ -71,7 +74,7 @@ class FaithfulLoading(torch.optim.Optimizer):
             for number, (p, group) in enumerate(owners):
                 if saved["state"].get(number):
                     saved["state"][number] = self.saved_state(p, group, saved["state"][number])
-            saved["param_groups"] = [_without_dtypes(group) for group in saved["param_groups"]]
+            saved["param_groups"] = [_to_save(group) for group in saved["param_groups"]]
 
         hook = self.register_state_dict_post_hook(convert, prepend=True)  # runs before the user's own
         try:
@@ -97,7 +100,8 @@ class FaithfulLoading(torch.optim.Optimizer):
             # A key that was not saved keeps its present value: another optimizer's groups must not lose the rank.
             groups = [
                 {key: own[key] for key in self.defaults}
-                | {**self.later_keys, **self.with_own_names(_with_dtypes(other)), "group_number": own["group_number"]}
+                | {**self.later_keys, **self.with_own_names(_with_dtypes(other))}
+                | {key: own[key] for key in OWN_KEYS}
                 for own, other in zip(self.param_groups, saved["param_groups"], strict=True)
             ]
             saved_state.update(self._checked_state(by_position(saved), groups))
@@ -179,13 +183,15 @@ def tensors_of(state: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _without_dtypes(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved group with the names of dtypes: torch.distributed.checkpoint knows numbers and texts."""
-    return {key: str(value) if isinstance(value, torch.dtype) else value for key, value in group.items()}
+def _to_save(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group with the names of dtypes: torch.distributed.checkpoint knows numbers and texts. How this run takes
+    its steps says nothing to another."""
+    kept = {key: value for key, value in group.items() if key != "capturable"}
+    return {key: str(value) if isinstance(value, torch.dtype) else value for key, value in kept.items()}
 
 
 def _with_dtypes(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of ``_without_dtypes``."""
+    """A saved group with dtypes where names of them were saved."""
     name = group.get("state_dtype")
     if not isinstance(name, str):
         return dict(group)

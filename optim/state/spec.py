@@ -203,9 +203,9 @@ class Coordinates:
         return StateSpec(name, shape, dtype, Placement.LINES, self.axis - (dim < self.axis))
 
 
-def step_spec() -> StateSpec:
-    """How often a parameter has moved: every parameter has it."""
-    return StateSpec("step", (), torch.float32, on_host=True)
+def step_spec(group: Mapping[str, Any]) -> StateSpec:
+    """How often a parameter has moved: every parameter has it. On the device where a graph counts it."""
+    return StateSpec("step", (), torch.float32, on_host=not group.get("capturable", False))
 
 
 def basis_spec(shard: FullMatrix, dtype: torch.dtype | None = None, name: str = "basis") -> StateSpec:

@@ -24,6 +24,7 @@ THOROUGH = {
     "DCTAdamW": (400, 1900, 1),
     "LDAdamW": (2500, 2500, 1),
     "SLTrainAdamW": (100, 100, 1),
+    "SLTrainAdamW8bit": (800, 800, 1),
     "ReLoRAAdamW": (100, 1600, 600),
     "SSTAdamW": (400, 7200, 2000),
     "SETAdamW": (470, 2400, 1),

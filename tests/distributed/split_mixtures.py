@@ -37,16 +37,15 @@ def loop(model, optimizer, batch):
     return {name: p.detach().clone() for name, p in whole.items()}
 
 
-def under_fsdp(kind):
-    model, mesh = build_mixture(kind), init_device_mesh("cpu", (dist.get_world_size(),))
+def under_fsdp(model, optimizer_for):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return loop(model, optimizer_for(model), share)
 
 
-def under_zero(kind, stage):
-    model = build_mixture(kind)
+def under_zero(model, optimizer_for, stage):
     config = {
         "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
         "gradient_clipping": 0.0,
@@ -65,15 +64,18 @@ def under_zero(kind, stage):
     return found
 
 
+def distance(build, optimizer_for, layout):
+    """The largest distance of a parameter from that of one process, over its movement."""
+    split, model = build(), build()
+    under = under_fsdp(split, optimizer_for) if layout == "fsdp2" else under_zero(split, optimizer_for, int(layout[-1]))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    alone = loop(model, optimizer_for(model), tokens)
+    moved = {name: (p - before[name]).norm() for name, p in alone.items()}
+    gaps = {name: (under[name] - p).norm() for name, p in alone.items()}
+    return max(float(gap / moved[name] if moved[name] else gap) for name, gap in gaps.items())
+
+
 def measure(cells):
-    """Of each (mixture, layout) the largest distance of a parameter from that of one process, over its movement."""
+    """Of each (mixture, layout) its distance."""
     start()
-    told = []
-    for kind, layout in cells:
-        split = under_fsdp(kind) if layout == "fsdp2" else under_zero(kind, int(layout[-1]))
-        model = build_mixture(kind)
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        alone = loop(model, optimizer_for(model), tokens)
-        gaps = {name: (split[name] - p).norm() / (p - before[name]).norm() for name, p in alone.items()}
-        told.append(max(float(gap) for gap in gaps.values()))
-    return told
+    return [distance(lambda: build_mixture(kind), optimizer_for, layout) for kind, layout in cells]  # noqa: B023

@@ -18,7 +18,9 @@ MODULES = {
     "gracile.models.convert": ("convert", "merge"),
     "gracile.models.layers": (),
     "gracile.models.sparse_export": ("sparsify", "save", "load", "Exported"),
+    "gracile.spectra": (),
     "gracile.train.watch": ("MemoryWatch", "MemoryCallback"),
+    "gracile.train.spectra_callback": ("SpectraCallback",),
 }
 
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS

@@ -17,7 +17,7 @@ RAISING = {
     name: thing for name, thing in CLASSES.items() if not issubclass(thing, tuple)
 }  # a named tuple refuses nothing
 ENTRY = re.compile(
-    r"^    (?P<names>[a-z_]\w*(?:,\s+[a-z_]\w*)*):\s+(?P<text>.*?)(?=^    \w|\Z)", re.MULTILINE | re.DOTALL
+    r"^    (?P<names>[A-Za-z_]\w*(?:,\s+[A-Za-z_]\w*)*):\s+(?P<text>.*?)(?=^    \w|\Z)", re.MULTILINE | re.DOTALL
 )
 REFERENCE = re.compile(r"as for\s+``([\w.]+)``\.?")
 

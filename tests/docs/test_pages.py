@@ -22,7 +22,8 @@ PAGES = {
 }
 BLOCK = re.compile(r"^(?P<before>[^\n]*)\n(?:\n)?```(?P<language>[a-z]+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)(#[^)\s]+)?\)")
-COMMANDS = {"pretrain": "pretrain", "memory": "memory", "profile": "profile", "export": "export"}
+COMMANDS = ("pretrain", "memory", "profile", "export", "spectra")
+OWN_ARGUMENTS = ("export", "spectra")  # take no configuration
 PLACEHOLDERS = {"my.yaml"}  # a file of the reader's
 
 
@@ -97,7 +98,7 @@ def test_links_inside_the_repository_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_names_exist(page):
-    roots = ("benchmarks", "configs", "docs", "examples", "models", "optim", "tests", "train")
+    roots = ("benchmarks", "configs", "docs", "examples", "models", "optim", "spectra", "tests", "train")
     for name in re.findall(rf"`((?:{'|'.join(roots)})/[\w./]*)`", text_of(page)):
         assert (ROOT / name).exists(), f"{page}: {name} does not exist"
 
@@ -155,7 +156,7 @@ def test_a_command_of_a_page_can_be_given(words, helps, capsys):
     assert os.path.basename(words[0]) == "gracile", f"{words[0]} is no program that this test knows"
     _, command, *arguments = words
     assert command in COMMANDS
-    known = helps(command, capsys) + ("" if command == "export" else helps("pretrain", capsys))
+    known = helps(command, capsys) + ("" if command in OWN_ARGUMENTS else helps("pretrain", capsys))
     for i, word in enumerate(arguments):
         if word.startswith("--") and word not in ("--help", "--help-all"):
             assert re.search(rf"{re.escape(word)}\b", known), f"{command} has no {word}"
@@ -164,7 +165,7 @@ def test_a_command_of_a_page_can_be_given(words, helps, capsys):
                 assert re.search(rf"\b{name}\b", known), f"{name} is no optimizer"
         if i and arguments[i - 1] == "--deepspeed":
             assert (ROOT / word).is_file()
-    if command != "export" and arguments and not arguments[0].startswith("-"):
+    if command not in OWN_ARGUMENTS and arguments and not arguments[0].startswith("-"):
         name = arguments[0]
         assert name in PLACEHOLDERS or (ROOT / "configs" / f"{name}.yaml").is_file(), f"no recipe {name}"
 

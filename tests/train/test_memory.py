@@ -6,19 +6,22 @@ import re
 import pytest
 import torch
 import transformers
+from mixtures import build_mixture
 from torch import nn
 
 from gracile.models import build_llama
+from gracile.models.core.expert_layers import ExpertLayers
 from gracile.registry import OPTIMIZERS
 from gracile.train import memory
 from gracile.train.build import model as building
 from gracile.train.build.layers import converted
+from gracile.train.build.model import build_model, checkpoint_activations
 from gracile.train.build.optimizer import build_optimizer
 from gracile.train.config.parser import load_config
 from gracile.train.engines.division import Division
 from gracile.train.errors import BadInput
 from gracile.train.measurement import measure
-from gracile.train.measurement.fake_pass import FakePass, Ledger
+from gracile.train.measurement.fake_pass import FakePass, Ledger, Pass
 from gracile.train.measurement.kinds import GRADIENTS, STATE, WEIGHTS
 from gracile.train.measurement.planner import Planner
 from gracile.train.memory import bytes_of, main
@@ -222,6 +225,39 @@ def test_experts_in_one_tensor_are_planned(family, dtype):
         loss.backward()
     assert planned.activations == pytest.approx(activations, rel=0.02)
     assert planned.at_peak.bytes == pytest.approx(ledger.at_peak.bytes, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("layer", "checkpointing"),
+    [
+        ("sltrain", True),
+        *(pytest.param(*other, marks=pytest.mark.thorough) for other in (("sltrain", False), ("sst", False))),
+    ],
+)
+def test_experts_as_layers_are_planned_to_the_byte(layer, checkpointing, tmp_path):
+    """What a pass makes of them is there until the backward pass, of one module at a time with checkpoints."""
+    build_mixture("gpt_oss").save_pretrained(tmp_path)
+    keys = ("--rank", "4", "--block_size", "16", "--optimizer", f"{layer}_adamw")
+    planner = Planner(config_of("--model", str(tmp_path), "--layer", layer, *keys))
+    planned = planner._pass(2, checkpointing, layer)
+    plain = planner._pass(2, checkpointing, None)
+    model = build_model(planner.config, None).train()
+    model.config.use_cache = False  # as the Trainer does
+    if checkpointing:
+        checkpoint_activations(model, planner.config.run)
+    tokens = torch.zeros((2, 16), dtype=torch.long)
+    ledger = Ledger([*model.parameters(), *model.buffers(), tokens])
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: ledger.is_gradient(p.grad))
+    with ledger:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        activations = ledger.forward_has_ended()
+        loss.backward()
+    assert planned == Pass(activations, ledger.at_peak)
+    made = sum(those.weight().nbytes for those in model.modules() if isinstance(those, ExpertLayers))
+    kept = planned.activations - plain.activations
+    assert abs(kept) < 0.01 * made if checkpointing else made <= kept
 
 
 def test_nothing_is_computed_and_the_same_pass_costs_the_same_again():

@@ -71,3 +71,34 @@ def test_weights_that_a_checkpoint_has_not_are_not_taken_from_the_start(mixture,
     trainer.checkpoints.seal(run / "checkpoint-3")
     assert main([config, "--resume_from_checkpoint", "auto"]) == 2
     assert f"weights are not those of this model: {name}.0 is on one side only" in capsys.readouterr().err
+
+
+LAYERED = {
+    "gpt_oss": {"layer": "sst", "optimizer": "sst_adamw", "optimizer_args": {"swap_every": 2}},
+    "mixtral": {"layer": "sltrain", "optimizer": "sltrain_adamw"},
+    "qwen3_moe": {"layer": "nm", "optimizer": "sr_ste_adamw"},
+    "deepseek_v3": {"layer": "relora", "optimizer": "relora_adamw", "optimizer_args": {"merge_every": 2}},
+}
+FIRST, *OTHERS = LAYERED
+
+
+@pytest.mark.parametrize("kind", [FIRST, *(pytest.param(kind, marks=pytest.mark.thorough) for kind in OTHERS)])
+def test_experts_as_layers_are_trained_resumed_planned_and_merged(kind, mixture, tmp_path, monkeypatch, capsys):
+    built = []
+    build = trainer.build_optimizer
+    monkeypatch.setattr(trainer, "build_optimizer", lambda *a: built.append(build(*a)) or built[-1])
+    targets = {"target_modules": ["attn", "experts"], "rank": 4, "update_proj_gap": None}
+    config, run = mixture(kind, **targets, **LAYERED[kind]), tmp_path / "run"
+    assert main([config]) == 0
+    whole = weights(run)
+    held = load_file(run / "checkpoint-3" / "model.safetensors")
+    assert any(".experts.gate_up_proj_layers.3." in name for name in held)
+    assert state_bytes(built[0]) == planned_state_by_kind(built[0]).total()
+    shutil.rmtree(run / "checkpoint-6")
+    assert main([config, "--resume_from_checkpoint", "auto"]) == 0
+    assert same(whole, weights(run))
+    final = AutoModelForCausalLM.from_pretrained(run).state_dict()
+    start = build_mixture(kind, vocab_size=400).state_dict()
+    assert {name: value.shape for name, value in final.items()} == {name: value.shape for name, value in start.items()}
+    moved = [key for key, value in final.items() if ".experts." in key and value.dim() == 3]
+    assert all(not torch.equal(final[key][e], start[key][e]) for key in moved for e in range(len(final[key])))

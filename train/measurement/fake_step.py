@@ -66,7 +66,7 @@ class _FakeStep:
     def _items(self, shard: FullShard, group: Group, held: list[HeldTensor]) -> list[ParamStep]:
         state: State = {}
         for own in held:
-            if own.on_host:
+            if own.on_host or own.name == "step":
                 with _disable_current_modes():
                     state[own.name] = torch.zeros(own.shape, dtype=own.dtype)
             else:
@@ -77,8 +77,12 @@ class _FakeStep:
         assert shard.held_gradient is not None
         self.known += [shard.parameter, shard.held_gradient]
         numbers = {**self.optimizer.later_keys, **with_numbers(group)}
+        counter = torch.empty((), device=shard.device) if numbers["capturable"] else None
         numbers = self.groups.setdefault(group["group_number"], numbers)
-        return [ParamStep(part, numbers, its) for part, its in self.optimizer.matrices_of(shard, group, state)]
+        return [
+            ParamStep(part, numbers, its, counter=counter)
+            for part, its in self.optimizer.matrices_of(shard, group, state)
+        ]
 
     def bytes_at(self, step: int) -> int:
         """Of the step that comes after ``step`` others."""

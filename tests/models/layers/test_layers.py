@@ -14,8 +14,10 @@ from gracile.models.layers import (
     FactoredLinear,
     FactorisedLinear,
     LowRankLinear,
+    NMLinear,
     OrderedLowRankLinear,
     ReLoRALinear,
+    ScaledLinear,
     SparseLowRankLinear,
     SpectralLinear,
     ThresholdLinear,
@@ -97,6 +99,32 @@ def test_gradients_in_fp64(kind, m, n, bias):
         return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(call, (x, *values))
+
+
+MASKED = {
+    "n:m": Kind(NMLinear, {}, None),
+    "n:m, scaled": Kind(NMLinear, {"flow": "scaled"}, None),
+    "cast": Kind(ScaledLinear, {}, None),
+}
+
+
+@pytest.mark.parametrize("kind", [*LAYERS.values(), *MASKED.values()], ids=[*LAYERS, *MASKED])
+@pytest.mark.parametrize(("m", "n"), [(12, 8), (7, 16)])
+@pytest.mark.parametrize("changed", [False, True])
+def test_through_its_weight_the_gradients_are_those_of_a_pass(kind, m, n, changed):
+    """SST's own, too, and while a schedule has changed the layer. Experts in one tensor are read so."""
+    layer = made(kind, m, n, False, torch.float64)
+    if changed:
+        getattr(layer, "annealed", torch.empty(1)).fill_(0.25)
+        layer.residue, layer.sampled = 0.5, 2
+    G = torch.randn(m, n, dtype=torch.float64)
+    found = []
+    for W in (layer.trained_weight(), layer(torch.eye(n, dtype=torch.float64)).mT):
+        layer.zero_grad()
+        W.backward(G)
+        found.append([W.detach(), *(p.grad for p in layer.parameters() if p.requires_grad)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @by_layer

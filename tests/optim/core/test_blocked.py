@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from captured_cases import CASES, made, stepped
 from catalogue import VARIANTS
 from torch import nn
 
@@ -14,15 +15,25 @@ PLANNED = [
     for name, variant in VARIANTS.items()
     if variant.quadratic
 ]
+WITH_TENSORS = [
+    pytest.param(name, by_chance, marks=[] if name in {"FiraAdamW", "SCALE"} else pytest.mark.thorough)
+    for name in CASES
+    for by_chance in (False, True)
+    if name != "by chance" and (name, by_chance) != ("Fira corrected", True)  # whose residual bf16 rounds again
+]
 STEPS = 4
+
+
+def in_blocks_of(elements, patch):
+    for limit in ("LARGE", "LARGE_TWICE", "BLOCK"):
+        patch.setattr(blocked, limit, elements)
 
 
 def moved(variant, dtype, by_chance, small=None):
     """Matrices after some steps; with ``small``, in blocks of so many elements."""
     with pytest.MonkeyPatch.context() as patch:
         if small is not None:
-            for limit in ("LARGE", "LARGE_TWICE", "BLOCK"):
-                patch.setattr(blocked, limit, small)
+            in_blocks_of(small, patch)
         draw = torch.Generator().manual_seed(0)
         held = [nn.Parameter(torch.randn(shape, generator=draw).to(dtype)) for shape in SHAPES]
         use = variant.quadratic
@@ -52,6 +63,28 @@ def test_rounded_by_chance_in_blocks_as_at_once(name):
     for one, other in zip(whole, in_blocks, strict=True):
         assert torch.isfinite(other).all()
         assert (one != other).float().mean() <= 0.02
+
+
+@pytest.mark.parametrize(("name", "by_chance"), WITH_TENSORS)
+def test_a_block_takes_its_numbers_as_tensors_too(name, by_chance, monkeypatch):
+    """As a graph that is replayed has them: learning rate, decay, corrections, and the words of the noise."""
+
+    def after(capturable):
+        held, optimizer = made(name, capturable)
+        for group in optimizer.param_groups:
+            group["stochastic_rounding"] = by_chance
+        for p in held:
+            p.data = p.data.to(torch.bfloat16 if by_chance else p.dtype)
+        stepped(held, optimizer)
+        return [p.detach() for p in held]
+
+    whole = after(capturable=True)
+    in_blocks_of(1000, monkeypatch)
+    for one, other, numbers in zip(whole, after(capturable=True), after(capturable=False), strict=True):
+        if by_chance:
+            assert (one != other).float().mean() <= 0.02  # fp32 differs in its last bits
+        else:
+            assert (other - numbers).norm() <= CASES[name][3] * numbers.norm()
 
 
 def test_a_stack_is_moved_at_once_however_large_its_matrices_are():

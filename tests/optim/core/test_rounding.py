@@ -271,7 +271,7 @@ def advance(optimizer, group, shard, moments):
     for spec, whole in zip(specs, moments, strict=True):
         first, last = shard.lines
         state[spec.name] = whole.narrow(spec.axis, first, last - first).clone()
-    with widened(shard, state, specs, seed=9) as seen:
+    with widened(shard, state, specs, {"rounding_seed": 9}) as seen:
         made_of(shard.parameter)
         for spec in specs:
             made_of(seen[spec.name])
@@ -305,7 +305,7 @@ def test_packed_moments_are_rounded_by_the_places_of_their_weights():
         shard = optimizer.shard_on(torch.zeros(held.numel, dtype=BF16), torch.zeros(held.numel), held, ref, group)
         state = {"step": torch.tensor(2.0), "indices": (own - held.start).int()}
         state |= {name: values[own].to(BF16) for name in ("exp_avg", "exp_avg_sq")}
-        with widened(shard, state, optimizer.by_chance(shard, group), seed=0) as seen:
+        with widened(shard, state, optimizer.by_chance(shard, group), {"rounding_seed": 0}) as seen:
             made_of(seen["exp_avg"])
         return state["exp_avg"]
 

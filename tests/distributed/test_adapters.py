@@ -1,0 +1,34 @@
+"""Adapters split over processes. ``split_adapters.py`` runs there."""
+
+import pytest
+
+FEW = [("sorsa", "fsdp2"), ("pst", "zero2"), ("loraxs", "zero3"), ("balora", "ddp")]
+METHODS = (
+    "alignguard", "allora", "balora", "dsee", "intrinsicdimension", "lorasb", "loraxs", "masktuning", "pst", "soka",
+    "sorsa", "spp", "svfit",
+)  # fmt: skip
+ALL = [(name, layout) for name in METHODS for layout in ("ddp", "fsdp2", "zero2", "zero3")]
+REFUSED = {  # with the word that tells why
+    ("allora", "zero2"): "DeepSpeed",
+    ("allora", "zero3"): "DeepSpeed",
+    ("intrinsicdimension", "fsdp2"): "is shared with a parameter",  # by FSDP2, where blocks are wrapped one by one
+}
+
+
+def check(cells, told):
+    for cell, found in zip(cells, told, strict=True):
+        if cell in REFUSED:
+            assert isinstance(found, str), cell
+            assert REFUSED[cell] in found
+        else:
+            assert isinstance(found, float), (cell, found)
+            assert found < 1e-3, (cell, found)
+
+
+def test_an_adapter_split_over_two_processes_is_that_of_one(pool):
+    check(FEW, pool.call(2, "split_adapters:measure", FEW, timeout=600))
+
+
+@pytest.mark.thorough
+def test_so_is_every_one_in_every_layout(pool):
+    check(ALL, pool.call(2, "split_adapters:measure", ALL, timeout=900))
