@@ -25,7 +25,12 @@ def largest(weight: Tensor, n: int, m: int, at_once: bool = False) -> Tensor:
     lower index, is counted. torch.topk leaves ties open, and a stable sort needs 64-bit places, twice a fp32 weight.
     ``at_once``, all pairs of a group together: nine launches on a GPU, not 4 m, and m bytes an entry.
     """
-    sizes = weight.detach().abs().unflatten(-1, (-1, m))
+    return largest_sizes(weight.detach().abs(), n, m, at_once)
+
+
+def largest_sizes(sizes: Tensor, n: int, m: int, at_once: bool = False) -> Tensor:
+    """``largest`` of |w|."""
+    sizes = sizes.unflatten(-1, (-1, m))
     if at_once:
         own, other = sizes[..., :, None], sizes[..., None, :]
         before = (other >= own).tril_(-1).sum(-1, dtype=torch.uint8)

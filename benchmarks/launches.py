@@ -25,9 +25,9 @@ from gracile.models.convert import convert
 from gracile.optim import ReLoRAAdamW, SLTrainAdamW, SLTrainAdamW8bit, SSTAdamW
 from gracile.optim.core import batches
 from gracile.optim.core.optimizer import ShardedOptimizer
-from gracile.optim.distributed import pieces
+from gracile.optim.distributed import blocked, pieces
 from gracile.optim.low_rank import optimizer as low_rank
-from gracile.optim.sparse import top_k
+from gracile.optim.sparse import lots, top_k
 from gracile.optim.state import blockwise_8bit
 from gracile.optim.state.spec import PLAIN
 
@@ -41,7 +41,9 @@ OTHERS = [(500, 32), (500, 32), *[(32,)] * (2 * LAYERS + 1)]
 LIMITS = [
     *((batches, limit) for limit in ("AT_ONCE", "MATRICES_AT_ONCE", "MANY_BELOW", "FEW_BELOW")),
     (low_rank, "FOUND_AT_ONCE"),
+    *((blocked, limit) for limit in ("BLOCK", "LARGE", "LARGE_TWICE")),
     (blockwise_8bit, "SMALLEST"),
+    (lots, "IN_A_LOT"),
     (pieces, "ELSEWHERE"),
     (top_k, "ON_A_GPU"),
 ]

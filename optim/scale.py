@@ -30,7 +30,7 @@ from .core.batches import Direction
 from .core.optimizer import ShardedOptimizer
 from .core.rules import TORCH_ADAM
 from .core.types import Group, State
-from .distributed import FullShard
+from .distributed import Block, BlockedUpdate, FullShard
 from .state.spec import Coordinates, StateSpec, moment_dtype, wide_dtype
 
 NORMALIZED_OVER = {"linear": -1, "transposed": -2, "embedding": -2, "head": -1}  # by role, the dimension of a mean
@@ -99,6 +99,19 @@ class SCALE(ShardedOptimizer):
             return N, correction * group["adam_scale"]
         beta, dim = group["momentum"], NORMALIZED_OVER[group["role"]]
         X = G if group["role"] != "head" else state["exp_avg"].mul_(beta).add_(G, alpha=1 - beta)
+        if shard.in_blocks():
+            return self._in_blocks(X, shard, group, dim), 1.0
         squares = X.to(wide_dtype(shard), copy=True).square_()
         f = shard.mean(squares, dim).mul_(shard.shape[dim] if group["norm"] == "l2" else 1).sqrt_().unsqueeze(dim)
         return torch.mul(X, f.clamp_(min=group["norm_eps"]).reciprocal_(), out=squares), 1.0
+
+    def _in_blocks(self, X: torch.Tensor, shard: FullShard, group: Group, dim: int) -> BlockedUpdate:
+        """Of a large matrix, X / max(f, norm_eps): of rows where f is of rows, of columns where it is of columns."""
+
+        def normalized(block: Block) -> torch.Tensor:
+            own = block.of(X)
+            squares = own.to(wide_dtype(shard), copy=True).square_()
+            f = squares.mean(dim).mul_(shard.shape[dim] if group["norm"] == "l2" else 1).sqrt_().unsqueeze(dim)
+            return torch.mul(own, f.clamp_(min=group["norm_eps"]).reciprocal_(), out=squares)
+
+        return BlockedUpdate(shard.shape, normalized, axis=dim % 2 ^ 1)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import FullShard, StackedState, Update, has_subspace, stacked
+from ..distributed import FullShard, StackedState, Update, has_subspace, spans, stacked
 from ..numbers import Number, add_each_, decay_of, is_zero
 from .clock import steps_of
 from .rules import MOMENTS, Rule
@@ -27,6 +27,7 @@ from .types import Group, ParamStep, State
 
 AT_ONCE = 5 * 2**23  # numbers that a batch makes: 160 MiB in fp32
 MATRICES_AT_ONCE = 3 * 2**25  # that one of matrices makes, copies of gradients and state among them: 384 MiB
+IN_A_SPAN = 2**20  # that are made on the way, where one parameter's are made in spans
 ON_A_CPU = 2**22  # that one of matrices makes there: 16 MiB
 # Elements of a matrix, from which on it gives a GPU enough to do by itself: of a method with many kernels a matrix, and
 # of one with few, for which a copy of a gradient costs more than the launches that it saves. And on a CPU.
@@ -37,13 +38,40 @@ Towards = tuple[Update, Number]  # the same of a parameter
 Direction = Generator[tuple[Tensor, State], Found, Towards]
 
 
-def found_alone(direction: Direction, rule: Rule, group: Group, shard: FullShard) -> Towards:
-    """What a direction, of one parameter or of a stack, comes to, by a call of the rule of its own."""
+def found_alone(direction: Direction, rule: Rule, group: Group, shard: FullShard, spend: bool = False) -> Towards:
+    """What a direction, of one parameter or of a stack, comes to, by a call of the rule of its own; ``spend``: the
+    memory of large coordinates may be that of what the rule makes of them."""
     try:
         coordinates, state = next(direction)
     except StopIteration as end:  # a rule of its own
         return _returned(end)
-    return _ended(direction, ask(rule, coordinates, state, group, shard))
+    in_spans = spend and is_asked_in_spans(rule, coordinates, state)
+    found = (asked_in_spans if in_spans else ask)(rule, coordinates, state, group, shard)
+    del coordinates  # before what is made of their direction
+    return _ended(direction, found)
+
+
+def is_asked_in_spans(rule: Rule, coordinates: Tensor, state: State) -> bool:
+    """Whether coordinates are so large that what a rule makes on the way should not be another tensor of their size."""
+    large = coordinates.dim() == 2 and coordinates.numel() > 4 * IN_A_SPAN
+    if rule.together is None or not (large and launches_cost(coordinates.device)) or torch.compiler.is_compiling():
+        return False
+    held = [state[key] for key in MOMENTS if key in state]
+    return all(own.is_contiguous() for own in (coordinates, *held))
+
+
+def asked_in_spans(rule: Rule, coordinates: Tensor, state: State, group: Group, shard: FullShard) -> Found:
+    """``ask`` of some elements at a time; ``coordinates`` are used up."""
+    assert rule.together is not None
+    keys, flat = [key for key in MOMENTS if key in state], coordinates.view(-1)
+    wide = state[keys[0]].dtype
+    found = flat if flat.dtype == wide else torch.empty_like(flat, dtype=wide)
+    for span in spans(len(flat), IN_A_SPAN):
+        own: State = {"step": state["step"], **{key: state[key].view(-1)[span] for key in keys}}
+        (moved,), correction = rule.together([flat[span]], [own], group, clock_of(state, shard))
+        found[span] = moved
+        del moved  # before the next
+    return found.view(coordinates.shape), correction
 
 
 def ask(rule: Rule, coordinates: Tensor, state: State, group: Group, shard: FullShard) -> Found:
@@ -180,11 +208,13 @@ def _kind(item: ParamStep, how: Movable) -> tuple[object, ...]:
 def numbers_of(item: ParamStep) -> int:
     """How many numbers are made to move a parameter: coordinates of all of a matrix, for what a process has of them may
     differ, and their direction; or the direction alone of what is not gathered."""
-    shard = item.shard
+    shard, held = item.shard, item.shard.held_gradient
     if has_subspace(shard):
         return 2 * math.prod(shard.side.projected_shape)
     places = item.state.get("indices")
-    return shard.parameter.numel() if places is None else 2 * len(places)
+    numbers = shard.parameter.numel() if places is None else 2 * len(places)
+    narrow = held is not None and any(key in item.state and item.state[key].dtype != held.dtype for key in MOMENTS)
+    return 2 * numbers if narrow else numbers  # a copy of it is made wider
 
 
 def decay_together(weights: Sequence[Tensor], group: Group) -> None:

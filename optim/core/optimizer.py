@@ -40,7 +40,7 @@ from ..distributed import (
     wrapped_group,
 )
 from ..numbers import decay_of
-from ..state.spec import PLAIN, to_portable
+from ..state.spec import PLAIN, Placement, to_portable
 from .batches import (
     BY_ITSELF,
     Batch,
@@ -92,6 +92,9 @@ class ShardedOptimizer(CapturableStep):
         renamed: keys by the names that the authors' code has for them.
         rule_of_codes: the rule over moments that are codes in 8 bits, for devices with a kernel for it; or None.
         only_read: keys of state that ``update`` does not write to.
+        spends_coordinates: whether ``direction`` does not look at the coordinates of a matrix again, once the rule had
+            them, and they are no gradient.
+        writes_by_shards: whether ``update`` writes weights by verbs of their shard alone.
         together: what of a model must be stepped together, for a message; None where each parameter may be by itself.
         phase_listener: None, or what is called with the name of each phase and returns a context manager for it; set
             it to see where the time of a step goes. ``find`` comes only where a subspace or a mask is due, also inside
@@ -105,6 +108,8 @@ class ShardedOptimizer(CapturableStep):
     together: ClassVar[str | None] = None
     rule_of_codes: ClassVar[Rule | None] = None
     only_read: ClassVar[tuple[str, ...]] = ()
+    spends_coordinates: ClassVar[bool] = False
+    writes_by_shards: ClassVar[bool] = True
     phase_listener: PhaseListener | None = None
     _compiler: Any = None  # torch's callback, of a step that is compiled
     _is_unused = False  # whether the state is one that a blank step made, and nothing was loaded or trained since
@@ -144,9 +149,9 @@ class ShardedOptimizer(CapturableStep):
     def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         """Move one parameter, or a stack of alike matrices, of which ``G`` is the gathered gradient. Its counter has
         counted this step. Collective."""
-        rule = self._rule_for(shard, group, state)
+        rule, spend = self._rule_for(shard, group, state), self.spends_coordinates and has_subspace(shard)
         with self._dequantized(shard, group, state) if rule is self.rule else nullcontext(state) as wide:
-            direction, correction = found_alone(self.direction(G, shard, group, wide), rule, group, shard)
+            direction, correction = found_alone(self.direction(G, shard, group, wide), rule, group, shard, spend)
         shard.write(direction, group["lr"] * correction, decay_of(group), self.rule.decay_first)
 
     def update_each(
@@ -341,7 +346,7 @@ class ShardedOptimizer(CapturableStep):
         if numbers:
             return Movable(Way.STACKED, numbers, self._stack_kind(item))
         if costly and self.moves_in_lots(item):
-            return Movable(Way.IN_LOTS, numbers_of(item), self.batch_kind(item))
+            return Movable(Way.IN_LOTS, 0, self.batch_kind(item))  # lots have a size of their own
         if self._rule_for(shard, item.group, item.state) is not self.rule:
             return Movable(Way.IN_PLACE) if self._is_code_in_place(item) else BY_ITSELF
         alike = self.moves_by_direction(shard, item.group) or self.moves_plainly(item)
@@ -386,21 +391,32 @@ class ShardedOptimizer(CapturableStep):
 
     def _in_pieces(self, item: ParamStep) -> Iterator[ParamStep]:
         """A parameter, in pieces where it is large and each element moves by itself: a step's memory is then theirs."""
-        if not self.moves_by_element(item.shard, item.group):
+        size = self.piece_size(item)
+        if not size:
             yield item
             return
-        size = at_once(item.shard.device)
-        widens = self.moment_codec is not PLAIN or item.group["stochastic_rounding"]
-        if widens and launches_cost(item.shard.device):
-            size //= 2  # moments are made beside their direction
         for shard, begin, end in pieces_of(item.shard, size):
             if shard is item.shard:
                 yield item
             elif begin < end or self.moment_codec is not PLAIN:  # which every process takes part in
-                moments = self.stored_moments(item.shard, item.group)
-                parts = (spec.codec.piece(spec, item.shard, item.state, begin, end) for spec in moments)
-                state = {"step": item.state["step"], **{key: value for part in parts for key, value in part.items()}}
-                yield ParamStep(shard, item.group, state)
+                yield ParamStep(shard, item.group, self._state_of_piece(item, begin, end))
+
+    def piece_size(self, item: ParamStep) -> int:
+        """How many elements a parameter moves at a time, where each moves by itself; 0 where all move at once."""
+        if not self.moves_by_element(item.shard, item.group):
+            return 0
+        size = at_once(item.shard.device)
+        widens = self.moment_codec is not PLAIN or item.group["stochastic_rounding"]
+        return size // 2 if widens and launches_cost(item.shard.device) else size  # moments beside their direction
+
+    def _state_of_piece(self, item: ParamStep, begin: int, end: int) -> State:
+        """What is laid out as the parameter, from an element to another, and all of the rest."""
+        shard, state = item.shard, dict(item.state)
+        by_element = self.moves_by_element(shard, item.group)
+        for spec in self.stored_moments(shard, item.group) if by_element else self.state_specs(shard, item.group):
+            if spec.placement is Placement.ELEMENTS:
+                state |= spec.codec.piece(spec, shard, item.state, begin, end)
+        return state
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
         """A phase of the step, announced to the listener."""
@@ -411,7 +427,7 @@ class ShardedOptimizer(CapturableStep):
         if not item.group["stochastic_rounding"]:
             return nullcontext(item.state)
         specs = self.by_chance(item.shard, item.group)
-        return widened(item.shard, item.state, specs, item.group)
+        return widened(item.shard, item.state, specs, item.group, self.writes_by_shards)
 
     def rounded_weights(self, item: ParamStep, what: str) -> AbstractContextManager[None]:
         """Weights that are written outside of ``update``; ``what`` tells the passes of one step apart."""

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..distributed import FullShard, MatrixShard, Runs, at_once, spans
+from ..distributed import Block, FullShard, MatrixShard, Runs, at_once, is_large, spans
 from ..state.spec import ERRORS, MOMENTS, Placement, StateSpec
 from .clock import steps_of
 from .types import Group, State
@@ -43,10 +43,14 @@ def is_rounded(spec: StateSpec) -> bool:
 
 
 @contextmanager
-def widened(shard: FullShard, state: State, specs: Iterable[StateSpec], group: Group) -> Iterator[State]:
-    """Weights and state in fp32 for a step of one parameter; what they have become is rounded at the end."""
+def widened(
+    shard: FullShard, state: State, specs: Iterable[StateSpec], group: Group, in_blocks: bool = False
+) -> Iterator[State]:
+    """Weights and state in fp32 for a step of one parameter; what they have become is rounded at the end. With
+    ``in_blocks`` weights of a large matrix are wider in blocks, as ``FullShard.write`` writes them."""
     seen = {**state, **{spec.name: state[spec.name].float() for spec in specs}}
-    with widened_weights(shard, state, group):
+    by_blocks = in_blocks and not shard.split and shard.parameter.dim() > 1 and is_large(shard.shape)
+    with (rounded_blocks if by_blocks else widened_weights)(shard, state, group):
         yield seen
     for spec in specs:
         key = _key(group, shard, state, spec.name)
@@ -63,6 +67,32 @@ def widened_weights(shard: FullShard, state: State, group: Group, what: str = WE
         yield
     places = _from(shard.first_element, narrow.device)
     round_(narrow, wide, _key(group, shard, state, what), places)
+
+
+@contextmanager
+def rounded_blocks(shard: FullShard, state: State, group: Group) -> Iterator[None]:
+    """Weights that are rounded, where they are bf16, as they are written: in fp32 is never more than a block."""
+    if shard.dtype != torch.bfloat16:
+        yield
+        return
+    key, n = _key(group, shard, state, WEIGHTS), shard.parameter[0].numel()
+
+    def round_block(wide: Tensor, block: Block) -> None:
+        places = _from(shard.first_element + block.begin * n, wide.device)
+        if block.axis:
+            whole = shard.parameter.numel()
+            places = _in_runs(Runs(len(shard.parameter), block.length, block.begin, n, whole), wide.device)
+        round_(block.of(shard.parameter), wide, key, places)
+
+    def round_places(narrow: Tensor, wide: Tensor, at: Tensor) -> None:
+        first = _signed(shard.first_element)
+        round_(narrow, wide, key, lambda begin, end: at[begin:end] + first)
+
+    shard.round_block, shard.round_places = round_block, round_places
+    try:
+        yield
+    finally:
+        shard.round_block = shard.round_places = None
 
 
 def round_(narrow: Tensor, wide: Tensor, key: Key, places: Places) -> None:

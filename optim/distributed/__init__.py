@@ -4,15 +4,17 @@
 are slices of one: DeepSpeed ZeRO and FSDP2. ``param_registry`` finds out which.
 """
 
+from . import blocked
+from .blocked import Block, BlockedUpdate, WrittenUpdate, block_of, blocks, is_large, squares_in_blocks
 from .experts import Expert, Experts
 from .flat import FlatShard, all_reduce_shares_
-from .full import FullMatrix, FullShard, PendingSolve, Update, WrittenUpdate, has_subspace
+from .full import FullMatrix, FullShard, PendingSolve, Update, has_subspace
 from .layout import ParamRef, UnsupportedLayout, full_shape, held_shard, is_dtensor, local_flat
 from .made_once import MadeOnce
 from .matrix import MatrixShard, RowShard, complete_gradients
 from .param_registry import ParamRegistry, PrefixedState
 from .partition import Cut, as_one_buffer, by_rows, each_alone, flat_length
-from .pieces import at_once, pieces_of, spans
+from .pieces import PieceOfFull, at_once, pieces_of, spans
 from .process_group import ProcessGroup
 from .projection import PROJ_TYPES, LowRankUpdate, ProjectionSide, add_product_
 from .row_view import RowView, complete_rows
@@ -23,6 +25,8 @@ from .zero_redundancy import wrapped_group
 
 __all__ = [
     "PROJ_TYPES",
+    "Block",
+    "BlockedUpdate",
     "Cut",
     "Expert",
     "Experts",
@@ -35,6 +39,7 @@ __all__ = [
     "ParamRef",
     "ParamRegistry",
     "PendingSolve",
+    "PieceOfFull",
     "PrefixedState",
     "ProcessGroup",
     "ProjectionSide",
@@ -52,6 +57,9 @@ __all__ = [
     "all_reduce_shares_",
     "as_one_buffer",
     "at_once",
+    "block_of",
+    "blocked",
+    "blocks",
     "by_rows",
     "complete_gradients",
     "complete_rows",
@@ -61,9 +69,11 @@ __all__ = [
     "has_subspace",
     "held_shard",
     "is_dtensor",
+    "is_large",
     "local_flat",
     "pieces_of",
     "spans",
+    "squares_in_blocks",
     "stack_of",
     "stacked",
     "wrapped_group",

@@ -18,20 +18,13 @@ import torch
 from torch import Tensor
 
 from ..numbers import Number, add_, is_zero
+from .blocked import Block, BlockedUpdate, WrittenUpdate, block_of, blocks, is_large
 from .process_group import ProcessGroup
 from .projection import LowRankUpdate, ProjectionSide, add_product_
 from .shard_range import Runs
 from .workspace import Workspace
 
 PRODUCT = 2**22  # elements of a product that a CPU makes at a time: 16 MiB in fp32
-
-
-class WrittenUpdate:
-    """An update that writes itself into weights."""
-
-    def add_to_weights_(self, weights: Tensor, alpha: Number) -> None:
-        """weights += alpha * this."""
-        raise NotImplementedError
 
 
 Update = Tensor | LowRankUpdate | WrittenUpdate
@@ -65,6 +58,9 @@ class FullShard:
     maximize = False  # whether the parameter goes up: its gradient is then seen turned round
     born_stacked = False  # whether parameter, gradient and state are parts of tensors that hold those of many alike
     alone = False  # whether other processes, of several, know nothing of it
+    # where weights are rounded by chance as they are written: what writes a block that was widened
+    round_block: Callable[[Tensor, Block], None] | None = None
+    round_places: Callable[[Tensor, Tensor, Tensor], None] | None = None  # what writes some elements (narrow, wide, at)
 
     def __init__(self, parameter: Tensor, position: int, workspace: Workspace) -> None:
         self.parameter = parameter
@@ -121,6 +117,10 @@ class FullShard:
         """The memory of a gathered gradient, where it is a copy that a method may write its update to."""
         return None
 
+    def refill(self, G: Tensor) -> Tensor:
+        """The gradient once more, in the memory that ``spare`` gave."""
+        raise NotImplementedError
+
     @property
     def coordinates_shape(self) -> tuple[int, ...]:
         """The shape of what the rule sees."""
@@ -130,6 +130,13 @@ class FullShard:
     def runs(self) -> Runs:
         """Where the coordinates that this process holds lie among all of them."""
         return Runs.all_of(self.coordinates_shape)
+
+    def in_blocks(self, twice: bool = False) -> bool:
+        """Whether what is made of a matrix is made in blocks, or in ones that are made ``twice``. Compiled code makes
+        all at once: it fuses what would be made on the way."""
+        if torch.compiler.is_compiling():
+            return False
+        return not self.split and self.parameter.dim() == 2 and is_large(self.parameter.shape, twice)
 
     # ---- what all elements have in common ---------------------------------------------------------------------------
 
@@ -205,12 +212,27 @@ class FullShard:
 
         ``update`` is laid out as ``gather_grad`` gives the gradient. Collective.
         """
-        W, decays = self.parameter, not is_zero(decay)
-        if decays and decay_first:
-            W.mul_(1 - decay)
+        if self.round_block is not None:
+            self._write_rounded(update, step_size, decay, decay_first)
+            return
+        W = self.parameter
+        _decay_(W, decay, decay_first, before=True)
         self.add_(update, -step_size)
-        if decays and not decay_first:
-            add_(W, W, -decay)
+        _decay_(W, decay, decay_first, before=False)
+
+    def _write_rounded(self, update: Update, step_size: Number, decay: Number, decay_first: bool) -> None:
+        """``write`` of weights that are wider for a moment, a block at a time."""
+        assert self.round_block is not None
+        axis = update.axis if isinstance(update, BlockedUpdate) else 0
+        if isinstance(update, LowRankUpdate):
+            update = update.to(torch.float32)  # once, not for each block
+        for block in blocks(self.shape, axis):
+            W = block.of(self.parameter).float()
+            _decay_(W, decay, decay_first, before=True)
+            self._add_to(W, block_of(update, block), -step_size)
+            _decay_(W, decay, decay_first, before=False)
+            self.round_block(W, block)
+            del W  # before the next
 
     def add_(self, update: Update, alpha: Number) -> None:
         """W <- W + alpha * update."""
@@ -249,6 +271,16 @@ class FullShard:
                 own.add_(product.mul_(factor), alpha=alpha)
 
 
+def _decay_(weights: Tensor, decay: Number, decay_first: bool, before: bool) -> None:
+    """What of decay comes ``before`` the update, or after it."""
+    if is_zero(decay) or before != decay_first:
+        return
+    if decay_first:
+        weights.mul_(1 - decay)
+    else:
+        add_(weights, weights, -decay)
+
+
 class FullMatrix(FullShard):
     """An m x n matrix whose moments live in a subspace of rank r."""
 
@@ -277,6 +309,13 @@ class FullMatrix(FullShard):
         """W <- weights, laid out as ``gather_weights`` gives them. Collective."""
         if weights is not self.parameter:
             self.parameter.copy_(weights)
+
+    def rewrite_block(self, weights: Tensor, block: Block) -> None:
+        """``rewrite`` of a block of a matrix that is moved in blocks."""
+        if self.round_block is not None:
+            self.round_block(weights, block)
+        elif weights.dtype != self.parameter.dtype or weights.data_ptr() != block.of(self.parameter).data_ptr():
+            block.of(self.parameter).copy_(weights)
 
     def own(self, like: Tensor) -> Tensor:
         """The lines of which this process is the one that counts them."""

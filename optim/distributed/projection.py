@@ -72,6 +72,9 @@ class LowRankUpdate:
         """``factor`` of this; a tensor does not let an operator have it."""
         return LowRankUpdate(self.left, self.right, factor * self.factor)
 
+    def to(self, dtype: torch.dtype) -> LowRankUpdate:
+        return LowRankUpdate(self.left.to(dtype), self.right.to(dtype), self.factor)
+
     def add_to_(self, dense: Tensor) -> Tensor:
         """dense += this, for gradients and updates, which are of one size with it."""
         return add_product_(dense, self.left.to(dense.dtype), self.right.to(dense.dtype), self.factor)

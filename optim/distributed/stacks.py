@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..numbers import Number, add_each_, is_zero
-from .full import FullMatrix, FullShard, PendingSolve, Update, WrittenUpdate, has_subspace
+from .blocked import WrittenUpdate
+from .full import FullMatrix, FullShard, PendingSolve, Update, has_subspace
 from .projection import LowRankUpdate, ProjectionSide
 
 State = MutableMapping[str, Tensor]
@@ -107,7 +108,8 @@ class StackedMatrix(FullMatrix):
         super().__init__(first.parameter, first.position, first.workspace, side)
         self.shards, self.shape = shards, first.shape
         self._weights: Tensor | None = None
-        self._spare: Tensor | None = None
+        self._spare: Tensor | None = None  # a copy of the gradients that follow
+        self._gradients: Sequence[Tensor] = []
 
     @property
     def positions(self) -> list[int]:
@@ -117,11 +119,18 @@ class StackedMatrix(FullMatrix):
     def weights(self) -> list[Tensor]:
         return [shard.parameter for shard in self.shards]
 
+    def in_blocks(self, twice: bool = False) -> bool:
+        return False  # as many are a stack as memory is for
+
     def stack_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
         """B x m x n."""
         G, is_view = stacked(gradients)
-        self._spare = None if is_view else G
+        self._spare, self._gradients = (None, []) if is_view else (G, gradients)
         return G
+
+    def refill(self, G: Tensor) -> Tensor:
+        """The gradients once more, in the memory of a stack of them that was written to."""
+        return torch.stack(list(self._gradients), out=G)
 
     def spare(self, G: Tensor) -> Tensor | None:
         return G if G is self._spare else None

@@ -38,10 +38,10 @@ from ...validation import Check, flag, is_whole, number, one_of, require
 from ..core.batches import Direction
 from ..core.clock import steps_of
 from ..core.types import Group, ParamStep, State
-from ..distributed import FullMatrix
+from ..distributed import Block, BlockedUpdate, FullMatrix
 from ..state.spec import StateSpec, wide_dtype
 from .gaussian import following, gaussian_stack
-from .growth_limiter import limit_growth_
+from .growth_limiter import limit_growth_, limited_in_blocks
 from .optimizer import LowRankOptimizer
 from .published import Published
 from .singular import Columns, leading_singular_vectors
@@ -182,7 +182,22 @@ class APOLLOAdamW(LowRankOptimizer):
         if group["scale_front"]:
             s = s * math.sqrt(group["scale"])
         # |R_j| = 0 where |N_j| is not: a factor that fp16 cannot hold
-        Z = torch.mul(G, s.clamp(max=torch.finfo(G.dtype).max).to(G.dtype), out=shard.spare(G))
+        s = s.clamp(max=torch.finfo(G.dtype).max).to(G.dtype)
+        if not group["scale_front"]:
+            correction = correction * math.sqrt(group["scale"])
+        if shard.in_blocks(twice=not group["disable_nl"]):
+            return self._in_blocks(G, s, shard, group, state), correction
+        Z = torch.mul(G, s, out=shard.spare(G))
         if not group["disable_nl"]:
             limit_growth_(Z, shard, state["update_norm"], GROWTH)
-        return Z, correction if group["scale_front"] else correction * math.sqrt(group["scale"])
+        return Z, correction
+
+    def _in_blocks(self, G: Tensor, s: Tensor, shard: FullMatrix, group: Group, state: State) -> BlockedUpdate:
+        """Z of a large matrix."""
+
+        def scaled(block: Block) -> Tensor:
+            return block.of(G) * block.of(s)
+
+        if group["disable_nl"]:
+            return BlockedUpdate(G.shape, scaled)
+        return BlockedUpdate(G.shape, limited_in_blocks(scaled, shard, state["update_norm"], GROWTH))

@@ -31,7 +31,8 @@ in groups and state. Error feedback in 8 or 4 bits has a minimum and a step for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -45,7 +46,16 @@ from ..core.clock import steps_of
 from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, ParamStep, State
-from ..distributed import FullMatrix, FullShard, has_subspace
+from ..distributed import (
+    Block,
+    FullMatrix,
+    FullShard,
+    LowRankUpdate,
+    ProjectionSide,
+    block_of,
+    blocks,
+    has_subspace,
+)
 from ..state.packed_rows import pack_, packed_specs, unpacked
 from ..state.spec import ERRORS, INDICES, Placement, StateSpec
 from .basis import Basis
@@ -173,7 +183,7 @@ class DCTAdamW(LowRankOptimizer):
             with self.phase(FIND):
                 self._choose_columns(A, shard, group, state)
         P = self.basis(shard, group, state)
-        R = P.project(A)
+        R = A.project(P) if isinstance(A, PackedInBlocks) else P.project(A)
         self._keep_error(A, R, P, shard, group, state)
         N, correction = yield R, state
         return P.lift(N), correction
@@ -181,10 +191,15 @@ class DCTAdamW(LowRankOptimizer):
     def _is_chosen_now(self, shard: FullMatrix, group: Group, t: int) -> bool:
         return t == 1 or t % group["update_proj_gap"] == 0 or self.waited_for_gradient(shard)
 
-    def _choose_columns(self, A: Tensor, shard: FullMatrix, group: Group, state: State) -> None:
+    def _choose_columns(self, A: Tensor | PackedInBlocks, shard: FullMatrix, group: Group, state: State) -> None:
         side = shard.side
         k = side.basis_shape[0]
-        scores = shard.all_reduce_(column_scores(shard.own(A), cosine_basis(k, A.device), side, group["ell_norm"]))
+        Q, p = cosine_basis(k, shard.device), group["ell_norm"]
+        if isinstance(A, PackedInBlocks):
+            scores = A.scores(Q, p)
+        else:
+            scores = shard.all_reduce_(column_scores(shard.own(A), Q, side, p))
+        del Q  # where it is planned, it is made anew
         chosen = best_columns(scores, side.rank)
         if group["rotate_subspace"]:
             place, kept = kept_places(state["indices"], chosen, k)
@@ -194,9 +209,10 @@ class DCTAdamW(LowRankOptimizer):
                 state[key].copy_(torch.take_along_dim(state[key], place, axis).mul_(kept))
         state["indices"].copy_(chosen)
         if self.waits_for_gradient(group):
-            self.look_at_gradient(A, shard, torch.isfinite(scores).all(-1))
+            seen = A.G if isinstance(A, PackedInBlocks) else A
+            self.look_at_gradient(seen, shard, torch.isfinite(scores).all(-1))
 
-    def _with_error(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor:
+    def _with_error(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Tensor | PackedInBlocks:
         """A (m x n). Without feedback it is the gradient, with that of fp32 the error buffer itself."""
         feedback = group["error_feedback"]
         if feedback is None:
@@ -205,13 +221,54 @@ class DCTAdamW(LowRankOptimizer):
             return state["error"].add_(G)
         right = shard.side.right
         shard.workspace.clear()
+        if shard.in_blocks():
+            return PackedInBlocks(G, shard.side, state, ERROR_BITS[feedback])
         E = unpacked("error", state, G.shape[-1 if right else -2], ERROR_BITS[feedback])
         return (E if right else E.mT).add_(G)
 
-    def _keep_error(self, A: Tensor, R: Tensor, P: Basis, shard: FullMatrix, group: Group, state: State) -> None:
+    def _keep_error(
+        self, A: Tensor | PackedInBlocks, R: Tensor, P: Basis, shard: FullMatrix, group: Group, state: State
+    ) -> None:
         feedback = group["error_feedback"]
         if feedback is None:
+            return
+        if isinstance(A, PackedInBlocks):
+            A.keep(-1.0 * P.lift(R))
             return
         (-1.0 * P.lift(R)).add_to_(A)
         if feedback != "fp32":
             pack_("error", A if shard.side.right else A.mT, ERROR_BITS[feedback], state)
+
+
+class PackedInBlocks:
+    """A large gradient with the error that is kept in 8 or 4 bits, which is unpacked again for all that it is for."""
+
+    def __init__(self, G: Tensor, side: ProjectionSide, state: State, bits: int) -> None:
+        self.G, self.side, self.state, self.bits = G, side, state, bits
+
+    def _by_lines(self) -> Iterator[tuple[Block, Tensor, dict[str, Tensor]]]:
+        """Blocks of lines, A in them, and the packed rows that they have."""
+        for block in blocks(self.side.shape, self.side.line_axis):
+            rows = replace(block, axis=0)
+            held = {key: rows.of(own) for key, own in self.state.items() if key.startswith("error")}
+            E = unpacked("error", held, self.side.line_length, self.bits)
+            yield block, (E if self.side.right else E.mT).add_(block.of(self.G)), held
+
+    def scores(self, Q: Tensor, p: int) -> Tensor:
+        """``column_scores``."""
+        scores = torch.zeros(len(Q), dtype=Q.dtype, device=Q.device)
+        for _, A, _ in self._by_lines():
+            scores += column_scores(A, Q, self.side, p)
+        return scores
+
+    def project(self, P: Basis) -> Tensor:
+        R = P.columns.new_empty(self.side.projected_shape)
+        for block, A, _ in self._by_lines():
+            block.of(R).copy_(P.project(A))
+        return R
+
+    def keep(self, taken: LowRankUpdate) -> None:
+        """A + ``taken``, as the error of this step."""
+        for block, A, held in self._by_lines():
+            block_of(taken, block).add_to_(A)
+            pack_("error", A if self.side.right else A.mT, self.bits, held)

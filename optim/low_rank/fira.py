@@ -23,7 +23,7 @@ is wrong at full rank; a vanishing norm is not stored as the one to grow from; t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -33,9 +33,10 @@ from torch.optim.optimizer import ParamsT
 from ...validation import Check, flag, number, one_of
 from ..core.batches import Direction
 from ..core.types import Group, State
-from ..distributed import FullMatrix
+from ..distributed import Block, BlockedUpdate, FullMatrix, LowRankUpdate, block_of
+from ..numbers import Number
 from ..state.spec import StateSpec, wide_dtype
-from .growth_limiter import limit_growth_
+from .growth_limiter import limit_growth_, limited_in_blocks
 from .optimizer import LowRankOptimizer
 from .published import Published
 
@@ -116,6 +117,12 @@ class FiraAdamW(LowRankOptimizer):
         N, correction = yield R, state
         f = P.line_norms(N) / (P.line_norms(R) + 1e-8)
         subtracted = group["scale"] if group["residual"] == "reference" else 1.0
+        if shard.in_blocks(twice=True):
+            factor: Number = correction if group["limit_after_bias_correction"] else 1.0
+            missed = _missed_in_blocks(G, -subtracted * P.lift(R), f)
+            S_of = limited_in_blocks(missed, shard, state["residual_norm"], group["growth"], factor)
+            lifted = group["scale"] * P.lift(N)
+            return BlockedUpdate(G.shape, lambda block: block_of(lifted, block).add_to_(S_of(block))), correction
         S = (-subtracted * P.lift(R)).added_to(G, out=shard.spare(G)).mul_(f)
         if group["limit_after_bias_correction"]:
             limit_growth_(S.mul_(correction), shard, state["residual_norm"], group["growth"])
@@ -124,3 +131,8 @@ class FiraAdamW(LowRankOptimizer):
             limit_growth_(S, shard, state["residual_norm"], group["growth"])
         (group["scale"] * P.lift(N)).add_to_(S)
         return S, correction
+
+
+def _missed_in_blocks(G: Tensor, taken: LowRankUpdate, f: Tensor) -> Callable[[Block], Tensor]:
+    """What makes S, not limited yet, in blocks."""
+    return lambda block: block_of(taken, block).added_to(block.of(G)).mul_(block.of(f))

@@ -52,11 +52,11 @@ class GaLore(LowRankOptimizer):
     moves_together = True
     stack_copies = 1
     few_kernels = True
+    spends_coordinates = True
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         P = self.basis(shard, group, state)
-        R = P.project(G)
-        N, correction = yield R, state
+        N, correction = yield P.project(G), state
         return group["scale"] * P.lift(N), correction
 
 
@@ -265,7 +265,9 @@ class GaLoreAdafactor(GaLore):
         if group["beta1"] is not None:  # averages whole steps, their learning rates too
             N = state["exp_avg"].mul_(group["beta1"]).add_(N, alpha=1 - group["beta1"])
         decay = decay_of({**group, "lr": lr})
-        shard.write(group["scale"] * P.lift(N) if P else N, 1.0, decay, self.rule.decay_first)
+        update = group["scale"] * P.lift(N) if P else N
+        del N  # which may be wider
+        shard.write(update, 1.0, decay, self.rule.decay_first)
 
     def _learning_rate(self, shard: FullShard, group: Group, state: State) -> Number:
         lr: Number = group["lr"]

@@ -23,9 +23,10 @@ an old correction take a first step three times too large. Scores of the warm-up
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +37,17 @@ from ..core.batches import Direction, ask
 from ..core.clock import steps_of, with_age
 from ..core.rules import ADAM
 from ..core.types import Group, State
-from ..distributed import FullMatrix, FullShard, ProjectionSide, has_subspace
+from ..distributed import (
+    Block,
+    BlockedUpdate,
+    FullMatrix,
+    FullShard,
+    LowRankUpdate,
+    ProjectionSide,
+    block_of,
+    blocks,
+    has_subspace,
+)
 from ..numbers import Number
 from ..state.spec import INDICES, MOMENTS, Placement, StateSpec, moment_dtype
 from .galore import GaLore
@@ -91,6 +102,7 @@ class GaLorePlusAdamW(GaLore):
     """
 
     few_kernels = False
+    spends_coordinates = False
     subspace_methods = ("randomized", *GaLore.subspace_methods)
     checks: ClassVar[Mapping[str, Check]] = {
         "num_heads": whole(1, optional=True),
@@ -204,29 +216,69 @@ class GaLorePlusAdamW(GaLore):
         R = P.project(G)
         N, correction = yield R, state
         U = group["scale"] * P.lift(N)
-        missed = (-1.0 * P.lift(R)).added_to(G, out=shard.spare(G))
-        entries = self._residual(missed, shard, group, state)
+        taken = -1.0 * P.lift(R)
+        if shard.in_blocks():
+            parts, missed = [_missed_in(block, taken, G, shard) for block in _blocks(shard)], None
+        else:
+            missed = taken.added_to(G, out=shard.spare(G))
+            parts = [Missed(partial(_lines, missed, shard), lambda lined: lined)]
+        entries = self._residual(parts, shard, group, state)
         if entries is None:
             return U, correction
         N_E, own_correction = entries
+        values, places = N_E.mul_(group["scale"] * own_correction / correction), state["residual_places"]
+        if missed is None:
+            return BlockedUpdate(
+                G.shape, partial(_corrected, U, values, places, shard), shard.side.line_axis
+            ), correction
         dense = U.dense(out=missed)
-        values = N_E.mul_(group["scale"] * own_correction / correction).to(dense.dtype)
-        _lines(dense, shard).scatter_add_(-1, state["residual_places"].long(), values)
+        _lines(dense, shard).scatter_add_(-1, places.long(), values.to(dense.dtype))
         return dense, correction
 
-    def _residual(self, missed: Tensor, shard: FullMatrix, group: Group, state: State) -> tuple[Tensor, Number] | None:
+    def _residual(
+        self, missed: Sequence[Missed], shard: FullMatrix, group: Group, state: State
+    ) -> tuple[Tensor, Number] | None:
         """N_E (lines x q) and its bias correction, or None during the warm-up."""
-        missed = _lines(missed, shard)
         support, scores = state["residual_places"], state["residual_exp_avg"]
         age = steps_of(state) - group["residual_warmup"]
         if age <= 0:
-            absorb_(support, scores, missed.abs_().to(scores.dtype))
+            for part in missed:
+                absorb_(part.own(support), part.own(scores), part.lines().abs_().to(scores.dtype))
             if age == 0:
                 support.copy_(support.sort(dim=-1).values)
                 scores.zero_()
             return None
         moments = {"exp_avg": scores, "exp_avg_sq": state["residual_exp_avg_sq"]}
-        return ask(ADAM, missed.gather(-1, support.long()), with_age(moments, age), group, shard)
+        found = [part.lines().gather(-1, part.own(support).long()) for part in missed]
+        E = found[0] if len(found) == 1 else torch.cat(found)
+        return ask(ADAM, E, with_age(moments, age), group, shard)
+
+
+class Missed(NamedTuple):
+    """What the subspace misses of some lines: how they are made (lines x line length), and what they have of tensors
+    with a row for each line."""
+
+    lines: Callable[[], Tensor]
+    own: Callable[[Tensor], Tensor]
+
+
+def _blocks(shard: FullMatrix) -> Iterator[Block]:
+    return blocks(shard.block_shape, shard.side.line_axis)
+
+
+def _missed_in(block: Block, taken: LowRankUpdate, G: Tensor, shard: FullMatrix) -> Missed:
+    def lines() -> Tensor:
+        return _lines(block_of(taken, block).added_to(block.of(G)), shard)
+
+    return Missed(lines, replace(block, axis=0).of)
+
+
+def _corrected(U: LowRankUpdate, values: Tensor, places: Tensor, shard: FullMatrix, block: Block) -> Tensor:
+    """U and the values of the entries of the support, in a block."""
+    dense = block_of(U, block).dense()
+    own = replace(block, axis=0)
+    _lines(dense, shard).scatter_add_(-1, own.of(places).long(), own.of(values).to(dense.dtype))
+    return dense
 
 
 def _lines(dense: Tensor, shard: FullMatrix) -> Tensor:

@@ -21,7 +21,9 @@ means something. The paper's LoRA variant is peft's DoRA with ``GaLoreAdamW`` on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,11 +32,12 @@ from torch.optim.optimizer import ParamsT
 from ..core.batches import ask
 from ..core.rules import MOMENTS
 from ..core.types import Group, State
-from ..distributed import FullMatrix, FullShard, has_subspace
+from ..distributed import Block, FullMatrix, FullShard, LowRankUpdate, block_of, blocks, has_subspace
 from ..numbers import add_, decay_of, is_zero
 from ..state.spec import Placement, StateSpec, wide_dtype
+from .basis import Basis
 from .optimizer import LowRankOptimizer
-from .singular import Columns
+from .singular import Columns, iterated
 
 SHORTEST = 1e-30  # a row of this length or less has no direction
 
@@ -71,7 +74,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
 
     captures = True
     finds_together = False  # the gradient of directions is a matrix of its own
-    stack_copies = 3  # of the gradient, the weights, and the gradient of directions
+    stack_copies = 2  # of the weights, and of the gradient, which becomes that of directions
 
     def __init__(
         self,
@@ -104,17 +107,21 @@ class GradNormLoRPAdamW(LowRankOptimizer):
             state["length"].copy_(shard.row_norms(shard.gather_weights().to(wide_dtype(shard))))
 
     def find_basis(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Columns:
-        D = _gradients(G, shard.gather_weights(keep=True), shard, state)[0].to(shard.dtype)  # which frees the wider one
-        return self.singular_vectors(D, self.previous_columns(shard, group, state), shard, group)
+        W, previous = shard.gather_weights(keep=True), self.previous_columns(shard, group, state)
+        if shard.in_blocks(twice=True) and group["subspace_method"] == "iterate":
+            D = DirectionsInBlocks(G, W, shard, Lengths.of(shard, state))
+            return iterated(D.gram_times, shard.side, previous, W.new_empty(0))
+        whole = Directions(G, W, shard, Lengths.of(shard, state)).D.to(shard.dtype)  # which frees the wider one
+        return self.singular_vectors(whole, previous, shard, group)
 
     def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         if not has_subspace(shard):
             super().update(G, shard, group, state)
             return
         P = self.basis(shard, group, state)
-        W, g = shard.gather_weights(), state["length"]
-        D, dg = _gradients(G, W, shard, state)
-        R = P.project(D)
+        W, lengths = shard.gather_weights(), Lengths.of(shard, state)
+        D = (DirectionsInBlocks if shard.in_blocks() else Directions)(G, W, shard, lengths)
+        R, dg = D.project(P), D.dg
         del D  # before the next m x n
         N, correction = ask(self.rule, R, state, group, shard)
         moments = {"step": state["step"]} | {key: state[f"length_{key}"] for key in MOMENTS}
@@ -122,19 +129,92 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         if is_zero(group["lr"]):
             return  # put together again, W would differ by a rounding
         s = group["lr"] * correction
+        moved = P.lift(N).times(-s * group["scale"])
+        del R, N
+        g = lengths.g  # becomes the new one
+        add_(g, torch.where(lengths.directed, N_g, lengths.zero), -s).mul_(1 - decay_of(group))
+        if not shard.in_blocks():
+            shard.rewrite(_rotated(W, moved, lengths, shard))
+            return
+        for block in blocks(W.shape):
+            shard.rewrite_block(_rotated(block.of(W), block_of(moved, block), lengths.part(block), shard), block)
+
+
+class Lengths(NamedTuple):
+    """Of rows (m x 1): g, 1 / g as it was or 0 of those that have no direction, and whether they have one; and a zero,
+    which is made once a step."""
+
+    g: Tensor
+    inverse: Tensor
+    directed: Tensor
+    zero: Tensor
+
+    @classmethod
+    def of(cls, shard: FullMatrix, state: State) -> Lengths:
+        g = state["length"]
+        if torch.compiler.is_compiling():  # which a workspace's numbers would be compiled again for
+            zero = g.new_zeros(())
+        else:
+            zero = shard.workspace.number(0.0, shard.device)
         directed = g.abs() > SHORTEST
-        c = W.to(g.dtype).mul_(torch.where(directed, 1 / g, 0))  # W itself where it is fp32
-        P.lift(N).times(-s * group["scale"]).add_to_(c)
-        size = shard.row_norms(c)
-        add_(g, torch.where(directed, N_g, 0), -s).mul_(1 - decay_of(group))
-        c.mul_(torch.where(directed, g / size, 0))
-        shard.rewrite(c)
+        return cls(g, torch.where(directed, 1 / g, zero), directed, zero)
+
+    def part(self, block: Block) -> Lengths:
+        return Lengths(*map(block.of, self))
 
 
-def _gradients(G: Tensor, W: Tensor, shard: FullMatrix, state: State) -> tuple[Tensor, Tensor]:
-    """D (m x n) and dg (m x 1), in fp32 at least."""
-    g = state["length"]
-    per_length = torch.where(g.abs() > SHORTEST, 1 / g, 0)
-    D = torch.mul(G, g)
-    dg = shard.row_sums(D.mul_(W)) * per_length.square()
-    return torch.mul(G, g, out=D).addcmul_(W, dg, value=-1), dg  # g (G - dg c), with g c = W
+def _rotated(W: Tensor, moved: LowRankUpdate, lengths: Lengths, shard: FullMatrix) -> Tensor:
+    """Rows of W whose directions have ``moved``, at their new lengths."""
+    c = W.to(lengths.g.dtype).mul_(lengths.inverse)  # W itself where it is fp32
+    moved.add_to_(c)
+    size = shard.row_norms(c)
+    return c.mul_(torch.where(lengths.directed, lengths.g / size, lengths.zero))
+
+
+class Directions:
+    """The gradient of directions, D (m x n), and of lengths, dg (m x 1), in fp32 at least."""
+
+    def __init__(self, G: Tensor, W: Tensor, shard: FullMatrix, lengths: Lengths) -> None:
+        g, spare = lengths.g, shard.spare(G)
+        if spare is not None and spare.dtype == g.dtype:  # a stack's copy of gradients
+            D = spare.mul_(g)
+        else:
+            D, spare = torch.mul(G, g), None
+        self.dg = shard.row_sums(D.mul_(W)) * lengths.inverse.square()
+        D = torch.mul(G, g, out=D) if spare is None else shard.refill(D).mul_(g)
+        self.D = D.addcmul_(W, self.dg, value=-1)  # g (G - dg c), with g c = W
+
+    def project(self, P: Basis) -> Tensor:
+        return P.project(self.D)
+
+
+class DirectionsInBlocks:
+    """``Directions`` of a large matrix, whose D is never there as a whole."""
+
+    def __init__(self, G: Tensor, W: Tensor, shard: FullMatrix, lengths: Lengths) -> None:
+        self.G, self.W, self.g, self.side, self.dtype = G, W, lengths.g, shard.side, shard.dtype
+        sums = [
+            shard.row_sums(torch.mul(block.of(G), block.of(self.g)).mul_(block.of(W)))
+            for block in blocks(shard.side.shape)
+        ]
+        self.dg = torch.cat(sums).mul_(lengths.inverse.square())
+
+    def _by_lines(self) -> Iterator[tuple[Block, Tensor]]:
+        for block in blocks(self.side.shape, self.side.line_axis):
+            D = torch.mul(block.of(self.G), block.of(self.g))
+            yield block, D.addcmul_(block.of(self.W), block.of(self.dg), value=-1)
+
+    def project(self, P: Basis) -> Tensor:
+        R = P.columns.new_empty(self.side.projected_shape)
+        for block, D in self._by_lines():
+            block.of(R).copy_(P.project(D))
+        return R
+
+    def gram_times(self, Q: Tensor) -> Tensor:
+        """D^T D Q on the right, D D^T Q on the left."""
+        Z = torch.zeros_like(Q)
+        for _, D in self._by_lines():
+            D = D.to(self.dtype).to(Q.dtype)  # rounded, as a whole one is
+            lines = D if self.side.right else D.t()
+            Z.addmm_(lines.t(), lines @ Q)
+        return Z

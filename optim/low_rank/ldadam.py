@@ -41,11 +41,11 @@ from ..core.clock import steps_of
 from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, State
-from ..distributed import FullMatrix, add_product_
+from ..distributed import FullMatrix, add_product_, blocks
 from ..state.spec import ERRORS, Placement, StateSpec, basis_spec, wide_dtype
 from .basis import Basis
 from .optimizer import LowRankOptimizer
-from .singular import leading_singular_vectors, orthonormalized
+from .singular import leading_of_large, leading_singular_vectors, orthonormalized, times
 
 
 class LDAdamW(LowRankOptimizer):
@@ -114,9 +114,12 @@ class LDAdamW(LowRankOptimizer):
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:
         previous = self.columns(shard, group, state).clone()
-        A = state["error"].add_(G) if group["error_feedback"] else G.to(previous.dtype)
+        A = state["error"].add_(G) if group["error_feedback"] else G if shard.in_blocks() else G.to(previous.dtype)
         with self.phase(FIND):
-            if steps_of(state) == 1:
+            side = shard.side
+            if steps_of(state) == 1 and shard.in_blocks() and side.line_length <= side.lines:
+                columns = leading_of_large(A, side)
+            elif steps_of(state) == 1:
                 columns = shard.solve(A, partial(leading_singular_vectors, side=shard.side)).result()
             else:
                 columns = _next_columns(A, previous, shard, group, state)
@@ -141,17 +144,37 @@ def _next_columns(A: Tensor, P: Tensor, shard: FullMatrix, group: Group, state: 
     rho, (beta1, _) = group["rho"], group["betas"]
     A, M = (_wide(shard.own(X), shard) for X in (A, state["exp_avg"]))
     M = M.to(P.dtype) / (1 - beta1 ** (steps_of(state) - 1))
-    Y = (P.mT @ A).mul_(1 - rho).add_(M, alpha=rho)  # (B^T P)^T, r x long
-    Z = add_product_((A @ Y.mT).mul_(1 - rho), P, M @ Y.mT, rho)
+    if A.dtype != P.dtype:  # of a large matrix, which is made wider in parts
+        R = Basis(P, shard.side).project(A.mT if shard.side.right else A)
+        Y = _wide(R, shard).mul_(1 - rho).add_(M, alpha=rho)
+        times(A, Y.mT, out=(Z := torch.empty_like(P)))
+    else:
+        Y = (P.mT @ A).mul_(1 - rho).add_(M, alpha=rho)  # (B^T P)^T, r x long
+        Z = A @ Y.mT
+    Z = add_product_(Z.mul_(1 - rho), P, M @ Y.mT, rho)
     return orthonormalized(shard.all_reduce_(Z), P)
 
 
 def _carry(E: Tensor | None, previous: Tensor, P: Tensor, shard: FullMatrix, group: Group, state: State) -> None:
     """M and V (r x long) rotated into the new subspace; what M loses goes to E (short x long)."""
-    beta1, beta2 = group["betas"]
-    t = steps_of(state) - 1
     C = P.mT @ previous
+    t = steps_of(state) - 1
     held = _wide(state["exp_avg"], shard), _wide(state["exp_avg_sq"], shard)
+    if not shard.in_blocks():
+        M, V = held
+        _carry_lines(E, M, V, C, previous, P, group, t)
+        return
+    for block in blocks((shard.side.line_length, shard.side.lines), axis=1):
+        M, V = map(block.of, held)
+        _carry_lines(None if E is None else block.of(E), M, V, C, previous, P, group, t)
+
+
+def _carry_lines(
+    E: Tensor | None, M: Tensor, V: Tensor, C: Tensor, previous: Tensor, P: Tensor, group: Group, t: int
+) -> None:
+    """``_carry`` of some lines, from step t."""
+    beta1, beta2 = group["betas"]
+    held = M, V
     M, V = (moment.to(P.dtype) for moment in held)
     rotated = C @ M
     if E is not None:

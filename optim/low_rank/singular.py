@@ -46,6 +46,30 @@ def leading_singular_vectors(gradient: Tensor, side: ProjectionSide, previous: T
     return torch.where(finite, columns, torch.nan).to(gradient.dtype)
 
 
+def leading_of_large(gradient: Tensor, side: ProjectionSide) -> Tensor:
+    """``leading_singular_vectors`` of the short side of a large matrix, without a copy of it and all of its vectors:
+    the eigenvectors of its Gram matrix, and one orthogonal iteration for what squares lose in fp32. In fp32 at least,
+    and with other signs, perhaps."""
+    lines = gradient if side.right else gradient.t()
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    size = torch.linalg.vector_norm(gradient, torch.inf).to(wide).clamp_(min=torch.finfo(wide).tiny)
+    gram = gradient.new_zeros(side.line_length, side.line_length, dtype=wide)
+    parts = torch.split(lines, max(1, WIDENED // lines.shape[1]))
+    for part in parts:
+        unit = part.to(wide) / size  # squares could overflow
+        gram.addmm_(unit.t(), unit)
+    finite = torch.isfinite(gram.sum())  # of which no unit entry can be too large
+    del unit
+    _, vectors = torch.linalg.eigh(gram.masked_fill_(~finite, 0))
+    del gram
+    vectors = vectors[:, -side.rank :].flip(1)
+    Z = torch.zeros_like(vectors)
+    for part in parts:
+        unit = part.to(wide) / size
+        Z.addmm_(unit.t(), unit @ vectors)
+    return torch.where(finite, orthonormalized(Z, vectors), torch.nan)
+
+
 def _by_gram_matrix(G: Tensor, side: ProjectionSide) -> Tensor:
     """The same vectors up to sign, from the eigenvectors of G^T G or G G^T, whichever is small, in fp64."""
     if not has_fp64(G.device):
@@ -73,12 +97,19 @@ def orthogonal_iteration(
 
     ``gradient`` may be some lines of the matrix, each process's own: ``total`` then sums over processes.
     """
-    wide = gradient.new_empty(0, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    lines = gradient if side.right else gradient.t()
+    return iterated(lambda Q: total(_gram_times(lines, Q)), side, previous, gradient.new_empty(0), seed)
+
+
+def iterated(
+    gram_times: Callable[[Tensor], Tensor], side: ProjectionSide, previous: Tensor | None, like: Tensor, seed: int = 0
+) -> Tensor:
+    """``orthogonal_iteration`` by the products of a matrix, with columns of the dtype of ``like``."""
+    wide = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
     Q = random_columns(side.basis_shape, seed, wide) if previous is None else previous.to(wide.dtype)
     for _ in range(COLD_ITERATIONS if previous is None else 1):
-        Z = total(_gram_times(gradient if side.right else gradient.t(), Q))
-        Q = orthonormalized(Z, Q)
-    return Q.to(gradient.dtype)
+        Q = orthonormalized(gram_times(Q), Q)
+    return Q.to(like.dtype)
 
 
 def _gram_times(lines: Tensor, Q: Tensor, out: Tensor | None = None) -> Tensor:
@@ -146,7 +177,7 @@ class _Matrices:
     """Alike matrices for products with a stack: a stack too where they are small or lie so, else one by one."""
 
     def __init__(self, held: Sequence[Tensor], dtype: torch.dtype) -> None:
-        self.held, self.dtype = held, dtype
+        self.held = held
         small = is_stacked_at(held[0].numel(), few_kernels=True)
         self.stack = stacked(held)[0].to(dtype) if small else None
 
@@ -174,8 +205,15 @@ class _Matrices:
     def _one_by_one(self, X: Tensor, rows: int, seen: Callable[[Tensor], Tensor]) -> Tensor:
         found = X.new_empty(len(self.held), rows, X.shape[-1])
         for G, own, product in zip(self.held, X, found, strict=True):
-            torch.mm(seen(G.to(self.dtype)), own, out=product)
+            times(seen(G), own, product)
         return found
+
+
+def times(G: Tensor, X: Tensor, out: Tensor) -> None:
+    """G X, of G made as wide as X some rows at a time."""
+    rows = len(G) if G.dtype == X.dtype else max(1, WIDENED // G.shape[1])
+    for part, product in zip(torch.split(G, rows), torch.split(out, rows), strict=True):
+        torch.mm(part.to(X.dtype), X, out=product)
 
 
 def orthonormalized(columns: Tensor, previous: Tensor) -> Tensor:

@@ -163,15 +163,14 @@ class CastAdamS(NMOptimizer):
             for item, span in zip(lot.items, lot.spans, strict=True)
         ]
         t, (beta1, beta2) = steps_of(lot.items[0].state) - 1, group["betas"]
-        W = torch.cat(weights)
         if every(group["mask_every"], t):
-            P = packed_bits(self.mask_of_lot(W, group))
+            P = packed_bits(self.mask_of_sizes(torch.cat(weights).abs_(), group))
             torch._foreach_copy_(bits, list(torch.split(P, [len(own) for own in bits])))
         a = _share(t, group)
         torch._foreach_mul_(mu, beta1)
         torch._foreach_add_(mu, list(lot.gradients), alpha=1 - beta1)
         averages = torch.cat(mu)
-        pulled = W.sign_().to(averages.dtype).mul_(a * group["lam"]).add_(averages, alpha=1 - a)
+        pulled = torch.cat(weights).sign_().to(averages.dtype).mul_(a * group["lam"]).add_(averages, alpha=1 - a)
         P = unpacked_bits(torch.cat(bits), pulled.shape)
         torch.where(P.view(torch.bool), averages, pulled, out=pulled)
         torch._foreach_mul_(v, beta2)

@@ -31,6 +31,17 @@ class Places:
             return flat.index_select(0, self.indices)
         return flat.view(-1, self.run).index_select(0, self.runs).view(-1)
 
+    def unit(self, most: int) -> int:
+        """How many places at most are whole runs."""
+        return max(1, most // self.run) * self.run
+
+    def put_(self, flat: Tensor, values: Tensor) -> None:
+        """Values in the place of those in the mask."""
+        if self.runs is None:
+            flat.index_copy_(0, self.indices.long(), values)
+        else:
+            flat.view(-1, self.run).index_copy_(0, self.runs.long(), values.view(-1, self.run))
+
     def add_(self, flat: Tensor, values: Tensor, alpha: Number) -> None:
         values, alpha = scaled(values, alpha)
         if len(self.indices) == self.count:

@@ -158,8 +158,8 @@ class HyperSparseAdamW(MovedInLots):
         group, state = lot.group, lot.items[0].state  # all of a group have the same numbers
         lam, gradient = self._strength(group, state), None
         if lam:
-            R = penalty_gradient(torch.cat(lot.weights), state["sharpness"], state["quotient"])
-            gradient = R.mul_(lam).add_(torch.cat(list(lot.gradients)))
+            gradient = penalty_gradient(torch.cat(lot.weights), state["sharpness"], state["quotient"]).mul_(lam)
+            torch._foreach_add_(lot.parts(gradient), list(lot.gradients))
         adamw_lot_(self, lot, gradient, hold=_was_pruned(state))
 
     def after_step(self, work: list[ParamStep]) -> None:

@@ -15,9 +15,12 @@ from ..core import batches
 from ..core.optimizer import ShardedOptimizer
 from ..core.rules import MOMENTS
 from ..core.types import Group, ParamStep, State
-from ..numbers import Number
+from ..distributed import blocked, is_large
+from ..numbers import add_each_
 from ..state.spec import PLAIN
 from .frozen_zeros import keep_only_
+
+IN_A_LOT = 2**24  # elements: what is made of each is ten bytes at most, for comparisons and copies in fp32
 
 
 @dataclass(frozen=True)
@@ -55,19 +58,23 @@ class Lot:
 
 def lots_of(items: Sequence[ParamStep], unit: int = 1) -> Iterator[Lot]:
     """Matrices in lots; a piece of one begins at a multiple of ``unit`` elements."""
-    most = max(1, batches.AT_ONCE // unit) * unit
+    most = max(1, IN_A_LOT // unit) * unit
     pieces: list[tuple[ParamStep, slice, Tensor]] = []
     room = most
     for item in items:
         G = item.take_grad().reshape(-1)
-        for begin in range(0, len(G), most):
-            span = slice(begin, min(begin + most, len(G)))
-            size = span.stop - span.start
-            if size > room:
+        begin = 0
+        while begin < len(G):
+            size = len(G) - begin
+            if size > room:  # as much as there is room for
+                size = min(size, room // unit * unit)
+            if size:
+                span = slice(begin, begin + size)
+                pieces.append((item, span, G[span]))
+                begin, room = begin + size, room - size
+            if begin < len(G):
                 yield Lot(*zip(*pieces, strict=True))
                 pieces, room = [], most
-            pieces.append((item, span, G[span]))
-            room -= size
     if pieces:
         yield Lot(*zip(*pieces, strict=True))
 
@@ -101,6 +108,16 @@ class MovedInLots(ShardedOptimizer):
         rounded = self.moment_codec is not PLAIN or item.group["stochastic_rounding"]
         return not rounded and _is_flat(item) and self.fits_in_lots(item)
 
+    writes_by_shards = False
+
+    def piece_size(self, item: ParamStep) -> int:
+        """Of a large matrix, too, whose weights are rounded by chance or whose lots are no lots."""
+        large = self.is_for_matrices(item.group) and not item.shard.split and is_large(item.shard.shape)
+        if not (large and _is_flat(item) and self.fits_in_lots(item)):
+            return super().piece_size(item)
+        unit = self.unit(item.group)
+        return max(1, blocked.BLOCK // unit) * unit
+
     def move_lots(self, items: list[ParamStep]) -> None:
         for lot in lots_of(items, self.unit(items[0].group)):
             self.move_lot(lot)
@@ -108,24 +125,27 @@ class MovedInLots(ShardedOptimizer):
 
 def adamw_lot_(optimizer: ShardedOptimizer, lot: Lot, gradient: Tensor | None = None, hold: bool = False) -> None:
     """``frozen_zeros.adamw_`` of a lot; ``gradient`` is flat."""
-    group, weights = lot.group, lot.weights
+    weights = lot.weights
     kept = torch.cat(weights) != 0 if hold else None
     R = lot.gradients if gradient is None else lot.parts(gradient)
-    N, correction = rule_of(lot, optimizer, R)
-    batches.decay_together(weights, group)
-    torch._foreach_add_(weights, N, alpha=-group["lr"] * correction)
+    move_by_rule_(lot, optimizer, R)
     if kept is not None:
         W = torch.cat(weights)
         keep_only_(W, kept)
         torch._foreach_copy_(weights, lot.parts(W))
 
 
-def rule_of(lot: Lot, optimizer: ShardedOptimizer, gradients: Sequence[Tensor]) -> tuple[list[Tensor], Number]:
-    """The directions of a lot, and the factor on the learning rate, by one call of the rule."""
-    assert optimizer.rule.together is not None
-    return optimizer.rule.together(
-        gradients, lot.states(), lot.group, batches.clock_of(lot.items[0].state, lot.items[0].shard)
-    )
+def move_by_rule_(lot: Lot, optimizer: ShardedOptimizer, gradients: Sequence[Tensor]) -> None:
+    """Weights of a lot, after they have decayed: by a kernel that writes them, where all is of one dtype."""
+    rule, group, weights, states = optimizer.rule, lot.group, lot.weights, lot.states()
+    clock = batches.clock_of(lot.items[0].state, lot.items[0].shard)
+    batches.decay_together(weights, group)
+    if len({own[0].dtype for own in (weights, gradients, lot.held(MOMENTS[0]))}) == 1 and rule.in_place is not None:
+        rule.in_place(weights, gradients, states, group, clock)
+        return
+    assert rule.together is not None
+    N, correction = rule.together(gradients, states, group, clock)
+    add_each_(weights, N, -group["lr"] * correction)
 
 
 def _is_flat(item: ParamStep) -> bool:

@@ -127,6 +127,11 @@ class Bits(Codec):
     def is_held(self, spec: StateSpec, saved: Mapping[str, Any]) -> bool:
         return "mask_bits" in saved
 
+    def piece(
+        self, spec: StateSpec, shard: FullShard, held: Mapping[str, Tensor], begin: int, end: int
+    ) -> dict[str, Tensor]:
+        return {"mask_bits": held["mask_bits"][begin // 8 : -(-end // 8)]}  # from a byte on
+
     def decode(self, spec: StateSpec, shard: FullShard, held: Mapping[str, Tensor]) -> Tensor:
         return unpacked_bits(held["mask_bits"], spec.local_shape(shard))
 

@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...nm_pattern import check_pattern, largest
+from ...nm_pattern import check_pattern, largest, largest_sizes
 from ...validation import Check, flag
 from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, ParamStep
-from ..distributed import FlatShard, FullShard, RowView, UnsupportedLayout, complete_rows
+from ..distributed import FlatShard, FullShard, PieceOfFull, RowView, UnsupportedLayout, complete_rows
 from .experts import EXPERTS, are_transposed, as_matrix, check_transposed, experts_of
 from .lots import MovedInLots
 
@@ -74,6 +74,8 @@ class NMOptimizer(MovedInLots):
         if isinstance(shard, FlatShard):
             view, completed = self._groups_of_m[shard.position]
             return view.flat(largest(view.rows(shard.parameter, completed), group["n"], group["m"]))
+        if isinstance(shard, PieceOfFull):
+            return largest_sizes(shard.parameter.detach().abs(), group["n"], group["m"])
         if shard.parameter.dim() not in MATRICES:
             raise UnsupportedLayout(f"a matrix came as a tensor of shape {tuple(shard.parameter.shape)}, without rows")
         return largest(shard.parameter, group["n"], group["m"])
@@ -90,7 +92,7 @@ class NMOptimizer(MovedInLots):
     def unit(self, group: Group) -> int:
         return int(group["m"])
 
-    def mask_of_lot(self, weights: Tensor, group: Group) -> Tensor:
-        """``mask`` of whole groups of m, one after the other (flat)."""
+    def mask_of_sizes(self, sizes: Tensor, group: Group) -> Tensor:
+        """``mask`` of whole groups of m, one after the other, of which these are the |w| (flat)."""
         n, m = group["n"], group["m"]
-        return largest(weights.view(-1, m), n, m, at_once=m <= AT_ONCE).view(-1)
+        return largest_sizes(sizes, n, m, at_once=m <= AT_ONCE)

@@ -37,12 +37,22 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..core.batches import Direction
+from ..core.batches import Direction, ask
 from ..core.group_checks import check_contiguous
 from ..core.optimizer import FIND, ShardedOptimizer
 from ..core.rules import MOMENTS, TORCH_ADAM
 from ..core.types import Group, ParamStep, State
-from ..distributed import FullShard, ProcessGroup, UnsupportedLayout, full_shape, held_shard
+from ..distributed import (
+    FullShard,
+    ProcessGroup,
+    UnsupportedLayout,
+    blocked,
+    full_shape,
+    held_shard,
+    is_large,
+    spans,
+)
+from ..numbers import add_, decay_of, is_zero
 from ..state.spec import INDICES, Coordinates, Placement, StateSpec, moment_dtype
 from .alike_masks import Wanted, is_whole
 from .alike_structures import changed_together
@@ -205,12 +215,42 @@ class SparseOptimizer(ShardedOptimizer):
             return (yield from super().direction(G, shard, group, state))
         M = Places(shard, group, state["indices"])
         if "momentum" in state:
-            state["momentum"].lerp_(G.reshape(-1).to(state["momentum"].dtype), 1 - group["betas"][0])
+            _follow(state["momentum"], G.reshape(-1), group)
         R = M.of(G.reshape(-1))
         if group["grown_step"] == "own":
             return PlacedUpdate(M, aged_adam(R, state, group)), 1.0
         N, correction = yield R, state
         return PlacedUpdate(M, N), correction
+
+    def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
+        if not self.is_for_matrices(group) or shard.split or not is_large(state["indices"].shape):
+            super().update(G, shard, group, state)
+            return
+        if "momentum" in state:
+            for span in spans(G.numel(), blocked.BLOCK):
+                _follow(state["momentum"][span], G.reshape(-1)[span], group)
+        W, decay = shard.parameter.view(-1), decay_of(group)
+        if not is_zero(decay) and shard.round_block is None:
+            W.mul_(1 - decay)
+        for span in spans(len(state["indices"]), Places(shard, group, state["indices"]).unit(blocked.BLOCK)):
+            M = Places(shard, group, state["indices"][span])
+            own = {key: state[key][span] for key in (*MOMENTS, BORN) if key in state}
+            self._move_some(M, M.of(G.reshape(-1)), W, shard, group, {"step": state["step"], **own})
+
+    def _move_some(self, M: Places, R: Tensor, W: Tensor, shard: FullShard, group: Group, state: State) -> None:
+        """Some weights of a large mask; W is flat."""
+        if group["grown_step"] == "own":
+            N, step = aged_adam(R, state, group), -group["lr"]
+        else:
+            N, correction = ask(self.rule, R, state, group, shard)
+            step = -group["lr"] * correction
+        if shard.round_places is None:
+            M.add_(W, N, step)
+            return
+        narrow = M.of(W)
+        wide = add_(narrow.float().mul_(1 - decay_of(group)), N, step)
+        shard.round_places(narrow, wide, M.indices)
+        M.put_(W, narrow)
 
     def find(self, work: list[ParamStep]) -> None:
         """First masks, for matrices that have none; weights outside of masks are zero from here on."""
@@ -355,11 +395,18 @@ def _give(matrix: Masked, indices: Tensor) -> None:
             matrix.state[key] = matrix.state[key].new_zeros(len(indices))
 
 
+def _follow(momentum: Tensor, gradient: Tensor, group: Group) -> None:
+    momentum.lerp_(gradient.to(momentum.dtype), 1 - group["betas"][0])
+
+
 def _keep_to_mask(matrix: Masked) -> None:
-    W, at = matrix.weights, matrix.indices.long()
-    if len(at) < len(W):
-        held = W[at]
-        W.zero_().index_copy_(0, at, held)
+    W, indices = matrix.weights, matrix.indices
+    if len(indices) == len(W):
+        return
+    outside = torch.ones_like(W, dtype=torch.bool)
+    for at in torch.split(indices, blocked.BLOCK):
+        outside.index_fill_(0, at.long(), False)
+    W.masked_fill_(outside, 0)
 
 
 def _take(matrix: Masked, change: Change) -> None:

@@ -26,7 +26,7 @@ from torch.optim.optimizer import ParamsT
 from ...validation import Check, flag, number
 from ..core.types import Group, ParamStep, State
 from ..distributed import FullShard
-from .lots import Lot, rule_of
+from .lots import Lot, move_by_rule_
 from .nm_optimizer import NMOptimizer
 
 PARTS = 8
@@ -112,14 +112,14 @@ class SRSTEAdamW(NMOptimizer):
 
     def move_lot(self, lot: Lot) -> None:
         group, weights = lot.group, lot.weights
-        lr, decoupled = group["lr"], group["decoupled"]
-        pull = torch.cat(weights)
-        pull.mul_(self.mask_of_lot(pull, group).logical_not_()).mul_(group["sr_lambda"])
-        refined = lot.gradients
-        if not decoupled:
-            refined = lot.parts(torch.cat(list(refined)).to(lot.held("exp_avg")[0].dtype).add_(pull))
-        N, correction = rule_of(lot, self, refined)
-        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        if decoupled:
-            torch._foreach_sub_(weights, lot.parts(pull), alpha=lr)
-        torch._foreach_add_(weights, N, alpha=-lr * correction)
+        sizes = torch.cat(weights).abs_()
+        pull = sizes.copy_(self.mask_of_sizes(sizes, group).logical_not_())  # in their memory, for one lot has no more
+        torch._foreach_mul_(lot.parts(pull), weights)
+        pull.mul_(group["sr_lambda"])
+        if group["decoupled"]:
+            move_by_rule_(lot, self, lot.gradients)
+            torch._foreach_sub_(weights, lot.parts(pull), alpha=group["lr"])
+            return
+        refined = lot.parts(pull.to(lot.held("exp_avg")[0].dtype))
+        torch._foreach_add_(refined, list(lot.gradients))
+        move_by_rule_(lot, self, refined)

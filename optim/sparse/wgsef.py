@@ -23,8 +23,9 @@ step has the parts of all matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -40,13 +41,13 @@ from ..core.group_checks import check_contiguous
 from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, ParamStep, State
-from ..distributed import FullShard, UnsupportedLayout, all_reduce_shares_
+from ..distributed import FullShard, PieceOfFull, UnsupportedLayout, all_reduce_shares_, is_large
 from .experts import EXPERTS, Expert, experts_of
 from .frozen_zeros import adamw_, keep_only_
 from .group_envelope import proximal_factors
 from .lots import Lot, MovedInLots, adamw_lot_
 
-PARTS = 4  # in which a matrix is squared
+PARTS, PARTS_OF_LARGE = 4, 16  # in which a matrix is squared
 GROUPS = ("rows", "columns", "blocks")
 
 
@@ -162,14 +163,31 @@ class WGSEFAdamW(MovedInLots):
                 values.setdefault(id(matrices[i].item), []).append((matrices[i], own))
         for item in due:
             last = _is_last(item)
+            own_values = values.get(id(item), [])
+            if not last and item.group["stochastic_rounding"] and not item.shard.split and is_large(item.shard.shape):
+                self._multiply_in_bands(item, own_values)
+                continue
             with nullcontext() if last else self.rounded_weights(item, "shrunk"):
-                for matrix, own in values.get(id(item), ()):
+                for matrix, own in own_values:
                     W = item.shard.parameter.view(-1)[matrix.expert.begin : matrix.expert.end]
                     W = W.view(matrix.expert.shard.parameter.shape)
                     if last:
                         keep_only_(W, matrix.tiles.each(own, matrix.expert.shard))
                     else:
                         matrix.tiles.multiply_(W, own, matrix.expert.shard)
+
+    def _multiply_in_bands(self, item: ParamStep, found: Iterable[tuple[Tiled, Tensor]]) -> None:
+        """``multiply_`` of large matrices whose weights are wider for it."""
+        for (_, tiles, expert), values in found:
+            for first, last in tiles.bands(0, tiles.shape[0]):
+                rows, n = last - first, tiles.shape[1]
+                begin = expert.begin + first * n
+                piece = PieceOfFull(item.shard, slice(begin, begin + rows * n))
+                with self.rounded_weights(replace(item, shard=piece), "shrunk"):
+                    own = tiles.of_rows(values, first, last)
+                    Tiles((rows, n), (min(tiles.tile[0], rows), tiles.tile[1])).multiply_(
+                        piece.parameter.view(rows, n), own, piece
+                    )
 
 
 class Tiled(NamedTuple):
@@ -202,11 +220,11 @@ def squares_of(matrices: Sequence[Tiled]) -> list[Tensor]:
 
     for i, (_, tiles, expert) in enumerate(matrices):
         W, size = expert.shard.parameter, expert.shard.parameter.numel()
-        if expert.shard.split or not batches.launches_cost(W.device) or size > batches.AT_ONCE:
+        if expert.shard.split or not batches.launches_cost(W.device) or 2 * size > batches.AT_ONCE:
             found[i] = tiles.squares(expert.shard)
             continue
         lot = lots.setdefault((tiles, W.dtype, W.device), [])
-        if (len(lot) + 1) * size > batches.AT_ONCE:
+        if 2 * (len(lot) + 1) * size > batches.AT_ONCE:  # they and their squares
             sum_up(lot)
             lot.clear()
         lot.append(i)
@@ -279,7 +297,7 @@ class Tiles(NamedTuple):
         W = shard.parameter.detach().reshape(-1)
         sums = torch.zeros(self.grid, dtype=widest(W.device), device=W.device)
         first, last, lead, tail = self._lines(shard)
-        for begin, end in self._bands(first, last):
+        for begin, end in self.bands(first, last):
             a, z = (begin - first) * n - lead, (end - first) * n - lead
             own = W[max(a, 0) : z].to(torch.promote_types(W.dtype, torch.float32)).square()
             rows = F.pad(own, (max(-a, 0), tail if end == last else 0)).view(end - begin, n)
@@ -306,9 +324,15 @@ class Tiles(NamedTuple):
         else:
             weights.view(self.grid[0], b, self.grid[1], c).mul_(values.view(self.grid[0], 1, self.grid[1], 1))
 
-    def _bands(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+    def of_rows(self, values: Tensor, first: int, last: int) -> Tensor:
+        """Those of ``values`` (M N) that belong to rows of whole tiles, or to rows of one."""
+        b = self.tile[0]
+        return values.view(self.grid)[first // b : -(-last // b)].reshape(-1)
+
+    def bands(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """The rows from ``first`` to ``last`` some at a time: whole rows of tiles, or parts of one."""
-        b, most = self.tile[0], max(1, -(-(last - first) // PARTS))
+        parts = PARTS_OF_LARGE if is_large(self.shape) else PARTS
+        b, most = self.tile[0], max(1, -(-(last - first) // parts))
         span = max(b, most // b * b)
         for band in range(first // b * b, last, span):
             begin, end = max(first, band), min(last, band + span)

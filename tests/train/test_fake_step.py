@@ -60,6 +60,24 @@ def test_planned_is_taken(name):
     assert planned <= 8 * 4 * max(m * n for m, n in SHAPES + OTHERS[:1])
 
 
+# Exact vectors, by torch's SVD, and what makes 11008 x 1024 columns orthonormal, in a refresh.
+OVER_A_MATRIX = {"APOLLOAdamW svd": 432, "GaLorePlusAdamW heads": 191}
+ALWAYS = ("FiraAdamW", "SRSTEAdamW", "RigLAdamW", "SCALE", "Lion")
+LLAMA_7B = [(4096, 11008), (11008, 4096), (4096, 4096)]
+
+
+@pytest.mark.parametrize("name", [n if n in ALWAYS else pytest.param(n, marks=pytest.mark.thorough) for n in PLANNED])
+def test_a_step_at_7b_makes_less_than_one_of_its_matrices(name):
+    """In fp32, in bf16, and in bf16 with stochastic rounding, which widened a matrix at a time."""
+    use = VARIANTS[name].quadratic
+    keys = dict(use.matrices or {})
+    keys |= {"rank": 1024} if keys.get("rank", 1) > 1 else {}
+    for dtype, by_chance in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        held = [nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape in LLAMA_7B * 2]
+        made = VARIANTS[name].cls([{"params": held, **keys}], **use.keys, stochastic_rounding=by_chance)
+        assert 0 < step_bytes(made) <= OVER_A_MATRIX.get(name, 172) * 2**20
+
+
 @pytest.mark.parametrize("cut", [as_one_buffer, each_alone, by_rows])
 @pytest.mark.parametrize("cls", [optim.GaLoreAdamW, optim.FiraAdamW, optim.LDAdamW, optim.GaLoreAdamW8bit])
 def test_processes_that_share_a_matrix_take_less(cls, cut):

@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 from gracile import optim
 from gracile.optim.core import batches, optimizer
+from gracile.optim.distributed import blocked
 from gracile.optim.low_rank import optimizer as low_rank
 
 STEPS = 6
@@ -70,6 +71,27 @@ def test_so_is_a_stack_and_what_moves_together(name, monkeypatch):
         monkeypatch.setattr(module, "launches_cost", lambda device: True)
     held, others, graphs = compiled_and_not(name)
     assert graphs == [3] * STEPS  # two alike matrices, the wide one, all others
+    assert_close(held, others)
+
+
+@pytest.mark.thorough
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_stack_that_is_no_stack_where_its_subspace_is_found(backend, monkeypatch):
+    for module in (batches, optimizer, low_rank):
+        monkeypatch.setattr(module, "launches_cost", lambda device: True)
+    held, others, graphs = compiled_and_not("GradNormLoRPAdamW", backend)
+    assert graphs == [3, *[4] * (STEPS - 1)]
+    assert_close(held, others)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", some(["GaLoreAdamW", "FiraAdamW", "GradNormLoRPAdamW", "APOLLOAdamW svd", "SCALE"]))
+def test_a_graph_moves_at_once_what_is_moved_in_blocks(name, monkeypatch):
+    for limit in ("LARGE", "LARGE_TWICE", "BLOCK"):
+        monkeypatch.setattr(blocked, limit, 1000)
+    held, others, graphs = compiled_and_not(name)
+    assert graphs == [4] * STEPS
     assert_close(held, others)
 
 

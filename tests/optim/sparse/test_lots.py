@@ -11,6 +11,7 @@ from gracile.optim.core import optimizer as stepping
 from gracile.optim.core.types import ParamStep
 from gracile.optim.distributed import FlatShard, FullShard, ShardRange, Workspace
 from gracile.optim.distributed.process_group import FakeGroup
+from gracile.optim.sparse import lots as in_lots
 from gracile.optim.sparse import prune_smallest
 from gracile.optim.sparse.lots import lots_of
 
@@ -89,10 +90,12 @@ def test_a_workspace_of_any_size_makes_no_difference(name, on_a_gpu, monkeypatch
     whole = trained(name)
     count = len(on_a_gpu)
     monkeypatch.setattr(batches, "AT_ONCE", 72)
+    monkeypatch.setattr(in_lots, "IN_A_LOT", 72)
     for one, other in zip(trained(name), whole, strict=True):
-        near = name == "HyperSparse" and torch.allclose(one, other)  # a CPU's tanh differs at the ends
-        assert near or torch.equal(one, other)
-    assert len(on_a_gpu) > 3 * count or not count
+        # a CPU's tanh and fused kernels round otherwise at the ends of a piece
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+        assert torch.equal(one == 0, other == 0)
+    assert len(on_a_gpu) > 2 * count or not count  # those of the whole, and smaller ones
     assert all(sum(span.stop - span.start for span in lot.spans) <= 72 for lot in on_a_gpu[count:])
 
 
@@ -116,12 +119,12 @@ def test_a_part_that_cuts_a_group_of_m_is_moved_with_the_rest_of_it(begin, fits)
 
 
 def test_pieces_begin_at_multiples_of_their_unit(monkeypatch):
-    monkeypatch.setattr(batches, "AT_ONCE", 20)
+    monkeypatch.setattr(in_lots, "IN_A_LOT", 20)
     shards = [FlatShard(torch.arange(n), torch.arange(n), ShardRange((n,), (0, n), 0, FakeGroup(0, 1)), 0, Workspace())
               for n in (8, 40, 24, 4)]  # fmt: skip
     lots = list(lots_of([ParamStep(shard, {}, {}) for shard in shards], unit=8))
     assert [[(span.start, span.stop) for span in lot.spans] for lot in lots] == [
-        [(0, 8)], [(0, 16)], [(16, 32)], [(32, 40)], [(0, 16)], [(16, 24), (0, 4)]
+        [(0, 8), (0, 8)], [(8, 24)], [(24, 40)], [(0, 16)], [(16, 24), (0, 4)]
     ]  # fmt: skip
     assert all(torch.equal(W, G) for lot in lots for W, G in zip(lot.weights, lot.gradients, strict=True))
 
