@@ -6,7 +6,7 @@ is learnt of a new text and what is forgotten of the old one, as a table and a p
 
 The base is ``gracile pretrain quickstart --model 9m``: source text of the standard library. Each line is ``gracile
 finetune`` on it with the settings of ``RUNS``; the better of its learning rates counts, by the loss on the new text.
-``forgetting_dataset`` is the base's own text. Runs that are in the results file already are not run again.
+The old text is some of the base's own; of both texts ``SAMPLE`` characters are evaluated on. Runs that are in the results file already are not run again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 WRITING = threading.Lock()
+SAMPLE = 120_000
 ADAPTER, SELECTION, FULL = "adapter", "selection", "all weights"
 
 
@@ -65,7 +67,6 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 COMMON = {
     "format": "text",
-    "forgetting_dataset": "stdlib",
     "block_size": 128,
     "packing": True,
     "per_device_train_batch_size": 16,
@@ -87,6 +88,20 @@ def command(word: str, *arguments: str, threads: int) -> subprocess.CompletedPro
     return subprocess.run(run, capture_output=True, text=True, env=given, check=False)
 
 
+def samples(validation: str, folder: Path) -> dict[str, str]:
+    """Files with the beginnings of the new text and of the old one."""
+    modules = ("argparse", "inspect", "tarfile", "typing", "subprocess")
+    files = [Path(str(util.find_spec(name).origin)) for name in modules]  # type: ignore[union-attr]
+    texts = {"validation_dataset": [Path(validation)], "forgetting_dataset": files}
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for key, paths in texts.items():
+        text = "".join(path.read_text(encoding="utf-8") for path in paths)[:SAMPLE]
+        found[key] = str(folder / f"{key}.txt")
+        Path(found[key]).write_text(text, encoding="utf-8")
+    return found
+
+
 def pretrained(folder: Path, threads: int) -> Path:
     """The base model, made once."""
     if not (folder / "metrics.json").exists():
@@ -100,7 +115,7 @@ def run(name: str, rate: float, given: argparse.Namespace, base: Path) -> dict[s
     own = {key: value for key, value in RUNS[name].items() if key not in ("kind", "rates")}
     if own.get("adapter") == "pst":
         own["adapter_args"] = {**own["adapter_args"], "total_steps": given.steps}
-    keys = {**COMMON, **own, "model": str(base), "dataset": given.train, "validation_dataset": given.validation}
+    keys = {**COMMON, **own, **given.texts, "model": str(base), "dataset": given.train}
     keys |= {"learning_rate": rate, "max_steps": given.steps, "warmup_steps": max(1, given.steps // 10)}
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "run.yaml"
@@ -195,7 +210,7 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="the new text")
     parser.add_argument("--validation", required=True, help="more of it, to evaluate on")
     parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS), metavar="NAME")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument(
         "--base", default="runs/base_9m", help="folder of the base model, which is made if it is not there"
     )
@@ -208,6 +223,7 @@ def main() -> None:
     if file.exists() and (held := json.loads(file.read_text()))["steps"] == given.steps:
         results = held
     base = pretrained(Path(given.base), given.threads)
+    given.texts = samples(given.validation, base / "texts")
     done = {(one["name"], one["rate"]) for one in results["runs"]}
     both = [(name, RUNS[name]["rates"][i]) for i in range(2) for name in given.runs]
     wanted = [which for which in both if which not in done]
