@@ -104,6 +104,11 @@ class RecipeEntry:
     name: str
     summary: str
 
+    @property
+    def command(self) -> str:
+        """The word behind ``gracile`` that runs it."""
+        return "finetune" if self.name.startswith("finetune_") else "pretrain"
+
 
 def _by_name(*entries: Any) -> Any:
     return {entry.name: entry for entry in entries}

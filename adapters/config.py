@@ -41,6 +41,7 @@ class AdapterConfig(PeftConfig):
 
     method: ClassVar[Any] = None  # a member of a str-Enum, set by ``register``
     checks: ClassVar[Mapping[str, Check]] = {}
+    calibrated_on: ClassVar[str] = "train"  # of the data of ``gracile finetune``, where a method has a ``statistic``
 
     r: int = field(default=8, metadata={"help": "Rank of the change of each matrix."})
     rank_pattern: dict[str, int] = field(

@@ -39,6 +39,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         kept: likewise of tensors that training changes without gradients.
         shared: those of the trained that all layers have in common.
         needs_statistics: whether ``start`` reads what ``calibrate`` found.
+        adapts_experts: whether the method takes experts in one tensor (E, m, n): its functions are then mapped over E.
         settings: the configuration of each adapter.
         name: of the layer in the model.
     """
@@ -49,6 +50,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     kept: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     needs_statistics = False
+    adapts_experts = False
     frozen_names: tuple[str, ...]
     merged_adapters: list[str]
     in_features: int
@@ -119,14 +121,19 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.settings: dict[str, Any] = {}  # an AdapterConfig each
         self.dropouts = nn.ModuleDict()
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **keywords)
-        sides: Any = _get_in_out_features(self.get_base_layer())
-        self.in_features, self.out_features = sides
+        self.in_features, self.out_features = self.sides()
         for held in self.adapter_layer_names:
             setattr(self, held, nn.ParameterDict())
         for held in self.frozen_names:
             setattr(self, held, Buffers())
         self.register_load_state_dict_pre_hook(_refuse_another_base)
         self.update_layer(adapter, config)
+
+    def sides(self) -> tuple[int, int]:
+        """n and m."""
+        sides: Any = _get_in_out_features(self.get_base_layer())
+        n, m = sides
+        return n, m
 
     def update_layer(self, adapter: str, config: AdapterConfig) -> None:
         """Add an adapter, which starts from the weight.
@@ -143,13 +150,21 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         # Under low_cpu_mem_usage peft makes parameters on meta: what they hold, and what is frozen if that was saved,
         # comes from a file
         if nn.Parameter(torch.empty(0)).is_meta and config.save_projection:
-            tensors = {name: torch.empty(shape) for name, shape in self.shapes(config, r).items()}
+            tensors = {name: torch.empty(shape) for name, shape in self.all_shapes(config, r).items()}
         elif self.needs_statistics and self.name not in config.statistics:
             tensors = self._to_be_loaded(adapter, config, r)
         else:
             with torch.no_grad():
-                tensors = self.start(self.wide_weight(), config, r)
+                tensors = self.started(config, r)
         self._hold(adapter, config, tensors)
+
+    def started(self, config: AdapterConfig, r: int) -> Tensors:
+        """``start``, of all matrices that the layer has."""
+        return self.start(self.wide_weight(), config, r)
+
+    def all_shapes(self, config: AdapterConfig, r: int) -> dict[str, tuple[int, ...]]:
+        """``shapes``, likewise."""
+        return self.shapes(config, r)
 
     def check_rank(self, r: int) -> None:
         if r > self.most:
@@ -170,7 +185,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 "gracile.adapters.calibrate(model, config, batches) before get_peft_model"
             )
         self._awaited.add(adapter)
-        return {name: torch.zeros(shape) for name, shape in self.shapes(config, r).items()}
+        return {name: torch.zeros(shape) for name, shape in self.all_shapes(config, r).items()}
 
     def _expect_loaded(self, adapter: str) -> None:
         if not all(tensor.any() for name, tensor in self.tensors(adapter).items() if name in self.frozen):
@@ -230,6 +245,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         weight: Tensor = self.get_base_weight()
         return weight
 
+    def _write_base(self, weight: Tensor) -> None:
+        self.set_base_weight(weight)
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change of an adapter, as the base lays its weight out."""
         delta = self.delta(self.wide_weight(), self.settings[adapter], **self.tensors(adapter)) * self.scale(adapter)
@@ -262,18 +280,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for adapter in check_adapters_to_merge(self, adapter_names) or ():
             if not self.has(adapter):
                 continue
-            weight = self.get_base_weight()
+            weight = self._base_weight()
             merged = (weight.float() + self.get_delta_weight(adapter).detach()).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"adapter {adapter!r} makes weights of {self.name} that are not finite")
             if self._unmerged is None:
                 self._unmerged = weight.detach().clone()
-            self.set_base_weight(merged)
+            self._write_base(merged)
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
         if self._unmerged is not None:
-            self.set_base_weight(self._unmerged.to(self.get_base_weight().device))
+            self._write_base(self._unmerged.to(self._base_weight().device))
             self._unmerged = None
         self.merged_adapters.clear()
 

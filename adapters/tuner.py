@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
+from .experts import ExpertsLayer, experts_layer
 from .layer import AdapterLayer
 from .penalty import adapter_layers, add_penalty
 
@@ -37,8 +38,18 @@ class AdapterTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, self.tuner_layer_cls):
+        own_parameter = parameter_name is None or getattr(target, "parameter_name", None) == parameter_name
+        if isinstance(target, self.tuner_layer_cls) and own_parameter:
             target.update_layer(adapter_name, peft_config)
+            return
+        more = get_quantization_kwargs(self.model)
+        shared = next((layer._shared_by_all for layer in adapter_layers(self.model)), {})
+        if parameter_name is not None:
+            kind = experts_layer(self.tuner_layer_cls)
+            layer: AdapterLayer = kind(
+                target, adapter_name, peft_config, current_key, shared, parameter_name=parameter_name, **more
+            )
+            self._put(parent, target_name, layer, target, adapter_name)
             return
         base: Any = getattr(target, "base_layer", target)
         if not (isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "quant_state")):
@@ -46,12 +57,19 @@ class AdapterTuner(BaseTuner):
                 f"{type(peft_config).__name__} adapts linear layers, and {current_key} is a {type(base).__name__}; "
                 "leave it out of target_modules, or name it in exclude_modules"
             )
-        more = get_quantization_kwargs(self.model)
-        shared = next((layer._shared_by_all for layer in adapter_layers(self.model)), {})
         layer = self.tuner_layer_cls(target, adapter_name, peft_config, current_key, shared, **more)
-        if adapter_name not in self.active_adapters:
+        self._put(parent, target_name, layer, target, adapter_name)
+
+    def _put(self, parent: nn.Module, name: str, layer: AdapterLayer, target: nn.Module, adapter: str) -> None:
+        if adapter not in self.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        self._replace_module(parent, name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ExpertsLayer) and not isinstance(new_module, AdapterLayer):
+            setattr(parent, child_name, new_module)  # a module without the one weight that peft would hand on
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._post_injection_hook(model, config, adapter_name)

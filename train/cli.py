@@ -12,6 +12,7 @@ from .engines.process_exit import leave
 
 COMMANDS = {
     "pretrain": "train a LLaMA from scratch",
+    "finetune": "train a saved model on instructions, texts or classes: an adapter or all of it",
     "memory": "plan the memory of a run, before anything is allocated",
     "profile": "measure the memory and the time of a run's first steps",
     "export": "write a sparse model without its zeros, for inference",

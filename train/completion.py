@@ -45,9 +45,10 @@ SHELLS = {"bash": SCRIPT, "zsh": ZSH + SCRIPT}
 def script(shell: str) -> str:
     """What a shell evaluates once, when it starts."""
     from .cli import COMMANDS  # which imports this module for its word
+    from .config.finetune_arguments import FinetuneConfig
     from .config.parser import NOT_READ, field_names
 
-    keys = sorted(f"--{name}" for name in field_names() - NOT_READ.keys())
+    keys = sorted(f"--{name}" for name in (field_names() | field_names(FinetuneConfig)) - NOT_READ.keys())
     names: dict[str, Iterable[str]] = {
         "commands": COMMANDS,
         "optimizers": OPTIMIZERS,

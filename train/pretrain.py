@@ -7,33 +7,25 @@ deepspeed --module gracile.train.pretrain CONFIG.yaml
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import transformers
-import yaml
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
-from .. import __version__
 from ..models.llama import SIZES
-from ..optim.distributed import UnsupportedLayout
-from .atomic_write import write_atomically
 from .build.callbacks import EvaluateAt, LogLines
 from .build.layers import merges
 from .build.model import architecture, build_model
 from .build.optimizer import without_effect
-from .config.arguments import Config, ModelArguments, RunArguments
+from .config.arguments import Config, ModelArguments
 from .config.checks import check_values
 from .config.help_text import usage
 from .config.parser import load_config
 from .data.blocks import Blocks, collate, make_blocks
 from .data.corpus import Corpus, open_corpus
-from .data.identity import DATA_FILE
 from .data.stream import BlockStream
 from .data.tokenizer import get_tokenizer
 from .data_only import data_only
@@ -41,12 +33,14 @@ from .engines import deepspeed
 from .engines import layout as layouts
 from .engines.main_process import on_main
 from .engines.process_exit import leave
-from .errors import BadInput, CannotLoad, RunStopped
-from .run import faults, history, lock, report
-from .run.changes import BATCH, Change, size_of_steps, step_of
+from .errors import BadInput
+from .run import report
+from .run.changes import Change
 from .run.preflight import check_buildable
-from .run.resume import RUN_FILE, check_same_run, distrust_skipped, resuming, starting_point
-from .run.stopping import Interrupted, StopRequests, StopTogether
+from .run.resume import RUN_FILE, check_same_run, resuming, write_run_file
+from .run.session import Start, announce_checkpoint, one_at_a_time, record_start, run_command, see_through
+from .run.session import train as _train
+from .run.stopping import StopRequests
 from .sources import source_of
 
 if TYPE_CHECKING:
@@ -71,12 +65,9 @@ def pretrain(config: Config, requests: StopRequests | None = None) -> dict[str, 
 
 
 def _pretrain(config: Config, requests: StopRequests | None) -> dict[str, Any]:
-    run = config.run
-    output_dir = run.folder
-    checkpoint = on_main(run, lambda: starting_point(run))
-    distrust_skipped(run, checkpoint)
-    layout = layouts.Layout.of(run)
-    resharded = checkpoint is not None and layouts.needs_resharding(checkpoint, layout)
+    run, output_dir = config.run, config.run.folder
+    start = Start.of(run)
+    checkpoint, layout, resharded = start
     chosen = architecture(config.model)
     check_buildable(config, chosen)
     corpus, tokenizer, blocks = read(config, chosen)
@@ -92,42 +83,19 @@ def _pretrain(config: Config, requests: StopRequests | None) -> dict[str, Any]:
     trainer = trainer_of(config, model, tokenizer, blocks, layout, weights_are_loaded=resharded)
     trainer.changed_keys = {change.key for change in changes}
     if run.should_save:
-        text = yaml.safe_dump({"gracile": __version__, "data": data.now, "config": config.resolved()})
-        write_atomically(output_dir / RUN_FILE, text)
-        write_atomically(output_dir / DATA_FILE, data.record())
+        write_run_file(config, data)
         _announce(config, model, corpus, blocks)
         if checkpoint is not None:
-            _announce_checkpoint(config, checkpoint, layout, resharded, trainer.changed_keys)
-        _record_start(output_dir, checkpoint, layout, data.now, changes)
+            announce_checkpoint(config, start, trainer.changed_keys)
+        record_start(output_dir, start, data.now, changes)
     if isinstance(blocks.train, BlockStream):
         blocks.train.begin(data.now, trainer.get_total_train_batch_size(run), checkpoint)
-    stop = None if requests is None else StopTogether(requests)
-    if stop is not None:
-        trainer.add_callback(stop)
-    try:
-        steps_per_second = _train(trainer, checkpoint)
-        if stop is not None and stop.stopped_by:
-            raise Interrupted(stop.stopped_by, trainer.state.global_step)
-        metrics = _finish(config, trainer, output_dir, steps_per_second)
-    except (Interrupted, RunStopped) as end:
-        if run.should_save:
-            history.append(output_dir, "stopped", trainer.state.global_step, why=str(end))
-        raise
-    if run.should_save:
-        history.append(output_dir, "finished", trainer.state.global_step)
-    return metrics
-
-
-def _record_start(
-    output_dir: Path, checkpoint: Path | None, layout: layouts.Layout, data: str, changes: list[Change]
-) -> None:
-    """Tell what has changed, and write history.jsonl."""
-    for change in changes:
-        print(change, flush=True)
-    step = 0 if checkpoint is None else step_of(checkpoint)
-    told = {change.key: [change.before, change.now] for change in changes}
-    where = {"from": None if checkpoint is None else str(checkpoint), "layout": str(layout), "data": data}
-    history.append(output_dir, "started", step, **where, **history.surroundings(), changes=told)
+    return see_through(
+        trainer,
+        requests,
+        lambda: _train(trainer, checkpoint),
+        lambda speed: _finish(config, trainer, output_dir, speed),
+    )
 
 
 def read(config: Config, chosen: PreTrainedConfig) -> tuple[Corpus, PreTrainedTokenizerBase, Blocks]:
@@ -142,27 +110,6 @@ def read(config: Config, chosen: PreTrainedConfig) -> tuple[Corpus, PreTrainedTo
             raise BadInput(f"max_steps must be given, for dataset {corpus.name!r} is a stream and has no length")
         tokenizer = get_tokenizer(name, corpus, chosen.vocab_size, trusted)
         return corpus, tokenizer, make_blocks(corpus, tokenizer, config.data)
-
-
-@contextmanager
-def one_at_a_time(run: RunArguments) -> Iterator[None]:
-    """The run's folder, held by the first process for all of its launch.
-
-    Raises:
-        BadInput: on every process, where another launch has it.
-    """
-    with ExitStack() as stack:
-        on_main(run, lambda: stack.enter_context(lock.held(run.folder)))
-        yield
-
-
-def _train(trainer: PretrainTrainer, checkpoint: Path | None) -> float | None:
-    """Train to the end; steps per second, or None where the checkpoint was the end already."""
-    if checkpoint is not None and trainer.is_finished(checkpoint):
-        trainer.load_finished(checkpoint)
-        return None
-    output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return output.metrics["train_steps_per_second"]
 
 
 def _finish(config: Config, trainer: PretrainTrainer, output_dir: Path, speed: float | None) -> dict[str, Any]:
@@ -255,20 +202,6 @@ def _announce(config: Config, model: nn.Module, corpus: Corpus, blocks: Blocks) 
         print(f"no effect with {config.optimizer.optimizer}: {', '.join(idle)}")
 
 
-def _announce_checkpoint(
-    config: Config, checkpoint: Path, layout: layouts.Layout, resharded: bool, changed: set[str]
-) -> None:
-    before = layouts.saved(checkpoint)
-    change = f", made by {before}; its state is split anew for {layout}" if resharded else ""
-    print(f"continuing from {checkpoint}{change}")
-    if resharded and config.optimizer.optimizer.endswith("8bit"):
-        print("moments in 8 bits are rounded once more, in other blocks: weights come to differ by some 2e-3")
-    if before is None or before.examples_per_step == layout.examples_per_step or changed & BATCH:
-        return  # or it is told where the key is that has changed
-    size = size_of_steps(config.run, checkpoint, before.examples_per_step)
-    print(f"{size}; gradient_accumulation_steps or per_device_train_batch_size can make it the same run")
-
-
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -279,47 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(a in ("-h", "--help", "--help-all") for a in arguments):
         print(usage(everything="--help-all" in arguments))
         return 0
-    config: Config | None = None
-    try:
-        with StopRequests() as requests:
-            config = load_config(arguments)
-            if config.run.disable_tqdm:
-                _no_bars()
-            pretrain(config, requests)
-    except BadInput as error:
-        if is_first_process() or isinstance(error, CannotLoad):  # every process meets the same input
-            print(f"gracile pretrain: {error}", file=sys.stderr)
-        return 2
-    except (RunStopped, UnsupportedLayout) as error:
-        print(f"gracile pretrain: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as stop:
-        if is_first_process():
-            print(f"gracile pretrain: {stop}; {_what_stays(config)}", file=sys.stderr)
-        return stop.code
-    except Exception as error:
-        reason = faults.explained(error)
-        if reason is None:
-            raise
-        print(f"gracile pretrain: {reason}; {_what_stays(config)}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _no_bars() -> None:
-    """Those of the libraries, which the Trainer's key does not reach."""
-    import datasets
-
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
-def is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _what_stays(config: Config | None) -> str:
-    return faults.what_stays(None if config is None else config.run.folder)
+    return run_command("pretrain", lambda: load_config(arguments), pretrain)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def _way_out(path: Path, given: str) -> str:
     from ..registry import recipes
 
     if path.parent.name == RUNS and path.name in recipes():
-        return f"run `gracile pretrain {path.name}` first, which writes it"
+        return f"run `gracile {recipes()[path.name].command} {path.name}` first, which writes it"
     plain = not path.is_absolute() and not given.startswith((".", "~")) and given.count("/") <= 1
     hub = f", or, for the hub's, say {MARK}{given}" if plain else ""
     return f"give a path that does{hub}"

@@ -56,6 +56,8 @@ class AlignGuardConfig(AdapterConfig):
         "beta": number(">= 0"),
     }
 
+    calibrated_on: ClassVar[str] = "forgetting"
+
     k: int = field(default=32, metadata={"help": "Directions of the output that alignment rests on."})
     pairs: int = field(default=1, metadata={"help": "1, or 2 for parts with factors of their own."})
     l_a: float = field(default=0.1, metadata={"help": "Weight of the alignment's part."})

@@ -50,6 +50,7 @@ class ALLoraLayer(LowRankLayer):
     """A linear layer with ALLoRA beside it."""
 
     prefix, trained = "allora_", ("A", "B")
+    adapts_experts = True
 
     def start(self, weight: Tensor, config: Any, r: int) -> Tensors:
         generator = self.generator(config)
@@ -84,5 +85,5 @@ def refuse_engines(p: Tensor) -> None:
 
 
 def row_rates(rows: Tensor, eta: float) -> Tensor:
-    """c_i of each row (rows x 1)."""
-    return (rows.norm(dim=1, keepdim=True) + 1 / eta**2).rsqrt()
+    """c_i of each row (... x rows x 1)."""
+    return (rows.norm(dim=-1, keepdim=True) + 1 / eta**2).rsqrt()

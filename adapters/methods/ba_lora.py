@@ -78,6 +78,7 @@ class BALoraLayer(LowRankLayer):
     """A linear layer with BA-LoRA's PiSSA beside it."""
 
     prefix, trained, frozen = "balora_", ("A", "B"), ("A0", "B0")
+    adapts_experts = True
 
     def start(self, weight: Tensor, config: Any, r: int) -> Tensors:
         U, S, V = svd_factors(weight, r, config.seed)

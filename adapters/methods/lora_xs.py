@@ -49,6 +49,7 @@ class LoraXSLayer(LowRankLayer):
     """A linear layer with LoRA-XS beside it."""
 
     prefix, trained, frozen = "loraxs_", ("R",), ("A", "B")
+    adapts_experts = True
 
     def start(self, weight: Tensor, config: Any, r: int) -> Tensors:
         U, S, V = svd_factors(weight, r, config.seed)

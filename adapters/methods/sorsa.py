@@ -50,6 +50,7 @@ class SorsaLayer(LowRankLayer):
     """A linear layer with SORSA beside it."""
 
     prefix, trained, frozen = "sorsa_", ("U", "S", "V"), ("L0", "V0")
+    adapts_experts = True
 
     def start(self, weight: Tensor, config: Any, r: int) -> Tensors:
         U, S, V = svd_factors(weight, r, config.seed)

@@ -46,6 +46,7 @@ class SPPLayer(AdapterLayer):
     """A linear layer with SPP beside it."""
 
     prefix, trained = "spp_", ("Wa", "Wb")
+    adapts_experts = True
 
     @property
     def most(self) -> int:

@@ -57,6 +57,7 @@ class SVFitLayer(LowRankLayer):
     """A linear layer with SVFit beside it."""
 
     prefix, trained, frozen = "svfit_", ("t",), ("U", "V", "S")
+    adapts_experts = True
 
     def rank(self, config: Any) -> int:
         if config.energy is None or self.name in config.rank_pattern:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..distributed import FullShard
-from ..state.blockwise_8bit import code_of, scales_key
+from ..state.blockwise_8bit import move_codes
 from .rules import MOMENTS, Rule
 from .rules_together import Clock
 from .types import Group, State
@@ -52,16 +51,7 @@ def adamw_of_codes_in_place(
 
 
 def _move(W: Tensor, G: Tensor, state: State, group: Group, lr: float) -> None:
-    from bitsandbytes.functional import optimizer_update_8bit_blockwise  # here: importing it takes a second
-
-    M, V = MOMENTS
-    scales = [state[scales_key(key)].view(-1) for key in MOMENTS]  # of a stack, B x blocks of each
-    beta1, beta2 = group["betas"]
-    update: Any = optimizer_update_8bit_blockwise
-    update(
-        "adam", G, W, state[M], state[V], beta1, beta2, 0.0, 0.0, group["eps"], int(state["step"].item()), lr,
-        code_of(M, W.device), code_of(V, W.device), *scales,
-    )  # fmt: skip
+    move_codes(W, G, state, MOMENTS, lr=lr, betas=group["betas"], eps=group["eps"], step=int(state["step"].item()))
 
 
 def of_codes(rule: Rule) -> Rule:

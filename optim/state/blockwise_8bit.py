@@ -199,6 +199,27 @@ def dequantize(state: Mapping[str, Tensor], key: str, shard: FullShard | None = 
     return values if blocks is None else blocks.cut_from(values, codes)
 
 
+def move_codes(
+    W: Tensor,
+    G: Tensor,
+    state: Mapping[str, Tensor],
+    keys: tuple[str, str],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    step: int,
+) -> None:
+    """A step of Adam on ``W`` by the kernel of bitsandbytes, which reads and writes the codes of both moments."""
+    from bitsandbytes.functional import optimizer_update_8bit_blockwise
+
+    M, V = keys
+    scales = [state[scales_key(key)].view(-1) for key in keys]  # of a stack, B x blocks of each
+    update: Any = optimizer_update_8bit_blockwise
+    codes = (code_of(key, W.device) for key in keys)
+    update("adam", G, W, state[M], state[V], *betas, 0.0, 0.0, eps, step, lr, *codes, *scales)
+
+
 def quantize_(values: Tensor, state: State, key: str, shard: FullShard) -> None:
     """Write ``values`` (fp32) into ``state`` as codes under ``key``. Collective."""
     from bitsandbytes.functional import quantize_blockwise

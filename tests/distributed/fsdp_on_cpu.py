@@ -1,9 +1,11 @@
-"""``gracile pretrain`` under FSDP2 on CPUs, for tests: accelerate splits nothing there by itself.
+"""``gracile pretrain`` or ``finetune`` under FSDP2 on CPUs, for tests: accelerate splits nothing there by itself.
 
-    torchrun --nproc-per-node 2 fsdp_on_cpu.py CONFIG.yaml [--key value ...]
+    torchrun --nproc-per-node 2 fsdp_on_cpu.py [finetune] CONFIG.yaml [--key value ...]
 
 accelerate 1.15 turns FSDP on for a list of kinds of devices that lacks CPUs. torch itself splits on them.
 """
+
+import sys
 
 from accelerate.state import DistributedType, PartialState
 
@@ -21,8 +23,9 @@ def split_on_cpus() -> None:
 
 
 if __name__ == "__main__":
+    from gracile.train import finetune, pretrain
     from gracile.train.engines.process_exit import leave
-    from gracile.train.pretrain import main
 
     split_on_cpus()
-    leave(main())
+    tunes = sys.argv[1:2] == ["finetune"]
+    leave(finetune.main(sys.argv[2:]) if tunes else pretrain.main())

@@ -22,7 +22,7 @@ PAGES = {
 }
 BLOCK = re.compile(r"^(?P<before>[^\n]*)\n(?:\n)?```(?P<language>[a-z]+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)(#[^)\s]+)?\)")
-COMMANDS = ("pretrain", "memory", "profile", "export", "spectra")
+COMMANDS = ("pretrain", "finetune", "memory", "profile", "export", "spectra")
 OWN_ARGUMENTS = ("export", "spectra")  # take no configuration
 PLACEHOLDERS = {"my.yaml"}  # a file of the reader's
 
@@ -124,7 +124,7 @@ def helps():
 
     def help_of(command, capture):
         if command not in told:
-            flag = "--help-all" if command == "pretrain" else "--help"
+            flag = "--help-all" if command in ("pretrain", "finetune") else "--help"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys, "argv", ["gracile", command, flag])
                 with suppress(SystemExit):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -48,7 +48,10 @@ class EvaluateAt(TrainerCallback):
 class LogLines(TrainerCallback):
     """A line for each thing that is logged, where there is no terminal for progress bars."""
 
-    NAMES = {"loss": "loss", "eval_loss": "validation loss", "grad_norm": "grad norm", "learning_rate": "lr"}
+    NAMES: ClassVar[dict[str, str]] = {
+        "loss": "loss", "eval_loss": "validation loss", "eval_accuracy": "accuracy",
+        "forgetting_loss": "loss on other data", "grad_norm": "grad norm", "learning_rate": "lr",
+    }  # fmt: skip
 
     def on_log(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from ... import optim
 from ...registry import LAYERS, OptimizerEntry
 from ...validation import nearest
-from ..config.arguments import Config, DataArguments, Keywords, OptimizerArguments, RunArguments
+from ..config.arguments import AnySettings, Config, DataArguments, Keywords, MethodArguments, RunArguments
 from ..config.checks import optimizer_entry
 from ..errors import BadInput
 
@@ -78,7 +78,7 @@ def run_keys(entry: OptimizerEntry, run: RunArguments) -> dict[str, Any]:
 # ---- building -------------------------------------------------------------------------------------------------------
 
 
-def build_optimizer(model: nn.Module, chosen: OptimizerArguments, run: RunArguments) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, chosen: MethodArguments, run: RunArguments) -> torch.optim.Optimizer:
     """The optimizer of a run on ``model``'s trainable parameters.
 
     Raises:
@@ -104,7 +104,7 @@ def _spelt(message: str, entry: OptimizerEntry) -> str:
     return message if named is None else f"{message} (the optimizer's own is --optimizer_args.{named})"
 
 
-def _keywords(entry: OptimizerEntry, chosen: OptimizerArguments) -> dict[str, Any]:
+def _keywords(entry: OptimizerEntry, chosen: MethodArguments) -> dict[str, Any]:
     """``optimizer_args``, checked."""
     keywords = dict(chosen.optimizer_args or {})
     known = entry.accepts() - {"rank", *MARKS, *SUBSPACE_KEYS, *MASK_KEYS}
@@ -125,7 +125,7 @@ def _dtype(name: Any) -> torch.dtype | None:
     return known[name]
 
 
-def _marks(entry: OptimizerEntry, model: nn.Module, chosen: OptimizerArguments) -> dict[str, Any]:
+def _marks(entry: OptimizerEntry, model: nn.Module, chosen: MethodArguments) -> dict[str, Any]:
     """The key that makes a group of the target matrices, for an optimizer without a rank; none where they are trained
     like all others."""
     if entry.accepts() & {"n", "role"}:
@@ -138,7 +138,7 @@ def _marks(entry: OptimizerEntry, model: nn.Module, chosen: OptimizerArguments) 
 
 
 def _subspace_keys(
-    entry: OptimizerEntry, model: nn.Module, chosen: OptimizerArguments, keywords: Mapping[str, Any]
+    entry: OptimizerEntry, model: nn.Module, chosen: MethodArguments, keywords: Mapping[str, Any]
 ) -> dict[str, Any]:
     given = {key: getattr(chosen, key) for key in SUBSPACE_KEYS}
     keys = {key: value for key, value in given.items() if value is not None and key in entry.accepts()}
@@ -149,7 +149,7 @@ def _model_keys(entry: OptimizerEntry, model: nn.Module) -> dict[str, Any]:
     return {} if entry.model_keys is None else MODEL_KEYS[entry.model_keys](model, entry)
 
 
-def _mask_keys(entry: OptimizerEntry, chosen: OptimizerArguments, run: RunArguments) -> dict[str, Any]:
+def _mask_keys(entry: OptimizerEntry, chosen: MethodArguments, run: RunArguments) -> dict[str, Any]:
     given = {key: getattr(chosen, key) for key in MASK_KEYS if key != "sparsity"} | {"seed": run.seed}
     known = entry.accepts() if "sparsity" in entry.accepts() else set()
     return {key: value for key, value in given.items() if value is not None and key in known}
@@ -164,7 +164,7 @@ def _clocks(entry: OptimizerEntry, run: RunArguments, given: Mapping[str, Any]) 
     return {key: max(1, round(share * run.max_steps)) for key, share in missing.items()}
 
 
-def with_optimizer(chosen: OptimizerArguments, optimizer: str) -> OptimizerArguments:
+def with_optimizer(chosen: MethodArguments, optimizer: str) -> MethodArguments:
     """The same choice with another optimizer, and those of its further keywords that this one takes."""
     if optimizer == chosen.optimizer:
         return chosen
@@ -174,11 +174,16 @@ def with_optimizer(chosen: OptimizerArguments, optimizer: str) -> OptimizerArgum
 
 
 def without_effect(config: Config) -> list[str]:
-    """The keys of subspaces and masks that were given and that the chosen optimizer does not have."""
+    """The keys of subspaces and masks that were given to a pretraining and that do nothing there."""
+    return unused_keys(config, () if config.model.layer is None else ("rank", "target_modules"))
+
+
+def unused_keys(config: AnySettings, elsewhere: Collection[str]) -> list[str]:
+    """The keys of subspaces and masks that were given and that the chosen optimizer does not have; those of
+    ``elsewhere`` are taken by something else."""
     accepted = optimizer_entry(config.optimizer.optimizer).accepts()
-    layered = config.model.layer is not None
-    present = accepted | ({"rank"} if layered else set())
-    present |= {"target_modules"} if layered or accepted & {"rank", "sparsity", "keep"} else set()
+    present = accepted | set(elsewhere)
+    present |= {"target_modules"} if accepted & {"rank", "sparsity", "keep"} else set()
     present |= {"sparsity"} if "keep" in accepted else set()
     named = ("rank", *SUBSPACE_KEYS, *MASK_KEYS, "target_modules")
     return [key for key in named if key in config.given and key not in present]

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from transformers import TrainingArguments
@@ -19,9 +19,13 @@ from ...target_modules import DEFAULT_TARGETS
 from ..engines.deepspeed_ops import skip_inference_reduce
 
 # Keys that may name a file or a folder.
-PATH_KEYS = ("dataset", "validation_dataset", "tokenizer", "model", "teacher", "deepspeed")
+PATH_KEYS = (
+    "dataset", "validation_dataset", "forgetting_dataset", "tokenizer", "chat_template", "model", "adapter_from",
+    "teacher", "deepspeed",
+)  # fmt: skip
 # Keys that run.yaml leaves out: how this start began, a secret, and what the Trainer would choose its optimizer by.
 NOT_KEPT = {"resume_from_checkpoint", "hub_token", "local_rank", "optim", "optim_args", "optim_target_modules"}
+NAMED = (*SIZES, "stdlib", "stdlib-docstrings")  # what those keys hold that is no path, whatever lies there
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -132,8 +136,8 @@ class DataArguments:
 
 
 @dataclass
-class OptimizerArguments:
-    """How it is optimized."""
+class MethodArguments:
+    """How it is optimized, by any command that trains."""
 
     optimizer: str = field(default="galore_adamw", metadata={"help": f"{_listed(OPTIMIZERS)}."})
     rank: int = field(default=128, metadata={"help": "Rank of the subspace, or of the layer, of each target matrix."})
@@ -165,18 +169,28 @@ class OptimizerArguments:
     t_end: int | None = field(
         default=None, metadata={"help": "Last step of the masks' changes; by default three quarters of max_steps."}
     )
-    art_every: int | None = field(
-        default=None,
-        metadata={
-            "help": "Of hyper_sparse_adamw, steps between measurements without the smallest weights: they are pruned "
-            "when the loss is as low without them, or at its prune_at."
-        },
-    )
     target_modules: list[str] = field(
         default_factory=lambda: list(DEFAULT_TARGETS),
         metadata={
             "help": "Parts of, or regular expressions for, the names of the layers that get a rank or a mask; or "
             "all-linear."
+        },
+    )
+    optimizer_args: Keywords | None = field(
+        default=None,
+        metadata={"help": 'Further keywords of the optimizer, as a mapping: {"error_feedback": "8bit"}.'},
+    )
+
+
+@dataclass
+class OptimizerArguments(MethodArguments):
+    """How a pretraining is optimized."""
+
+    art_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of hyper_sparse_adamw, steps between measurements without the smallest weights: they are pruned "
+            "when the loss is as low without them, or at its prune_at."
         },
     )
     lr_restart_every: int | None = field(
@@ -194,10 +208,6 @@ class OptimizerArguments:
         metadata={"help": "A saved model whose predictions are imitated: for cast, the dense one that it begins with."},
     )
     distill: float = field(default=1 / 3, metadata={"help": "The teacher's share of the loss; the rest is the data's."})
-    optimizer_args: Keywords | None = field(
-        default=None,
-        metadata={"help": 'Further keywords of the optimizer, as a mapping: {"error_feedback": "8bit"}.'},
-    )
 
 
 @dataclass
@@ -235,23 +245,32 @@ class RunArguments(TrainingArguments):
             raise ValueError(f"WORLD_SIZE is {launched} but only {self.world_size} process(es) found each other")
 
 
-GROUPS: Any = (ModelArguments, DataArguments, OptimizerArguments, RunArguments)
+Model = TypeVar("Model")
+Data = TypeVar("Data")
+Method = TypeVar("Method", bound=MethodArguments)
 
 
 @dataclass(frozen=True)
-class Config:
-    """A resolved configuration.
+class Settings(Generic[Model, Data, Method]):
+    """A resolved configuration of a command that trains.
 
     Attributes:
+        command: the word behind ``gracile``.
+        groups: the dataclasses whose fields are its keys.
+        without_file: the embedded configuration that stands in where none is given.
         given: keys that the file or the command line has.
         values: every key, as it was read.
         left_out: keys of a recipe for another optimizer than the command line names.
     """
 
+    command: ClassVar[str]
+    groups: ClassVar[tuple[Any, ...]]
+    without_file: ClassVar[str | None] = None
+
     name: str
-    model: ModelArguments
-    data: DataArguments
-    optimizer: OptimizerArguments
+    model: Model
+    data: Data
+    optimizer: Method
     run: RunArguments
     given: dict[str, Any]
     values: dict[str, Any]
@@ -260,15 +279,27 @@ class Config:
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, flat, as YAML can hold it: a configuration that runs again. Paths are absolute."""
         kept = {key: plain(value) for key, value in self.values.items() if key not in NOT_KEPT}
-        for key in PATH_KEYS:
+        for key in kept.keys() & set(PATH_KEYS):
             value = kept[key]
             kept[key] = [_from_anywhere(one) for one in value] if isinstance(value, list) else _from_anywhere(value)
         return kept
 
 
+AnySettings = Settings[Any, Any, Any]
+
+
+@dataclass(frozen=True)
+class Config(Settings[ModelArguments, DataArguments, OptimizerArguments]):
+    """A resolved configuration of ``gracile pretrain``."""
+
+    command = "pretrain"
+    groups = (ModelArguments, DataArguments, OptimizerArguments, RunArguments)
+    without_file = "quickstart"
+
+
 def _from_anywhere(path: Any) -> Any:
     """A path that names the same from another folder; anything else as it is."""
-    if isinstance(path, str) and path not in (*SIZES, "stdlib") and Path(path).exists():
+    if isinstance(path, str) and path not in NAMED and Path(path).exists():
         return str(Path(path).absolute())
     return path
 

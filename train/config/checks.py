@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
@@ -18,14 +19,25 @@ from ...registry import LAYERS, OPTIMIZERS, LayerEntry, OptimizerEntry
 from ...validation import is_whole, nearest
 from ..engines.layout import DEEPSPEED, Layout
 from ..errors import BadInput
-from .arguments import DTYPES, Config, Keywords, RunArguments
+from .arguments import DTYPES, AnySettings, Config, Keywords, RunArguments
 
 # Parameters of a layer's constructor that are not the configuration's to give.
 NOT_KEYWORDS = {"in_features", "out_features", "bias", "name", "placed", "model"}
 
 
 def check_values(config: Config) -> None:
-    """Refuse values out of range, and those that do not go together.
+    """Refuse values of a pretraining out of range, and those that do not go together.
+
+    Raises:
+        BadInput: for the first of them.
+    """
+    check_shared(config, {"validation_blocks": config.data.validation_blocks})
+    check_layer(config)
+    _check_art(config)
+
+
+def check_shared(config: AnySettings, at_least_one: Mapping[str, int]) -> None:
+    """Refuse values out of range of keys that every command has, and those of ``at_least_one`` below 1.
 
     Raises:
         BadInput: for the first of them.
@@ -33,7 +45,7 @@ def check_values(config: Config) -> None:
     run, data, gap = config.run, config.data, config.optimizer.update_proj_gap
     smallest: dict[str, tuple[int | None, int]] = {
         "block_size": (data.block_size, 2),  # one token to see and one to predict
-        "validation_blocks": (data.validation_blocks, 1),
+        **{name: (value, 1) for name, value in at_least_one.items()},
         "per_device_train_batch_size": (run.per_device_train_batch_size, 1),
         "per_device_eval_batch_size": (run.per_device_eval_batch_size, 1),
         "gradient_accumulation_steps": (run.gradient_accumulation_steps, 1),
@@ -54,8 +66,6 @@ def check_values(config: Config) -> None:
         raise BadInput(f"unknown dtype {config.model.dtype!r}; {nearest(config.model.dtype, DTYPES)}")
     if run.fsdp:
         _check_fsdp(run)
-    check_layer(config)
-    _check_art(config)
 
 
 def _check_run(run: RunArguments) -> None:
@@ -94,7 +104,7 @@ def _check_reports(run: RunArguments) -> None:
             raise BadInput(f"push_to_hub: the hub does not answer: {' '.join(str(error).split())}") from None
 
 
-def check_sizes(config: Config, architecture: PreTrainedConfig) -> None:
+def check_sizes(config: AnySettings, architecture: PreTrainedConfig) -> None:
     """Refuse examples that are longer than the model has positions.
 
     Raises:
@@ -102,10 +112,9 @@ def check_sizes(config: Config, architecture: PreTrainedConfig) -> None:
     """
     most = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     if most is not None and config.data.block_size > most:
-        raise BadInput(
-            f"block_size is {config.data.block_size} but the model has {most} positions; give a smaller block_size, or "
-            f'model_overrides: {{"max_position_embeddings": {config.data.block_size}}}'
-        )
+        size = config.data.block_size
+        new = f', or model_overrides: {{"max_position_embeddings": {size}}}' if isinstance(config, Config) else ""
+        raise BadInput(f"block_size is {size} but the model has {most} positions; give a smaller block_size{new}")
 
 
 def optimizer_entry(name: str) -> OptimizerEntry:

@@ -1,4 +1,4 @@
-"""The help text of ``gracile pretrain``: our keys in full, the Trainer's by name."""
+"""The help texts of the commands that train: our keys in full, the Trainer's by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 
 from ...registry import LAYERS, OPTIMIZERS
 from ..listing import methods, row
-from .arguments import DataArguments, ModelArguments, OptimizerArguments, RunArguments
+from .arguments import AnySettings, Config, RunArguments
+from .finetune_arguments import FinetuneConfig
 from .parser import NOT_READ
 
 HEAD = """\
@@ -27,6 +28,21 @@ beside the file, then in the working directory. Single keys of a mapping can be 
   gracile pretrain quickstart --optimizer adamw --learning_rate 0.003 --output_dir runs/adamw
   gracile pretrain my.yaml --resume_from_checkpoint true       continue from the newest whole checkpoint
   torchrun --nproc-per-node 2 -m gracile.train.pretrain my.yaml
+"""
+
+FINETUNE_HEAD = """\
+usage: gracile finetune CONFIG.yaml [--key value ...]
+
+Train a saved model on: an adapter of peft's or of gracile.adapters with the model frozen, or every weight with any
+optimizer. Rows are messages, a prompt and its response, texts, or texts with a label; only what the model is to say
+carries loss. CONFIG is a YAML file of the keys below, or the name of an embedded one.
+Command-line values override the file's, which may stand anywhere among them. Paths in a file are looked for
+beside the file, then in the working directory. Single keys of a mapping can be given, too: --adapter_args.r 16
+
+  gracile finetune my.yaml --adapter lora --adapter_args.r 16
+  gracile finetune my.yaml --optimizer galore_adamw --rank 64 --learning_rate 1e-4 --output_dir runs/full
+  gracile finetune my.yaml --resume_from_checkpoint true       continue from the newest whole checkpoint
+  torchrun --nproc-per-node 2 -m gracile.train.finetune my.yaml
 """
 
 # The keys of TrainingArguments that nearly every run sets, with help of our own.
@@ -65,11 +81,13 @@ HERE = {
 NO_DEFAULT = ("adam_beta1", "adam_beta2", "adam_epsilon")  # they are the optimizer's, not those of the Trainer
 
 
-def usage(everything: bool = False) -> str:
-    """The help text; with ``everything``, also every other key of TrainingArguments with its default."""
-    own = (("model", ModelArguments), ("data", DataArguments), ("optimizer", OptimizerArguments))
-    parts = [HEAD]
-    for title, group in own:
+HEADS: dict[str, str] = {Config.command: HEAD, FinetuneConfig.command: FINETUNE_HEAD}
+
+
+def usage(kind: type[AnySettings] = Config, everything: bool = False) -> str:
+    """The help text of a command; with ``everything``, also every other key of TrainingArguments with its default."""
+    parts = [HEADS[kind.command]]
+    for title, group in zip(("model", "data", "optimizer"), kind.groups, strict=False):
         parts += [f"{title}:", *(_line(f, str(f.metadata["help"])) for f in dataclasses.fields(group)), ""]
     fields = {f.name: f for f in dataclasses.fields(RunArguments) if f.init}
     ours = fields["evaluate_at"]
@@ -81,8 +99,10 @@ def usage(everything: bool = False) -> str:
         told = {name: HERE.get(name) or _first_sentence(fields[name]) for name in rest if name not in NOT_READ}
         parts += [_line(fields[name], text) for name, text in told.items()]
     else:
-        parts += [f"and the other {len(rest)} keys of transformers.TrainingArguments: gracile pretrain --help-all"]
-    parts += ["", "optimizers:", *methods(OPTIMIZERS.values()), "", "layers:", *methods(LAYERS.values())]
+        where = f"gracile {kind.command} --help-all"
+        parts += [f"and the other {len(rest)} keys of transformers.TrainingArguments: {where}"]
+    parts += ["", "optimizers:", *methods(OPTIMIZERS.values())]
+    parts += ["", "layers:", *methods(LAYERS.values())] if kind is Config else []
     return "\n".join(parts)
 
 

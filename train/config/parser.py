@@ -13,27 +13,17 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
 
-from ...models.llama import SIZES
 from ...registry import LAYERS, OPTIMIZERS, recipes
 from ...validation import nearest
 from ..errors import BadInput
-from .arguments import (
-    PATH_KEYS,
-    Config,
-    DataArguments,
-    Keywords,
-    ModelArguments,
-    OptimizerArguments,
-    RunArguments,
-    plain,
-)
+from .arguments import NAMED, PATH_KEYS, AnySettings, Config, Keywords, plain
 
-GROUPS: Any = (ModelArguments, DataArguments, OptimizerArguments, RunArguments)
+Kind = TypeVar("Kind", bound=AnySettings)
 # Keys that an optimizer has defaults of its own for.
 METHOD_KEYS = (
     "scale", "update_proj_gap", "proj_type", "subspace_method", "update_every", "drop_fraction", "t_end", "art_every",
@@ -54,6 +44,7 @@ KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true o
 EXAMPLES = {
     "model_overrides": '{"num_hidden_layers": 2}',
     "layer_args": '{"density": 0.03}',
+    "adapter_args": '{"r": 16}',
     "optimizer_args": '{"error_feedback": "8bit"}',
 }
 
@@ -89,8 +80,8 @@ class _Parser(OneLineParser, HfArgumentParser):
     """The dataclasses as flags."""
 
 
-def field_names() -> set[str]:
-    return {f.name for group in GROUPS for f in dataclasses.fields(group) if f.init}
+def field_names(kind: type[AnySettings] = Config) -> set[str]:
+    return {f.name for group in kind.groups for f in dataclasses.fields(group) if f.init}
 
 
 def _check_deepspeed(path: Path) -> None:
@@ -102,25 +93,34 @@ def _check_deepspeed(path: Path) -> None:
         raise BadInput(f"deepspeed {str(path)!r} is not JSON: {error}") from None
 
 
-def _empty_by_default() -> set[str]:
-    return {f.name for group in GROUPS for f in dataclasses.fields(group) if f.default_factory is list}
+def _empty_by_default(kind: type[AnySettings]) -> set[str]:
+    return {f.name for group in kind.groups for f in dataclasses.fields(group) if f.default_factory is list}
 
 
 def load_config(argv: Sequence[str], needs_output_dir: bool = True) -> Config:
-    """``[CONFIG.yaml] [--key value ...]`` to a configuration; without a file, the embedded quickstart.
+    """``[CONFIG.yaml] [--key value ...]`` of ``gracile pretrain``; without a file, the embedded quickstart."""
+    return load_settings(Config, argv, needs_output_dir)
+
+
+def load_settings(kind: type[Kind], argv: Sequence[str], needs_output_dir: bool = True) -> Kind:
+    """``[CONFIG.yaml] [--key value ...]`` to a configuration of ``kind``.
 
     Raises:
         BadInput: for a file that cannot be read, an unknown key or a value of the wrong type.
     """
     argv = [a for a in argv if not a.startswith("--local_rank=")]  # DeepSpeed's launcher puts it before the file
-    parser = _Parser(GROUPS, allow_abbrev=False, add_help=False)
-    source, argv = _taken_apart(argv, parser)
-    settings, is_recipe = _read_yaml(source)
-    settings = _by_newer_names(settings) if is_recipe else settings
-    _check_keys(settings, f"in {source}")
-    _check_keys([re.split("=", a[2:])[0].replace("-", "_") for a in argv if a.startswith("--")], "on the command line")
+    parser: Any = _Parser(kind.groups, allow_abbrev=False, add_help=False)
+    found, argv = _taken_apart(argv, parser)
+    source = found or kind.without_file
+    settings, is_recipe = ({}, False) if source is None else _read_yaml(source)
+    if is_recipe and recipes()[str(source)].command != kind.command:
+        raise BadInput(f"{source} is a recipe of gracile {recipes()[str(source)].command}, and not of {kind.command}")
+    settings = _by_newer_names(settings, kind) if is_recipe else settings
+    _check_keys(kind, settings, f"in {source}")
+    on_line = [re.split("=", a[2:])[0].replace("-", "_") for a in argv if a.startswith("--")]
+    _check_keys(kind, on_line, "on the command line")
     left_out = _of_another_optimizer(settings, argv) if is_recipe else []
-    arguments = _as_flags({k: v for k, v in settings.items() if k not in left_out}, parser) + argv
+    arguments = _as_flags({k: v for k, v in settings.items() if k not in left_out}, parser, kind) + argv
     arguments = _with_parts(arguments)
     namespace, stray = parser.parse_known_args(arguments)
     if stray:
@@ -135,15 +135,16 @@ def load_config(argv: Sequence[str], needs_output_dir: bool = True) -> Config:
     if isinstance(deepspeed, str) and not deepspeed.startswith("{"):
         _check_deepspeed(Path(deepspeed))
     try:
-        model, data, optimizer, run = (_filled(group, namespace) for group in GROUPS)
+        model, data, optimizer, run = (_filled(group, namespace) for group in kind.groups)
     except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments checks its own values
         raise BadInput(" ".join(str(error).split())) from None
     if "disable_tqdm" not in given and not sys.stderr.isatty():
         run.disable_tqdm = True
-    return Config(Path(source).stem, model, data, optimizer, run, given, dict(vars(namespace)), tuple(left_out))
+    name = kind.command if source is None else Path(source).stem
+    return kind(name, model, data, optimizer, run, given, dict(vars(namespace)), tuple(left_out))
 
 
-def _taken_apart(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[str, list[str]]:
+def _taken_apart(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[str | None, list[str]]:
     """The configuration, wherever it stands, and the other arguments."""
     flags = {text: action for action in parser._actions for text in action.option_strings}
     rest: list[str] = []
@@ -156,7 +157,7 @@ def _taken_apart(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[
             continue
         taken += not word.startswith("--")
         rest.append(word)
-    return "quickstart" if source is None else source, rest
+    return source, rest
 
 
 _ANY = argparse.Action([], "any")  # of an unknown flag, which is refused later
@@ -219,8 +220,8 @@ def _scalar(text: str) -> Any:
         return yaml.safe_load(text) if text in ("null", "true", "false", "True", "False") else text
 
 
-def _by_newer_names(settings: dict[str, Any]) -> dict[str, Any]:
-    known = field_names()
+def _by_newer_names(settings: dict[str, Any], kind: type[AnySettings]) -> dict[str, Any]:
+    known = field_names(kind)
     newer = {old: new for old, new in NEWER_NAMES.items() if new in known}
     return {newer.get(key, key): value for key, value in settings.items()}
 
@@ -246,9 +247,10 @@ def _adam_defaults(optimizer: str) -> dict[str, float]:
     return {"adam_beta1": beta1, "adam_beta2": beta2} | ({"adam_epsilon": own["eps"].default} if "eps" in own else {})
 
 
-def defaults(optimizer: str) -> dict[str, Any]:
+def defaults(optimizer: str, kind: type[AnySettings] = Config) -> dict[str, Any]:
     """Every key as run.yaml would hold it where nothing but the optimizer is given."""
-    namespace = _Parser(GROUPS, allow_abbrev=False, add_help=False).parse_args([])
+    parser: Any = _Parser(kind.groups, allow_abbrev=False, add_help=False)
+    namespace = parser.parse_args([])
     return {key: plain(value) for key, value in (vars(namespace) | _adam_defaults(optimizer)).items()}
 
 
@@ -293,7 +295,7 @@ def _beside(file: Path, value: Any) -> Any:
     """A path of a configuration file: relative to the file where that exists, else to the working directory."""
     if isinstance(value, list):
         return [_beside(file, item) for item in value]
-    if not isinstance(value, str) or value in (*SIZES, "stdlib", "") or Path(value).is_absolute():
+    if not isinstance(value, str) or value in (*NAMED, "") or Path(value).is_absolute():
         return value
     beside = file.parent / value
     return str(beside) if beside.exists() or next(glob.iglob(str(beside)), None) else value
@@ -310,8 +312,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _check_keys(keys: Iterable[Any], where: str) -> None:
-    known = field_names()
+def _check_keys(kind: type[AnySettings], keys: Iterable[Any], where: str) -> None:
+    known = field_names(kind)
     for key in keys:
         if _parted(str(key)):
             continue
@@ -319,20 +321,22 @@ def _check_keys(keys: Iterable[Any], where: str) -> None:
             raise BadInput(f"{key} {where} is not read: the key is {NOT_READ[key]}")
         plain = str(key).removeprefix("no_") if str(key).startswith("no_") else str(key)
         if key not in known and plain not in known:
-            raise BadInput(f"unknown key {str(key)!r} {where}; {_of_a_method(str(key)) or nearest(str(key), known)}")
+            raise BadInput(
+                f"unknown key {str(key)!r} {where}; {_of_a_method(str(key), known) or nearest(str(key), known)}"
+            )
 
 
-def _of_a_method(key: str) -> str | None:
+def _of_a_method(key: str, known: set[str]) -> str | None:
     """How a key of optimizers or layers is given, if it is one."""
     ways = []
     if any(key in entry.accepts() for entry in OPTIMIZERS.values()):
         ways.append(f"of an optimizer it is --optimizer_args.{key}")
-    if any(key in inspect.signature(entry.cls).parameters for entry in LAYERS.values()):
+    if "layer_args" in known and any(key in inspect.signature(entry.cls).parameters for entry in LAYERS.values()):
         ways.append(f"of a layer it is --layer_args.{key}")
     return f"as a key {', '.join(ways)}" if ways else None
 
 
-def _as_flags(settings: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+def _as_flags(settings: dict[str, Any], parser: argparse.ArgumentParser, kind: type[AnySettings]) -> list[str]:
     """YAML values as command-line flags, so that both are converted and checked by the same parser.
 
     YAML 1.1 reads ``1e-3`` as a string; as a flag it is a number again.
@@ -342,7 +346,7 @@ def _as_flags(settings: dict[str, Any], parser: argparse.ArgumentParser) -> list
     for key, value in settings.items():
         if value is None:
             continue
-        if value == [] and key in _empty_by_default():
+        if value == [] and key in _empty_by_default(kind):
             continue
         if value == []:
             raise BadInput(f"{key} is an empty list; leave it out for its default")

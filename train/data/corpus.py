@@ -184,12 +184,13 @@ def _open(name: str, data: DataArguments, trust_remote_code: bool) -> Source:
     if not name.strip():
         raise BadInput(f"dataset {name!r} is empty; give a path, stdlib or hub:org/name")
     if name == "stdlib":
-        return _local(name, Found([File(p, TEXT, "") for p in _stdlib_files()], []), data)
+        return _local(name, Found([File(p, TEXT, "") for p in stdlib_files()], []), data)
     found = None if name.startswith(MARK) else local_files(name)
     return _hub(name, data, trust_remote_code) if found is None else _local(name, found, data)
 
 
-def _stdlib_files() -> list[Path]:
+def stdlib_files() -> list[Path]:
+    """The source of the standard library, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return sorted(p for p in root.rglob("*.py") if not NOT_SOURCE & set(p.relative_to(root).parts[:-1]))
 

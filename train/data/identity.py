@@ -16,7 +16,7 @@ from .files import File
 
 DATA_FILE = "data.json"
 # Keys that say where data lies, and by which nothing is recognised.
-PLACES = ("dataset", "validation_dataset", "tokenizer", "ignore_data_changes")
+PLACES = ("dataset", "validation_dataset", "forgetting_dataset", "tokenizer", "chat_template", "ignore_data_changes")
 BY_CONTENT = "content-"  # an identity without it is of an older version: of sizes and times
 
 

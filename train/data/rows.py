@@ -35,6 +35,24 @@ def values(file: File, column: str, encoding: str | None) -> Iterator[Any]:
             yield from _arrow(file, column)
 
 
+def records(file: File, encoding: str | None) -> Iterator[Mapping[str, Any]]:
+    """The rows of ``file``, with all their columns.
+
+    Raises:
+        BadInput: for a file that cannot be read. A text file has no columns, and is refused.
+    """
+    with _named(file, encoding):
+        if file.kind == TEXT:
+            raise ValueError("a text file has no columns")
+        if file.kind == JSON:
+            yield from _json_rows(file, encoding)
+        elif file.kind == CSV:
+            yield from _csv_rows(file, encoding)
+        else:
+            for batch in _parquet_batches(file) if file.kind == PARQUET else _arrow_batches(file):
+                yield from batch.to_pylist()
+
+
 @contextmanager
 def _named(file: File, encoding: str | None) -> Iterator[None]:
     import pyarrow
@@ -137,6 +155,12 @@ def no_column(column: str, seen: Mapping[str, Any], where: str) -> BadInput:
 
 
 def _parquet(file: File, column: str) -> Iterator[Any]:
+    for batch in _parquet_batches(file, column):
+        yield from batch.column(0).to_pylist()
+
+
+def _parquet_batches(file: File, column: str | None = None) -> Iterator[Any]:
+    """Its record batches, of one column or of all."""
     import pyarrow.parquet
 
     with open_bytes(file) as stream:
@@ -144,13 +168,18 @@ def _parquet(file: File, column: str) -> Iterator[Any]:
         if file.packed:  # its directory is at the end
             source = pyarrow.BufferReader(stream.read())
         table = pyarrow.parquet.ParquetFile(source)
-        _check_schema(table.schema_arrow, column, file)
-        for batch in table.iter_batches(batch_size=BATCH, columns=[column]):
-            yield from batch.column(0).to_pylist()
+        if column is not None:
+            _check_schema(table.schema_arrow, column, file)
+        yield from table.iter_batches(batch_size=BATCH, columns=None if column is None else [column])
 
 
 def _arrow(file: File, column: str) -> Iterator[Any]:
-    """Arrow's stream, as datasets writes it, or its file format."""
+    for batch in _arrow_batches(file, column):
+        yield from batch.column(batch.schema.get_field_index(column)).to_pylist()
+
+
+def _arrow_batches(file: File, column: str | None = None) -> Iterator[Any]:
+    """The record batches of Arrow's stream, as datasets writes it, or of its file format."""
     import pyarrow
 
     with open_bytes(file) as stream:
@@ -164,9 +193,9 @@ def _arrow(file: File, column: str) -> Iterator[Any]:
             source.seek(0)
             opened = pyarrow.ipc.open_stream(source)
             batches = iter(opened)
-        _check_schema(opened.schema, column, file)
-        for batch in batches:
-            yield from batch.column(opened.schema.get_field_index(column)).to_pylist()
+        if column is not None:
+            _check_schema(opened.schema, column, file)
+        yield from batches
 
 
 def _check_schema(schema: Any, column: str, file: File) -> None:

@@ -121,7 +121,8 @@ def needs_resharding(checkpoint: Path, layout: Layout) -> bool:
     if other is None or layout.places_state_as(other):
         return False
     found = [checkpoint / FULL_STATE] if other.engine != PLAIN else [checkpoint / "optimizer.pt"]
-    found += [next(checkpoint.glob("model*.safetensors"), checkpoint / "model.safetensors")]
+    saved_weights = (*checkpoint.glob("model*.safetensors"), *checkpoint.glob("adapter_model.safetensors"))
+    found += [next(iter(saved_weights), checkpoint / "model.safetensors")]
     for file in found:
         if not file.is_file():
             raise BadInput(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import OPTIMIZERS
-from ..config.arguments import PATH_KEYS, Config, RunArguments
+from ..config.arguments import PATH_KEYS, AnySettings, RunArguments
 from ..config.parser import defaults
 from ..data.identity import PLACES
 from ..data.stream import STREAM_FILE
@@ -60,7 +60,7 @@ class Change:
         return f"{self.key}: {self.before} -> {self.now}; {self.effect}"
 
 
-def between(saved: Mapping[str, Any], config: Config, output_dir: Path, checkpoint: Path | None) -> list[Change]:
+def between(saved: Mapping[str, Any], config: AnySettings, output_dir: Path, checkpoint: Path | None) -> list[Change]:
     """The keys of ``config`` that differ from a run's, as its run.yaml has them. What an older one does not name was at
     its default.
 
@@ -68,7 +68,7 @@ def between(saved: Mapping[str, Any], config: Config, output_dir: Path, checkpoi
         BadInput: for one that cannot change within a run.
     """
     step = 0 if checkpoint is None else step_of(checkpoint)
-    saved = {**defaults(config.optimizer.optimizer), **saved}
+    saved = {**defaults(config.optimizer.optimizer, type(config)), **saved}
     found = []
     size = None if checkpoint is None else _size_of(saved, config, checkpoint)
     for key, value in config.resolved().items():
@@ -84,7 +84,7 @@ def between(saved: Mapping[str, Any], config: Config, output_dir: Path, checkpoi
     return found
 
 
-def _effect(key: str, config: Config, step: int) -> str | None:
+def _effect(key: str, config: AnySettings, step: int) -> str | None:
     """What follows from a change of the key; None where it cannot change."""
     if key in SCHEDULE:
         clocks = OPTIMIZERS[config.optimizer.optimizer].clocks
@@ -98,7 +98,7 @@ def _effect(key: str, config: Config, step: int) -> str | None:
     return f"from step {step + 1} on; no step computes anything else" if key in AROUND else None
 
 
-def _size_of(saved: Mapping[str, Any], config: Config, checkpoint: Path) -> str:
+def _size_of(saved: Mapping[str, Any], config: AnySettings, checkpoint: Path) -> str:
     layout, run = layouts.saved(checkpoint), config.run
     told = int(saved["per_device_train_batch_size"]) * int(saved["gradient_accumulation_steps"]) * run.world_size
     return size_of_steps(run, checkpoint, told if layout is None else layout.examples_per_step)
@@ -120,7 +120,7 @@ def size_of_steps(run: RunArguments, checkpoint: Path, before: int) -> str:
 
 
 def _refuse_impossible(
-    found: list[Change], saved: Mapping[str, Any], config: Config, checkpoint: Path | None, step: int
+    found: list[Change], saved: Mapping[str, Any], config: AnySettings, checkpoint: Path | None, step: int
 ) -> None:
     changed = {change.key for change in found}
     if "max_steps" in changed and 0 < config.run.max_steps < step:

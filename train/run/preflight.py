@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, get_scheduler
 
 from ..build.layers import check_saved, schedule_of
 from ..build.model import untrained
 from ..build.optimizer import build_optimizer, jagged_schedule
-from ..config.arguments import Config, RunArguments
+from ..config.arguments import AnySettings, Config, RunArguments
 from ..config.checks import check_sizes
 from ..errors import BadInput
 from . import distillation
@@ -22,8 +23,7 @@ def check_buildable(config: Config, architecture: PreTrainedConfig) -> None:
     """
     check_sizes(config, architecture)
     model = untrained(config, architecture)
-    optimizer = build_optimizer(model, config.optimizer, config.run)
-    _check_rank(optimizer)
+    optimizer = checked_optimizer(model, config)
     schedule_of(model, config)
     check_saved(model, config)
     distillation.check(config, architecture.get_text_config().vocab_size)
@@ -31,7 +31,18 @@ def check_buildable(config: Config, architecture: PreTrainedConfig) -> None:
         if config.run.max_steps > 0:
             jagged_schedule(config, config.run.max_steps, optimizer)
     else:
-        _check_schedule(config.run, optimizer)
+        check_schedule(config.run, optimizer)
+
+
+def checked_optimizer(model: nn.Module, config: AnySettings) -> torch.optim.Optimizer:
+    """The optimizer of a run on ``model``, made once.
+
+    Raises:
+        BadInput: for what it refuses, or a rank that no target matrix has.
+    """
+    optimizer = build_optimizer(model, config.optimizer, config.run)
+    _check_rank(optimizer)
+    return optimizer
 
 
 def _check_rank(optimizer: torch.optim.Optimizer) -> None:
@@ -43,7 +54,7 @@ def _check_rank(optimizer: torch.optim.Optimizer) -> None:
             raise BadInput(f"rank is {rank} but the target matrices have at most {max(sides)}; give a smaller rank")
 
 
-def _check_schedule(run: RunArguments, optimizer: torch.optim.Optimizer) -> None:
+def check_schedule(run: RunArguments, optimizer: torch.optim.Optimizer) -> None:
     """Make the learning rate's schedule once."""
     steps, given = max(run.max_steps, 1), run.lr_scheduler_kwargs or {}
     if isinstance(given, str):  # TrainingArguments reads only text that begins with a brace

@@ -23,6 +23,11 @@ def elements(model: nn.Module) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
+def trainable(model: nn.Module) -> int:
+    """How many of a model's parameters are trained."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
 def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None, layout: Layout) -> dict[str, int]:
     """Bytes of this process. Weights and state are counted from the tensors; gradients, and the state of AdamW to
     compare with, are computed."""
@@ -91,19 +96,55 @@ def plot_losses(output_dir: Path, history: list[dict[str, float]], tokens_per_st
 
 
 def closing_table(metrics: dict[str, Any]) -> str:
-    state, dense = metrics["optimizer_state_bytes"], metrics["adamw_state_bytes"]
-    speed = metrics["tokens_per_second"]
+    """What a pretraining ends with."""
     rows = [
         ("parameters", f"{metrics['parameters']:,}"),
         ("tokens", f"{metrics['tokens']:,} in {metrics['steps']:,} steps"),
-        ("tokens / s", "nothing left to train" if speed is None else f"{speed:,.0f} (evaluations and saves included)"),
+        ("tokens / s", _speed(metrics["tokens_per_second"])),
         ("validation loss", f"{metrics['validation_loss']:.4f}"),
         ("validation perplexity", f"{metrics['validation_perplexity']:.2f}"),
+        *_memory_rows(metrics),
+    ]
+    return _table(rows)
+
+
+def tuning_table(metrics: dict[str, Any]) -> str:
+    """What a fine-tuning ends with: losses and accuracies before and after, of other data too."""
+    trained, whole = metrics["trainable_parameters"], metrics["parameters"]
+    rows = [
+        ("parameters", f"{whole:,}, of which {trained:,} are trained ({trained / whole:.2%})"),
+        ("examples", f"{metrics['examples']:,} in {metrics['steps']:,} steps"),
+        ("tokens / s", _speed(metrics["tokens_per_second"])),
+        ("validation loss", _change(metrics["validation_loss_before"], metrics["validation_loss"])),
+    ]
+    if "validation_accuracy" in metrics:
+        rows += [("accuracy", _change(metrics["validation_accuracy_before"], metrics["validation_accuracy"]))]
+    if "forgetting_loss" in metrics:
+        rows += [("loss on other data", _change(metrics["forgetting_loss_before"], metrics["forgetting_loss"]))]
+    return _table([*rows, *_memory_rows(metrics)])
+
+
+def _change(before: float | None, after: float) -> str:
+    return f"{after:.4f}" if before is None else f"{before:.4f} before, {after:.4f} after"
+
+
+def _speed(tokens_per_second: float | None) -> str:
+    if tokens_per_second is None:
+        return "nothing left to train"
+    return f"{tokens_per_second:,.0f} (evaluations and saves included)"
+
+
+def _memory_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    state, dense = metrics["optimizer_state_bytes"], metrics["adamw_state_bytes"]
+    return [
         ("peak memory", size(metrics["peak_memory_bytes"])),
         ("weights", size(metrics["weight_bytes"])),
         ("gradients", size(metrics["gradient_bytes"])),
         ("optimizer state", f"{size(state)} ({metrics['optimizer']}); plain AdamW {size(dense)}"),
     ]
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
@@ -119,7 +160,7 @@ def size(count: int) -> str:
 
 def history_of(state: TrainerState) -> list[dict[str, float]]:
     """Losses by step, as metrics.json keeps them; of two evaluations at one step, the later."""
-    kept = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "density")
+    kept = ("step", "loss", "eval_loss", "eval_accuracy", "grad_norm", "learning_rate", "density")
     entries = {
         (entry["step"], "loss" in entry): {key: entry[key] for key in kept if key in entry}
         for entry in state.log_history

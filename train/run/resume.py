@@ -7,8 +7,10 @@ from typing import Any
 
 import yaml
 
-from ..config.arguments import Config, RunArguments
-from ..data.identity import Identity
+from ... import __version__
+from ..atomic_write import write_atomically
+from ..config.arguments import AnySettings, RunArguments
+from ..data.identity import DATA_FILE, Identity
 from ..errors import BadInput
 from . import changes, checkpoints
 
@@ -99,7 +101,7 @@ def _named_checkpoint(checkpoint: Path) -> Path:
 
 
 def check_same_run(
-    config: Config, output_dir: Path, data: Identity, checkpoint: Path | None = None
+    config: AnySettings, output_dir: Path, data: Identity, checkpoint: Path | None = None
 ) -> list[changes.Change]:
     """The keys that have changed since the run began, and may.
 
@@ -118,6 +120,14 @@ def check_same_run(
     if config.run.should_save:
         print(f"{differs}; going on, as ignore_data_changes says")
     return found
+
+
+def write_run_file(config: AnySettings, data: Identity) -> None:
+    """run.yaml, a configuration that runs again, and data.json, what it reads."""
+    folder = config.run.folder
+    text = yaml.safe_dump({"gracile": __version__, "data": data.now, "config": config.resolved()})
+    write_atomically(folder / RUN_FILE, text)
+    write_atomically(folder / DATA_FILE, data.record())
 
 
 def read_run_file(output_dir: Path) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from ..build.callbacks import ScheduleCallback
 from ..build.layers import merges, schedule_of
 from ..build.model import untrained
 from ..build.optimizer import build_optimizer, jagged_schedule
-from ..config.arguments import Config, RunArguments
+from ..config.arguments import AnySettings, Config, RunArguments
 from ..data.stream import BlockStream
 from ..engines import layout as layouts
 from ..engines.deepspeed import safe_classes
@@ -36,25 +36,16 @@ UNLOGGED = "unlogged.json"
 COUNTERS = ("last_epoch", "_step_count", "_last_lr", "optimizer")  # of a scheduler: what a step changes
 
 
-class PretrainTrainer(Trainer):
-    """``transformers.Trainer``; overridden is only what its arguments cannot say."""
+class RunTrainer(Trainer):
+    """``transformers.Trainer`` for any command that trains; overridden is only what its arguments cannot say."""
 
     args: RunArguments
     model: PreTrainedModel
 
-    def __init__(self, *, config: Config, layout: layouts.Layout, weights_are_loaded: bool, **kwargs: Any) -> None:
+    def __init__(self, *, config: AnySettings, layout: layouts.Layout, weights_are_loaded: bool, **kwargs: Any) -> None:
         self.config, self.layout, self.weights_are_loaded = config, layout, weights_are_loaded
         self.given_optimizer: torch.optim.Optimizer | None = None  # before an engine wrapped it
-        if config.model.layer is not None and config.run.ddp_broadcast_buffers is None:
-            config.run.ddp_broadcast_buffers = False  # the buffers of layers, places of weights, never change
         super().__init__(**kwargs)
-        self.schedule = schedule_of(self.model, config)
-        if self.schedule is not None:
-            self.add_callback(ScheduleCallback(self.schedule))
-        self.teacher = distillation.teacher(config, self.args.device)
-        self.art = None if config.optimizer.art_every is None else art.ART(self, config.optimizer.art_every)
-        if self.art is not None:
-            self.add_callback(self.art)
         self._first_bad_step = torch.full((), -1, dtype=torch.long, device=self.args.device)
         self._resumed_from: Path | None = None
         self.changed_keys: set[str] = set()  # since the run that is resumed began
@@ -69,42 +60,12 @@ class PretrainTrainer(Trainer):
             self.optimizer = build_optimizer(self.model if model is None else model, self.config.optimizer, self.args)
             self.given_optimizer = self.optimizer
             self._new_decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-            if self.art is not None:
-                self.art.watch(self.optimizer)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        stepped: Any = optimizer or self.optimizer
-        if self.lr_scheduler is None and self.config.optimizer.lr_restart_every is not None:
-            jagged: Any = jagged_schedule(self.config, num_training_steps, stepped)
-            self.lr_scheduler = jagged
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         self._new_schedule = {key: value for key, value in vars(scheduler).items() if key not in COUNTERS}
         return scheduler
-
-    # ---- losses beside the data's -------------------------------------------------------------------------------
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if (self.schedule is None and self.teacher is None) or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        # whether the loss is already divided by the passes of a step; as the Trainer decides it for its own
-        divided = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        if self.teacher is not None:
-            tokens = num_items_in_batch / self._loss_factor() if divided else None
-            loss = self.teacher.blended(loss, outputs.logits, inputs, tokens)
-        penalty = None if self.schedule is None else self.schedule.loss()
-        if penalty is not None:
-            loss = loss + penalty / (self.current_gradient_accumulation_steps if divided else 1)
-        return (loss, outputs) if return_outputs else loss
-
-    def _loss_factor(self) -> int:
-        """The Trainer's factor on a loss divided by the tokens of all processes, over which gradients are averaged."""
-        if not self.args.average_tokens_across_devices:
-            return 1
-        return self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu
 
     # ---- non-finite losses --------------------------------------------------------------------------------------
 
@@ -121,11 +82,6 @@ class PretrainTrainer(Trainer):
             raise RunStopped(f"the loss at step {step} is not finite; {self._what_stays()}")
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.schedule is not None and "loss" in logs:
-            logs = {**logs, **self.schedule.metrics()}
-        super().log(logs, *args, **kwargs)
-
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The same for all evaluations: accelerate keeps each one that it prepares, to the end of the run."""
         if eval_dataset is not None and eval_dataset is not self.eval_dataset:
@@ -136,7 +92,8 @@ class PretrainTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         found: dict[str, float] = super().evaluate(*args, **kwargs)
-        self._evaluated = (self.state.global_step, found["eval_loss"])
+        if "eval_loss" in found:  # of the validation data, and no other
+            self._evaluated = (self.state.global_step, found["eval_loss"])
         return found
 
     def validation_loss(self) -> float:
@@ -306,32 +263,8 @@ class PretrainTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def export(self, folder: str) -> None:
-        """The trained model as one that loads without gracile: layers merged into plain ones. Collective.
-
-        Layers that are not linear have no plain form: their model.safetensors would load as a LLaMA of random weights.
-        Such a model is in the last checkpoint only.
-        """
-        if self.config.model.layer is None:
-            self.save_model(folder)
-            return
-        if not merges(self.accelerator.unwrap_model(self.model)):
-            if self.args.should_save and self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-            return
-        state = self.accelerator.get_state_dict(self.model_wrapped)
-        if not self.args.should_save:
-            return
-        architecture: Any = self.model.config
-        plain = untrained(self.config, architecture, next(iter(state.values())).dtype)
-        plain.load_state_dict(state, assign=True)
-        for module in plain.modules():
-            if isinstance(module, FactoredLinear):
-                module.finish()
-        merge(plain)
-        plain.generation_config = self.model.generation_config
-        plain.save_pretrained(folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        """The trained model as one that loads without gracile. Collective."""
+        self.save_model(folder)
 
     def is_finished(self, checkpoint: Path) -> bool:
         """Whether the checkpoint is the end of this run, after which the Trainer's loop would train one step more."""
@@ -359,10 +292,97 @@ class PretrainTrainer(Trainer):
 
 
 class _TakeUpUnlogged(TrainerCallback):
-    def __init__(self, trainer: PretrainTrainer) -> None:
+    def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.take_up_unlogged()
+
+
+class PretrainTrainer(RunTrainer):
+    """With what a pretraining has beside its data's loss: layers that change, a teacher, ART, a jagged schedule."""
+
+    config: Config
+
+    def __init__(self, *, config: Config, **kwargs: Any) -> None:
+        if config.model.layer is not None and config.run.ddp_broadcast_buffers is None:
+            config.run.ddp_broadcast_buffers = False  # the buffers of layers, places of weights, never change
+        super().__init__(config=config, **kwargs)
+        self.schedule = schedule_of(self.model, config)
+        if self.schedule is not None:
+            self.add_callback(ScheduleCallback(self.schedule))
+        self.teacher = distillation.teacher(config, self.args.device)
+        self.art = None if config.optimizer.art_every is None else art.ART(self, config.optimizer.art_every)
+        if self.art is not None:
+            self.add_callback(self.art)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if new and self.art is not None:
+            self.art.watch(optimizer)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        stepped: Any = optimizer or self.optimizer
+        if self.lr_scheduler is None and self.config.optimizer.lr_restart_every is not None:
+            jagged: Any = jagged_schedule(self.config, num_training_steps, stepped)
+            self.lr_scheduler = jagged
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if (self.schedule is None and self.teacher is None) or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # whether the loss is already divided by the passes of a step; as the Trainer decides it for its own
+        divided = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        if self.teacher is not None:
+            tokens = num_items_in_batch / self._loss_factor() if divided else None
+            loss = self.teacher.blended(loss, outputs.logits, inputs, tokens)
+        penalty = None if self.schedule is None else self.schedule.loss()
+        if penalty is not None:
+            loss = loss + penalty / (self.current_gradient_accumulation_steps if divided else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_factor(self) -> int:
+        """The Trainer's factor on a loss divided by the tokens of all processes, over which gradients are averaged."""
+        if not self.args.average_tokens_across_devices:
+            return 1
+        return self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.schedule is not None and "loss" in logs:
+            logs = {**logs, **self.schedule.metrics()}
+        super().log(logs, *args, **kwargs)
+
+    def export(self, folder: str) -> None:
+        """The trained model as one that loads without gracile: layers merged into plain ones. Collective.
+
+        Layers that are not linear have no plain form: their model.safetensors would load as a LLaMA of random weights.
+        Such a model is in the last checkpoint only.
+        """
+        if self.config.model.layer is None:
+            self.save_model(folder)
+            return
+        if not merges(self.accelerator.unwrap_model(self.model)):
+            if self.args.should_save and self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            return
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        if not self.args.should_save:
+            return
+        architecture: Any = self.model.config
+        plain = untrained(self.config, architecture, next(iter(state.values())).dtype)
+        plain.load_state_dict(state, assign=True)
+        for module in plain.modules():
+            if isinstance(module, FactoredLinear):
+                module.finish()
+        merge(plain)
+        plain.generation_config = self.model.generation_config
+        plain.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)

@@ -36,6 +36,11 @@ def test_what_is_added_is_what_was_taken_off():
         assert V.shape == (4, layer.in_features)
 
 
+def test_factors_of_a_base_in_bf16_are_orthonormal():
+    for layer in adapters.adapter_layers(attached("sorsa", llama(dtype=torch.bfloat16))):
+        assert far(layer.sorsa_U["default"].mT @ layer.sorsa_U["default"], torch.eye(4)) < 1e-5
+
+
 def test_the_base_is_whole():
     model = train(attached("sorsa"))
     assert far(logits(model.unload()), logits(llama())) == 0

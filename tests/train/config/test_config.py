@@ -17,9 +17,8 @@ from gracile.train.config.help_text import COMMON, HERE, usage
 from gracile.train.config.parser import NOT_READ, load_config
 from gracile.train.errors import BadInput
 
-EMBEDDED = sorted(
-    p.name.removesuffix(".yaml") for p in resources.files("gracile.configs").iterdir() if p.name.endswith(".yaml")
-)
+FILES = (p.name for p in resources.files("gracile.configs").iterdir() if p.name.endswith(".yaml"))
+EMBEDDED = sorted(name.removesuffix(".yaml") for name in FILES if not name.startswith("finetune_"))
 
 
 def test_command_line_overrides_yaml(tiny):

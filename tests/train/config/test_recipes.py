@@ -15,15 +15,18 @@ from gracile.optim.core.group_checks import MATRIX_KEYS
 from gracile.registry import LAYERS, OPTIMIZERS, recipes
 from gracile.train.build.layers import converted
 from gracile.train.build.model import architecture, untrained
-from gracile.train.build.optimizer import MASK_KEYS, SUBSPACE_KEYS, build_optimizer, without_effect
+from gracile.train.build.optimizer import MASK_KEYS, SUBSPACE_KEYS, build_optimizer, unused_keys, without_effect
 from gracile.train.config.arguments import DTYPES
 from gracile.train.config.checks import accepted_keywords, check_values
-from gracile.train.config.parser import load_config
+from gracile.train.config.finetune_arguments import FinetuneConfig
+from gracile.train.config.finetune_checks import check_finetune
+from gracile.train.config.parser import load_config, load_settings
 
-EMBEDDED = list(recipes())
+EMBEDDED = [entry.name for entry in recipes().values() if entry.command == "pretrain"]
+TUNED = [entry.name for entry in recipes().values() if entry.command == "finetune"]
 PAPERS = [name for name in EMBEDDED if name.startswith("llama_")]
 GALORE, SMET = "2403.03507", "2606.00888"
-TEXTS = {name: resources.files("gracile.configs").joinpath(f"{name}.yaml").read_text("utf-8") for name in EMBEDDED}
+TEXTS = {name: resources.files("gracile.configs").joinpath(f"{name}.yaml").read_text("utf-8") for name in recipes()}
 TOKENS_A_STEP = 512 * 256
 STEPS = 6
 
@@ -35,6 +38,14 @@ def config_of(name, *more):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return load_config([name, *saved, *more], needs_output_dir=False)
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_a_recipe_of_a_fine_tuning_has_keys_and_values_of_one(name):
+    config = load_settings(FinetuneConfig, [name], needs_output_dir=False)
+    check_finetune(config)
+    assert unused_keys(config, ()) == []
+    assert config.run.folder.name == name
 
 
 @functools.cache

@@ -1,0 +1,230 @@
+"""Every adapter and full fine-tuning, at equal tokens and two learning rates each: what is trained, what it costs, what
+is learnt of a new text and what is forgotten of the old one, as a table and a picture.
+
+    python benchmarks/finetune.py --train wikitext/valid.txt --validation wikitext/test.txt
+    python benchmarks/finetune.py --train ... --validation ... --runs lora sorsa --steps 40
+
+The base is ``gracile pretrain quickstart --model 9m``: source text of the standard library. Each line is ``gracile
+finetune`` on it with the settings of ``RUNS``; the better of its learning rates counts, by the loss on the new text.
+``forgetting_dataset`` is the base's own text. Runs that are in the results file already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+WRITING = threading.Lock()
+ADAPTER, SELECTION, FULL = "adapter", "selection", "all weights"
+
+
+def adapter(name: str, rates: tuple[float, float], /, **keys: Any) -> dict[str, Any]:
+    return {"kind": ADAPTER, "rates": rates, "adapter": name, "adapter_args": keys}
+
+
+def full(optimizer: str, rates: tuple[float, float], /, **keys: Any) -> dict[str, Any]:
+    return {"kind": FULL, "rates": rates, "optimizer": optimizer, **keys}
+
+
+# name in the table -> its learning rates and settings; ranks of 16 where there is one, as the optimizers' below
+RUNS: dict[str, dict[str, Any]] = {
+    "LoRA": adapter("lora", (2e-3, 8e-3), r=16, lora_alpha=16),
+    "PiSSA": adapter("lora", (1e-3, 4e-3), r=16, lora_alpha=16, init_lora_weights="pissa"),
+    "DoRA": adapter("lora", (2e-3, 8e-3), r=16, lora_alpha=16, use_dora=True),
+    "ALLoRA": adapter("allora", (1e-3, 4e-3), r=16),
+    "AlignGuard-LoRA": adapter("alignguard", (2e-3, 8e-3), r=16),
+    "BA-LoRA": adapter("balora", (1e-3, 4e-3), r=16),
+    "DSEE": adapter("dsee", (2e-3, 8e-3), r=16, alpha=16),
+    "Intrinsic dimension": adapter("intrinsicdimension", (3e-3, 3e-2), d=2000),
+    "LoRA-SB": adapter("lorasb", (2e-3, 8e-3), r=32, lr=1e-4),
+    "LoRA-XS": adapter("loraxs", (4e-3, 2e-2), r=32),
+    "Mask tuning": adapter("masktuning", (1e-4, 5e-4)),
+    "PST": adapter("pst", (2e-3, 8e-3), r=8, sparsity=0.2),
+    "SoKA": adapter("soka", (1e-3, 4e-3), r=16),
+    "SORSA": adapter("sorsa", (1e-3, 4e-3), r=16, gamma=0.01),
+    "SPP": adapter("spp", (4e-3, 2e-2)),
+    "SVFit": adapter("svfit", (1e-2, 5e-2), r=128, parametrization="relative"),
+    "AdamW, all weights": full("adamw", (5e-4, 2e-3)),
+    "GaLore": full("galore_adamw", (2e-3, 8e-3), rank=16, update_proj_gap=20, scale=0.25),
+    "Fira": full("fira_adamw", (1e-3, 4e-3), rank=16, update_proj_gap=20, scale=0.25),
+    "APOLLO": full("apollo_adamw", (1e-3, 4e-3), rank=16, update_proj_gap=20, scale=1),
+    "GaLore, 8 bits": full("galore_adamw_8bit", (2e-3, 8e-3), rank=16, update_proj_gap=20, scale=0.25),
+}
+COMMON = {
+    "format": "text",
+    "forgetting_dataset": "stdlib",
+    "block_size": 128,
+    "packing": True,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "max_grad_norm": 1.0,
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "seed": 0,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+def command(word: str, *arguments: str, threads: int) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, "-m", f"gracile.train.{word}", *arguments]
+    given = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    return subprocess.run(run, capture_output=True, text=True, env=given, check=False)
+
+
+def pretrained(folder: Path, threads: int) -> Path:
+    """The base model, made once."""
+    if not (folder / "metrics.json").exists():
+        done = command("pretrain", "quickstart", "--model", "9m", "--output_dir", str(folder), threads=threads)
+        if done.returncode:
+            sys.exit(f"the base: {done.stderr.strip()[-500:]}")
+    return folder
+
+
+def run(name: str, rate: float, given: argparse.Namespace, base: Path) -> dict[str, Any]:
+    own = {key: value for key, value in RUNS[name].items() if key not in ("kind", "rates")}
+    if own.get("adapter") == "pst":
+        own["adapter_args"] = {**own["adapter_args"], "total_steps": given.steps}
+    keys = {**COMMON, **own, "model": str(base), "dataset": given.train, "validation_dataset": given.validation}
+    keys |= {"learning_rate": rate, "max_steps": given.steps, "warmup_steps": max(1, given.steps // 10)}
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "run.yaml"
+        config.write_text(json.dumps({**keys, "output_dir": f"{folder}/out"}))  # JSON is YAML
+        done = command("finetune", str(config), threads=given.threads)
+        if done.returncode:
+            return {"name": name, "rate": rate, "error": done.stderr.strip().splitlines()[-1][-300:]}
+        told = json.loads((Path(folder) / "out" / "metrics.json").read_text())
+    kept = ("trainable_parameters", "gradient_bytes", "optimizer_state_bytes", "peak_memory_bytes", "tokens_per_second")
+    more = ("validation_loss", "validation_loss_before", "forgetting_loss", "forgetting_loss_before")
+    return {"name": name, "rate": rate, **{key: told.get(key) for key in (*kept, *more)}}
+
+
+def perplexity(loss: float | None) -> str:
+    return "" if loss is None else f"{math.exp(loss):.1f}" if loss < 20 else "over 1e8"
+
+
+def best_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of each line its better run; those that failed last."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in results["runs"]:
+        loss = one.get("validation_loss")
+        loss = math.inf if loss is None or math.isnan(loss) else loss
+        if one["name"] not in found or loss < found[one["name"]]["order"]:
+            found[one["name"]] = {**one, "order": loss}
+    return dict(sorted(found.items(), key=lambda item: item[1]["order"]))
+
+
+def table(results: dict[str, Any]) -> str:
+    best = best_of(results)
+    first = next(iter(best.values()))
+    new, old = (perplexity(first.get(f"{part}_loss_before")) for part in ("validation", "forgetting"))
+    columns = ("method", "what is trained", "numbers", "state, MiB", "peak, MiB", "rate", "tokens/s", "new", "old")
+    lines = [
+        f"9m model, {results['steps']} steps of 2,048 tokens; perplexity before: new text {new}, old text {old}.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    for name, one in best.items():
+        cells = [name, RUNS[name]["kind"]]
+        if "error" in one:
+            cells += [f"failed: {one['error']}", *[""] * 6]
+        else:
+            mib = [one[key] / 2**20 for key in ("optimizer_state_bytes", "peak_memory_bytes")]
+            cells += [f"{one['trainable_parameters']:,}", f"{mib[0]:.2f}", f"{mib[1]:,.0f}", f"{one['rate']:g}"]
+            cells += [f"{one['tokens_per_second']:,.0f}"]
+            cells += [perplexity(one[key]) for key in ("validation_loss", "forgetting_loss")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def picture(results: dict[str, Any], path: Path) -> None:
+    """Memory that is trained and its moments, against what is learnt and what is forgotten."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.8), sharex=True, layout="constrained")
+    colours = {ADAPTER: "tab:blue", SELECTION: "tab:green", FULL: "tab:orange"}
+    best = {name: one for name, one in best_of(results).items() if "error" not in one}
+    shown = {"validation_loss": "perplexity of the new text", "forgetting_loss": "perplexity of the old text"}
+    for panel, (key, title) in zip(panels, shown.items(), strict=True):
+        points = []
+        for name, one in best.items():
+            cost = (one["gradient_bytes"] + one["optimizer_state_bytes"]) / 2**20
+            value = math.exp(one[key])
+            points.append((cost, value))
+            panel.scatter(cost, value, color=colours[RUNS[name]["kind"]], s=22, zorder=3)
+            panel.annotate(name, (cost, value), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        front, lowest = [], math.inf
+        for cost, value in sorted(points):
+            if value < lowest:
+                front.append((cost, value))
+                lowest = value
+        panel.plot(*zip(*front, strict=True), color="0.6", linewidth=1, zorder=1, drawstyle="steps-post")
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_xlabel("gradients and optimizer state, MiB")
+        panel.set_title(title, fontsize=10)
+        panel.grid(alpha=0.3, which="both", linewidth=0.5)
+    for kind, colour in colours.items():
+        if any(RUNS[name]["kind"] == kind for name in best):
+            panels[0].scatter([], [], color=colour, s=22, label=kind)
+    panels[0].legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=160)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", required=True, help="the new text")
+    parser.add_argument("--validation", required=True, help="more of it, to evaluate on")
+    parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS), metavar="NAME")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument(
+        "--base", default="runs/base_9m", help="folder of the base model, which is made if it is not there"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=2, help="of each run")
+    given = parser.parse_args()
+    file = RESULTS / "finetune.json"
+    results: dict[str, Any] = {"steps": given.steps, "python": platform.python_version(), "torch": torch.__version__}
+    results["runs"] = []
+    if file.exists() and (held := json.loads(file.read_text()))["steps"] == given.steps:
+        results = held
+    base = pretrained(Path(given.base), given.threads)
+    done = {(one["name"], one["rate"]) for one in results["runs"]}
+    both = [(name, RUNS[name]["rates"][i]) for i in range(2) for name in given.runs]
+    wanted = [which for which in both if which not in done]
+
+    def one(which: tuple[str, float]) -> None:
+        found = run(*which, given, base)
+        with WRITING:
+            results["runs"].append(found)
+            file.write_text(json.dumps(results, indent=1) + "\n")
+            print(json.dumps(found), flush=True)
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(one, wanted))
+    (RESULTS / "finetune.md").write_text(table(results) + "\n")
+    picture(results, RESULTS / "finetune.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A run's model, layers, optimizer and callbacks, from its configuration."""

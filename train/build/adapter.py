@@ -1,0 +1,173 @@
+"""Adapters of a fine-tuning: peft's, and those that gracile.adapters puts beside them, by their names there."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+
+from ...target_modules import reason_against, targets
+from ...validation import nearest
+from ..config.finetune_arguments import FinetuneConfig
+from ..data.examples import Collator
+from ..data.tuning import TuningData
+from ..errors import BadInput
+from ..sources import source_of
+from .calibration import calibrate_on, is_calibrated
+
+# Fields of a configuration of peft that other keys say, with the key, or that are the library's own to set.
+SAID_BY = {"target_modules": "target_modules"}
+SET_HERE = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "calibrated",
+}  # fmt: skip
+
+
+def methods() -> dict[str, type[Any]]:
+    """The configuration of each method, by its name in lower case.
+
+    Raises:
+        BadInput: where peft is not installed.
+    """
+    if find_spec("peft") is None:
+        raise BadInput("adapter needs peft, which is not installed; install it with: pip install peft")
+    ours = f"{__package__.split('.')[0]}.adapters"
+    if find_spec(ours) is not None:
+        importlib.import_module(ours)  # which puts its methods beside peft's
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return {str(kind.value).lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def method_of(name: str) -> type[Any]:
+    """The configuration class of a method.
+
+    Raises:
+        BadInput: for an unknown name.
+    """
+    known = methods()
+    if name not in known:
+        raise BadInput(f"unknown adapter {name!r}; {nearest(name, known)}")
+    return known[name]
+
+
+def check_adapter(config: FinetuneConfig) -> None:
+    """Refuse an adapter that is not known, fields that it has not, and keys that do not go together.
+
+    Raises:
+        BadInput: for the first of them.
+    """
+    chosen = config.model
+    if chosen.adapter is not None and chosen.adapter_from is not None:
+        raise BadInput("adapter and adapter_from are both given: a saved adapter has its own method; leave one out")
+    if chosen.adapter is None:
+        if config.data.calibration_examples is not None:
+            raise BadInput("calibration_examples need an adapter that starts from gradients, such as --adapter lorasb")
+        if chosen.adapter_args is not None:
+            raise BadInput(f"adapter_args {chosen.adapter_args} need an adapter, such as --adapter lora")
+        if chosen.adapter_from is not None:
+            methods()
+            source_of("adapter_from", chosen.adapter_from)
+        return
+    kind = method_of(chosen.adapter)
+    if config.data.calibration_examples is not None and not is_calibrated(kind):
+        raise BadInput(f"calibration_examples has no effect with adapter {chosen.adapter}, which starts from weights")
+    known = {f.name for f in dataclasses.fields(kind) if f.init} - SET_HERE
+    for key in chosen.adapter_args or {}:
+        if key in SAID_BY:
+            raise BadInput(f"adapter_args: {key} is a key of the run, as in --{SAID_BY[key]} q_proj v_proj")
+        if key not in known:
+            raise BadInput(f"adapter_args: {chosen.adapter} takes no {key!r}; {nearest(key, known - set(SAID_BY))}")
+
+
+def takes_targets(kind: type[Any]) -> bool:
+    return "target_modules" in {f.name for f in dataclasses.fields(kind)}
+
+
+def with_adapter(model: PreTrainedModel, config: FinetuneConfig, data: TuningData, collate: Collator) -> Any:
+    """``model`` with the adapter that is trained; the model itself is frozen.
+
+    Args:
+        data: of which a method that starts from gradients sees some.
+
+    Raises:
+        BadInput: for what peft refuses, or a pattern that matches no layer.
+    """
+    import peft
+
+    chosen = config.model
+    try:
+        if chosen.adapter_from is not None:
+            methods()
+            saved = source_of("adapter_from", chosen.adapter_from)
+            local: Any = {} if saved.on_hub else {"local_files_only": True}
+            return _without_allocation(peft.PeftModel.from_pretrained(model, saved.name, is_trainable=True, **local))
+        assert chosen.adapter is not None
+        kind = method_of(chosen.adapter)
+        given: dict[str, Any] = dict(chosen.adapter_args or {})
+        if takes_targets(kind):
+            given["target_modules"] = _shortened(layers_of(model, config.optimizer.target_modules), model)
+        task = peft.TaskType.SEQ_CLS if config.classifies else peft.TaskType.CAUSAL_LM
+        adapter = kind(task_type=task, **given)
+        if is_calibrated(kind):
+            calibrate_on(model, adapter, config, data, collate)
+        return _without_allocation(peft.get_peft_model(model, adapter))
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, OSError) as error:
+        named = chosen.adapter or chosen.adapter_from
+        raise BadInput(f"adapter {named}: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def layers_of(model: PreTrainedModel, patterns: list[str]) -> list[str]:
+    """The names of the linear layers that are adapted.
+
+    Raises:
+        ValueError: for a pattern that matches none.
+    """
+    names, unfit = [], {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or not (isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear4bit")):
+            continue
+        reason = reason_against(weight)
+        if reason is None or hasattr(weight, "quant_state"):
+            names.append(name)
+        else:
+            unfit[name] = reason
+    return targets(model, patterns, names, unfit)
+
+
+def _shortened(layers: list[str], model: PreTrainedModel) -> list[str]:
+    """The last parts of the layers' names, where they are those of no other module; peft's own lists have such."""
+    ends = {name.rpartition(".")[2] for name in layers}
+    same = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    return sorted(ends) if same == set(layers) else layers
+
+
+def _without_allocation(model: Any) -> Any:
+    """Refuse a method that moves ranks between steps: a resumed run would have lost by what."""
+    if hasattr(model.base_model, "update_and_allocate"):
+        raise ValueError("it moves ranks by what no checkpoint keeps, so that a run could not go on; choose another")
+    return model
+
+
+def merges(model: Any) -> bool:
+    """Whether an adapter can be merged into the weights of its model."""
+    return callable(getattr(getattr(model, "base_model", None), "merge_and_unload", None))
+
+
+def step_callbacks(model: Any) -> list[TrainerCallback]:
+    """What tells adapters of this package the Trainer's steps, which an engine's optimizer does not."""
+    if find_spec("peft") is None or not has_adapter(model):
+        return []
+    from ...adapters import StepCallback, adapter_layers
+
+    return [StepCallback()] if any(True for _ in adapter_layers(model)) else []
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether it is a model of peft."""
+    return hasattr(model, "peft_config") and hasattr(model, "base_model")

@@ -1,0 +1,62 @@
+"""Checks of a fine-tuning's settings, before anything is read or built."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from ...validation import nearest
+from ..engines.layout import Layout
+from ..errors import BadInput
+from .checks import check_shared, optimizer_entry
+from .finetune_arguments import FORMATS, FOUR_BIT, LABEL, TOO_LONG, FinetuneConfig
+
+
+def check_finetune(config: FinetuneConfig) -> None:
+    """Refuse values out of range, and those that do not go together.
+
+    Raises:
+        BadInput: for the first of them.
+    """
+    data = config.data
+    if not config.model.model.strip():
+        raise BadInput("model is not set; give the folder of a saved model, or hub:org/name, with --model")
+    if not data.dataset:
+        raise BadInput("dataset is not set; give the file of what is trained on with --dataset")
+    if len(set(data.dataset)) < len(data.dataset):
+        raise BadInput(f"dataset names {', '.join(data.dataset)}: each once")
+    for key, value, known in (("format", data.format, FORMATS), ("too_long", data.too_long, TOO_LONG)):
+        if value is not None and value not in known:
+            raise BadInput(f"{key} must be one of {', '.join(known)}, got {value!r}; {nearest(value, known)}")
+    if data.format == LABEL and data.packing:
+        raise BadInput("packing lays texts into one block, of which a classification head sees the end; leave it out")
+    if data.packing and getattr(config.run, "use_cache", False):
+        raise BadInput("packing needs use_cache: false; with a cache transformers takes a block for one example")
+    check_shared(config, {"validation_examples": data.validation_examples})
+    if data.calibration_examples is not None and data.calibration_examples < 1:
+        raise BadInput(f"calibration_examples must be at least 1, got {data.calibration_examples}")
+    entry = optimizer_entry(config.optimizer.optimizer)
+    if entry.layer is not None:
+        raise BadInput(
+            f"optimizer {entry.name} trains layers of its own ({entry.layer}), which only gracile pretrain puts into a "
+            "model; choose another"
+        )
+    _check_quantized(config)
+
+
+def _check_quantized(config: FinetuneConfig) -> None:
+    """Refuse 4 bits where nothing can be trained through them."""
+    chosen = config.model.quantize
+    if chosen is None:
+        return
+    if chosen != FOUR_BIT:
+        raise BadInput(f"quantize must be {FOUR_BIT}, got {chosen!r}")
+    if not config.has_adapter:
+        raise BadInput(
+            f"quantize {FOUR_BIT} freezes the model, and without an adapter nothing would be trained; give an adapter, "
+            "or leave quantize out and choose an optimizer with little state, such as galore_adamw"
+        )
+    layout = Layout.of(config.run)
+    if layout.splits_weights:
+        raise BadInput(f"quantize {FOUR_BIT} needs whole weights, which ZeRO 3 and FSDP split; use ZeRO 2 or less")
+    if find_spec("bitsandbytes") is None:
+        raise BadInput(f"quantize {FOUR_BIT} needs bitsandbytes; install it with: pip install 'gracile[8bit]'")
