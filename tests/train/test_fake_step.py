@@ -61,7 +61,7 @@ def test_planned_is_taken(name):
 
 
 # Exact vectors, by torch's SVD, and what makes 11008 x 1024 columns orthonormal, in a refresh.
-OVER_A_MATRIX = {"APOLLOAdamW svd": 432, "GaLorePlusAdamW heads": 191}
+OVER_A_MATRIX = {"APOLLOAdamW svd": 433, "GaLorePlusAdamW heads": 191}
 ALWAYS = ("FiraAdamW", "SRSTEAdamW", "RigLAdamW", "SCALE", "Lion")
 LLAMA_7B = [(4096, 11008), (11008, 4096), (4096, 4096)]
 
