@@ -141,6 +141,18 @@ def test_all_of_a_matrix_is_plain_adamw_also_of_its_zeros(dtype):
     assert (p[0] != 0).all()
 
 
+def test_zeros_of_a_dense_matrix_tell_nothing_about_its_mask():
+    p, q = matrix(), matrix()
+    with torch.no_grad():
+        q[:7] = 0.0
+    for w in (p, q):
+        optimizer = SparseAdamW([w], density=0.5, **FROZEN)
+        run(optimizer, w, 0, 1)
+        w.mask = indices_of(optimizer, w)
+    assert torch.equal(p.mask, q.mask)
+    assert p.mask.sum() == 60
+
+
 def test_stochastic_rounding_leaves_frozen_weights():
     p = matrix(dtype=torch.bfloat16)
     before = p.detach().clone()
@@ -314,6 +326,13 @@ def test_what_does_not_go_together_is_refused_in_a_line(keys, message):
 def test_a_bad_selection_is_refused_in_a_line(make, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         make()
+
+
+def test_a_size_that_is_the_threshold_is_not_below_it():
+    sizes = torch.tensor([0.5, -0.25, 0.75, -0.5, 0.0])
+    for W in (sizes, sizes.double(), sizes.bfloat16()):
+        assert Below(0.5).count(W) == 2
+        assert Below(0.5).places(0, W, (5,)).tolist() == [1, 4]
 
 
 @pytest.mark.parametrize("selection", [own for own, _ in SELECTIONS.values()], ids=SELECTIONS)
