@@ -22,7 +22,7 @@ from ..core.clock import every, steps_of
 from ..core.group_checks import parameters_in
 from ..core.types import Group, State
 from ..distributed import FullShard, full_shape
-from ..numbers import decay_of, is_zero
+from ..numbers import decay_of, is_zero, scaled
 from ..state.spec import Coordinates, StateSpec, wide_dtype
 from .mask_state import Packed
 from .selected import Below, Selection
@@ -125,15 +125,17 @@ def decay_(shard: FullShard, group: Group, state: State) -> Group:
     decay = decay_of(group)
     if is_zero(decay):
         return group
+    undecayed = {**group, "weight_decay": 0.0}
     flat, at = shard.parameter.view(-1), state["indices"]
+    if START not in state and len(at) == len(flat):
+        flat.mul_(1 - decay)
+        return undecayed
     held = flat.index_select(0, at)
-    if group.get("decay_to") == "start":
-        start = state[START].to(held.dtype)
-        held = held - decay * (held - start)
-    else:
-        held.mul_(1 - decay)
-    flat.index_copy_(0, at.long(), held)
-    return {**group, "weight_decay": 0.0}
+    if START in state:
+        held.sub_(state[START])
+    held, factor = scaled(held, -decay)
+    flat.index_add_(0, at, held, alpha=factor)
+    return undecayed
 
 
 def is_reselected(group: Mapping[str, Any], state: State) -> bool:

@@ -382,8 +382,7 @@ def _alike(matrices: Sequence[Masked]) -> list[list[Masked]]:
 
 def _changes(structure: Structure, wanted: Sequence[Wanted]) -> list[Change]:
     """New masks of matrices; those that were changed together, and are parameters, have gone over to them."""
-    free = [own for own in wanted if is_whole(own.matrix) and not is_frozen_outside(own.matrix.group)]
-    together = {id(m): change for m, change in changed_together(free)}
+    together = {id(m): change for m, change in changed_together([own for own in wanted if is_whole(own.matrix)])}
     alone = [own for own in wanted if id(own.matrix) not in together]
     changes = iter(
         structure.change(
