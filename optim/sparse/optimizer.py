@@ -148,7 +148,8 @@ class SparseOptimizer(ShardedOptimizer):
         group, selected = take_selections(self.with_own_names(param_group), self.defaults)
         super().add_param_group(group)
         refs = self.registry.of_group(self.param_groups[-1]) if selected else []
-        self._selected |= {ref.position: selected[id(ref.parameter)] for ref in refs}
+        # under a wrapper, refs are those of all processes
+        self._selected |= {ref.position: selected[id(ref.parameter)] for ref in refs if id(ref.parameter) in selected}
         if self._is_built:
             self._mask_weights(self.param_groups[-1])
 

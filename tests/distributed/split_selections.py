@@ -1,6 +1,7 @@
 """Selections of every method under DDP, FSDP2 and DeepSpeed, beside one process that sees the same tokens."""
 
 import contextlib
+from functools import partial
 
 import deepspeed
 import torch
@@ -9,6 +10,7 @@ from cells import start
 from selected_models import llama
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from gracile.optim import SparseAdamW
@@ -31,15 +33,17 @@ def share(step):
     return tokens(step)[dist.get_rank() * size :][:size]
 
 
-def optimizer_for(name, model):
+def optimizer_for(name, model, wrapped=False):
     make = torch.optim.AdamW if name == "hft" else SparseAdamW
+    make = partial(ZeroRedundancyOptimizer, optimizer_class=make) if wrapped else make
     groups = selection_groups(model, name, **KEYS[name])
     return make(groups, lr=3e-3, eps=1e-4, weight_decay=0.1)  # no signs of gradients that are rounding
 
 
 def held(optimizer):
     """How many weights have moments, over all parameters of this process."""
-    moments = [v for state in optimizer.state.values() for k, v in state.items() if k.endswith("exp_avg")]
+    held = getattr(optimizer, "optim", optimizer).state
+    moments = [v for state in held.values() for k, v in state.items() if k.endswith("exp_avg")]
     return sum((v.to_local() if hasattr(v, "to_local") else v).numel() for v in moments)
 
 
@@ -52,9 +56,9 @@ def loop(optimizer, model, batch):
     return {name: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for name, p in named}, held(optimizer)
 
 
-def under_ddp(name):
+def under_ddp(name, wrapped=False):
     model = llama(2)
-    optimizer = optimizer_for(name, model)
+    optimizer = optimizer_for(name, model, wrapped)
     return loop(optimizer, DistributedDataParallel(model), share)
 
 
@@ -92,6 +96,7 @@ def under_zero(name, stage, zero_init=False):
 
 LAYOUTS = {
     "ddp": under_ddp,
+    "zero redundancy": lambda name: under_ddp(name, wrapped=True),
     "fsdp2": under_fsdp,
     **{f"zero{stage}": lambda name, stage=stage: under_zero(name, stage) for stage in (1, 2, 3)},
     "zero3 split first": lambda name: under_zero(name, 3, zero_init=True),

@@ -6,8 +6,16 @@ from selected_models import llama
 
 from gracile.selections import merge_delta
 
-FEW = [("sara", "zero3"), ("s2ft", "fsdp2"), ("s2ft", "zero2"), ("sara", "zero1"), ("hft", "fsdp2"), ("hft", "zero3")]
-LAYOUTS = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3 split first")
+FEW = [
+    ("sara", "zero3"),
+    ("s2ft", "fsdp2"),
+    ("s2ft", "zero2"),
+    ("sara", "zero1"),
+    ("hft", "fsdp2"),
+    ("hft", "zero3"),
+    ("s2ft", "zero redundancy"),
+]
+LAYOUTS = ("ddp", "zero redundancy", "fsdp2", "zero1", "zero2", "zero3", "zero3 split first")
 ALL = [(name, layout) for name in ("hft", "s2ft", "sara") for layout in LAYOUTS]
 
 
