@@ -54,6 +54,7 @@ class HFT(Method):
         [2, 2]
     """
 
+    masked: ClassVar[bool] = False
     share: float = 0.5
     seed: int = 0
     round: int = 0

@@ -16,8 +16,13 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Method:
-    """A way to choose weights. ``checks`` has one for each field."""
+    """A way to choose weights. ``checks`` has one for each field.
 
+    Attributes:
+        masked: whether its groups are for ``SparseAdamW``, and not for any optimizer.
+    """
+
+    masked: ClassVar[bool] = True
     checks: ClassVar[Mapping[str, Check]] = {}
 
     def __post_init__(self) -> None:

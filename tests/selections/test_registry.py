@@ -12,8 +12,9 @@ from gracile.selections.registry import selection_method
 def test_names_and_their_fields():
     assert {"hft": HFT, "s2ft": S2FT, "sara": SaRA} == METHODS
     assert selection_method("sara", share=0.1) == SaRA(share=0.1)
-    groups = selection_groups(llama(1), "s2ft", down_ratio=0.1)
-    assert groups[0]["outside"] == "frozen"
+    keys = {"hft": {}, "s2ft": {"down_ratio": 0.1}, "sara": {"share": 0.1}}
+    for name, method in METHODS.items():
+        assert method.masked == ("selected" in selection_groups(llama(1), name, **keys[name])[0])
 
 
 @pytest.mark.parametrize(

@@ -116,9 +116,7 @@ def test_a_choice_is_of_its_seed():
 
 
 def test_state_is_planned_without_weights():
-    held = llama()
-    with torch.device("meta"):
-        planned = llama()
+    held, planned = llama(), llama(device="meta")
     optimizers = [SparseAdamW(S2FT(o_ratio=0.25).groups(model), lr=0.0) for model in (held, planned)]
     train(held, optimizers[0], steps=1)
     bytes_ = sum(own.nbytes for _, state in optimizers[1].planned_state() for own in state)

@@ -105,8 +105,7 @@ def test_a_mask_is_made_again_from_the_base_and_the_threshold():
 
 
 def test_a_plan_of_a_share_needs_no_weights():
-    with torch.device("meta"):
-        model = llama()
+    model = llama(device="meta")
     optimizer = SparseAdamW(SaRA(share=0.25, decay_to="zero").groups(model), lr=1e-3)
     planned = sum(own.nbytes for _, state in optimizer.planned_state() for own in state)
     held = matrices(model).values()
