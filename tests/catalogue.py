@@ -246,6 +246,12 @@ VARIANTS = {
         Use(MASK, HALF | {"grow": "momentum", "initial_sparsity": 0.35}),
         Use(MASK_IN_SCRIPT, {"density": 0.5, "grow": "momentum"}),
     ),
+    "SparseAdamW frozen": Variant(
+        optim.SparseAdamW,
+        "masks",
+        Use({**MASKED, "outside": "frozen", "decay_to": "start"}, {"sparsity": 0.8, "init": "smallest"}),
+        Use(MASK | {"outside": "frozen"}, HALF | {"init": "smallest"}),
+    ),
     "HyperSparseAdamW": Variant(
         optim.HyperSparseAdamW,
         "masks at the end",

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..core import batches
 from ..core.batches import launches_cost
 from ..core.rules import MOMENTS
+from .frozen_weights import START, is_frozen_outside
 from .grown_weights import BORN
 from .masks import Change, Masked
 from .structured_masks import least_salient
@@ -208,8 +209,10 @@ def taken(batch: Alike, kept: Tensor, there: Tensor, counts: list[int] | Tensor,
         if batch.group["reinit_when_same"]:
             stays &= kept
         gone = stays.logical_not_()
-        W = batch.weights.masked_fill_(gone, 0)
-        torch._foreach_copy_([matrix.weights for matrix in batch.matrices], list(W.unbind()))
+        W = batch.weights
+        if not is_frozen_outside(batch.group):
+            W = W.masked_fill_(gone, 0)
+            torch._foreach_copy_([matrix.weights for matrix in batch.matrices], list(W.unbind()))
         at = places.clamp(max=gone.numel() - 1)
         new = gone.view(-1).index_select(0, at)
         place = torch.searchsorted(batch.places, at).clamp_(max=len(batch.places) - 1)
@@ -219,6 +222,9 @@ def taken(batch: Alike, kept: Tensor, there: Tensor, counts: list[int] | Tensor,
             if same:
                 held = torch.cat([matrix.state[key] for key in same for matrix in batch.matrices]).view(len(same), -1)
                 values |= zip(same, held.index_select(1, place).masked_fill_(new, firsts[same[0]]), strict=True)
+        if START in batch.matrices[0].state:
+            starts = torch.cat([matrix.state[START] for matrix in batch.matrices]).index_select(0, place)
+            values[START] = torch.where(new, W.view(-1).index_select(0, at).to(starts.dtype), starts)
     return NewWeights(batch.matrices, places, values, counts)
 
 

@@ -14,6 +14,7 @@ from ...validation import is_real, is_whole, require
 from ..core.clock import steps_of
 from ..core.types import State
 from .experts import are_transposed, as_matrix, matrices_in, shape_of_each
+from .frozen_weights import check_outside
 from .grown_weights import GROWN_STEPS
 from .layer_budgets import BY_WEIGHT, DISTRIBUTIONS, budgets
 from .masks import DROPS, GROWS, Structure, Unstructured
@@ -33,7 +34,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
     "cubic": lambda share: (1 - share) ** 3,
 }
-INITS = ("random", "magnitude")
+INITS = ("random", "magnitude", "smallest")
 
 
 def with_defaults(keys: Keys) -> Keys:
@@ -69,7 +70,7 @@ def check_masks(keys: Keys) -> None:
     if keys["distribution"] in BY_WEIGHT:
         unfit = keys["structure"] != "unstructured" or keys["initial_sparsity"] is not None
         require(
-            not unfit and keys["init"] != "random",
+            not unfit and keys["init"] in (None, "magnitude"),
             "lamp and global rank weights; they go with "
             "structure='unstructured', init='magnitude' and no initial_sparsity",
             keys["distribution"],
@@ -84,6 +85,7 @@ def check_masks(keys: Keys) -> None:
         require(isinstance(keys.get(key, False), bool), f"{key} must be True or False", keys.get(key))
     if are_transposed(keys) and keys["structure"] != "constant_fan_in":
         raise ValueError(f"transposed_experts=True is for structure='constant_fan_in', got {keys['structure']!r}")
+    check_outside(keys)
     STRUCTURES[keys["structure"]].check(with_defaults(keys))
 
 

@@ -120,6 +120,8 @@ class Masked:
         held = self.weights[begin:end]
         if self.group["init"] == "magnitude":
             return keys_of(held)
+        if self.group["init"] == "smallest":
+            return LARGEST[self.key_dtype] - keys_of(held)
         drawn = self._random_between(begin, end, "first")
         most = LARGEST[self.key_dtype]
         return torch.where(held != 0, most, drawn.clamp_(max=most - 1)) if is_sparse else drawn

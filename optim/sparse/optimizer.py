@@ -57,6 +57,15 @@ from ..state.spec import INDICES, Coordinates, Placement, StateSpec, moment_dtyp
 from .alike_masks import Wanted, is_whole
 from .alike_structures import changed_together
 from .experts import are_transposed, as_matrix, check_transposed, experts_of, matrices_in
+from .frozen_weights import (
+    START,
+    Chosen,
+    decay_,
+    is_frozen_outside,
+    is_reselected,
+    start_spec,
+    take_selections,
+)
 from .gather_scatter import PlacedUpdate, Places
 from .grown_weights import BORN, aged_adam, born_spec
 from .layer_budgets import BY_SHAPE, BY_WEIGHT, budgets_by_weight
@@ -97,6 +106,7 @@ class SparseOptimizer(ShardedOptimizer):
 
     def __init__(self, params: ParamsT, arguments: Group) -> None:
         self._by_weight: dict[int, list[int]] = {}  # left to a parameter's matrices, by position, until they have masks
+        self._selected: dict[int, Chosen] = {}  # by position, what first masks are where that was said
         super().__init__(params, arguments)
         for group in self.param_groups:
             self._mask_weights(group)
@@ -106,7 +116,7 @@ class SparseOptimizer(ShardedOptimizer):
 
     def settings(self, group: Group) -> Group:
         """A group's keys and what the method has chosen."""
-        return with_defaults({**self.fixed, **group})
+        return with_defaults({**self.later_keys, **self.fixed, **group})
 
     def structure(self, group: Group) -> Structure:
         return STRUCTURES[{**self.fixed, **group}["structure"]]
@@ -145,7 +155,11 @@ class SparseOptimizer(ShardedOptimizer):
                     self.structure(group).check_budget(min(units), as_matrix(shape, are_transposed(group)))
 
     def add_param_group(self, param_group: Group) -> None:
-        super().add_param_group(param_group)
+        group, selected = take_selections(self.with_own_names(param_group), self.defaults)
+        super().add_param_group(group)
+        refs = self.registry.of_group(self.param_groups[-1]) if selected else []
+        # under a wrapper, refs are those of all processes
+        self._selected |= {ref.position: selected[id(ref.parameter)] for ref in refs if id(ref.parameter) in selected}
         if self._is_built:
             self._mask_weights(self.param_groups[-1])
 
@@ -172,6 +186,8 @@ class SparseOptimizer(ShardedOptimizer):
         specs = [mask, *moments]
         if group["grown_step"] == "own":
             specs.append(born_spec(by_element, packed))
+        if group.get("decay_to") == "start":
+            specs.append(start_spec(by_element, shard, packed))
         if self.settings(group)["grow"] == "momentum":
             specs.append(by_element.spec("momentum", dtype).stored_by(Flattened()))
         return specs
@@ -180,6 +196,8 @@ class SparseOptimizer(ShardedOptimizer):
         """How many weights the first masks of a parameter have, and the most that masks of it may have."""
         if 0 in shard.shape:
             return 0, 0
+        if shard.position in self._selected:
+            return (self._selected[shard.position].count,) * 2
         keys = self.settings(group)
         structure = self.structure(group)
         shape = as_matrix(shard.shape, are_transposed(group))
@@ -204,6 +222,11 @@ class SparseOptimizer(ShardedOptimizer):
         self._is_built = True  # of what is unpickled, torch keeps groups, state and defaults alone
         if not hasattr(self, "_by_weight"):
             self._by_weight = {}
+        if not hasattr(self, "_selected"):
+            self._selected = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_selected": self._selected}
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
@@ -223,7 +246,12 @@ class SparseOptimizer(ShardedOptimizer):
         return PlacedUpdate(M, N), correction
 
     def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
-        if not self.is_for_matrices(group) or shard.split or not is_large(state["indices"].shape):
+        frozen = self.is_for_matrices(group) and is_frozen_outside(group)
+        by_places = frozen and shard.round_places is not None  # weights are rounded by chance as they are written
+        if frozen and not by_places:
+            group = decay_(shard, group, state)
+        whole = not self.is_for_matrices(group) or shard.split
+        if whole or not (by_places or is_large(state["indices"].shape)):
             super().update(G, shard, group, state)
             return
         if "momentum" in state:
@@ -234,7 +262,7 @@ class SparseOptimizer(ShardedOptimizer):
             W.mul_(1 - decay)
         for span in spans(len(state["indices"]), Places(shard, group, state["indices"]).unit(blocked.BLOCK)):
             M = Places(shard, group, state["indices"][span])
-            own = {key: state[key][span] for key in (*MOMENTS, BORN) if key in state}
+            own = {key: state[key][span] for key in (*MOMENTS, BORN, START) if key in state}
             self._move_some(M, M.of(G.reshape(-1)), W, shard, group, {"step": state["step"], **own})
 
     def _move_some(self, M: Places, R: Tensor, W: Tensor, shard: FullShard, group: Group, state: State) -> None:
@@ -248,12 +276,21 @@ class SparseOptimizer(ShardedOptimizer):
             M.add_(W, N, step)
             return
         narrow = M.of(W)
-        wide = add_(narrow.float().mul_(1 - decay_of(group)), N, step)
+        wide = narrow.float()
+        towards = state[START].float() if START in state else 0.0
+        wide = add_(wide.sub_(towards).mul_(1 - decay_of(group)).add_(towards), N, step)
         shard.round_places(narrow, wide, M.indices)
         M.put_(W, narrow)
 
+    def update_each(
+        self, gradients: Sequence[Tensor], shards: Sequence[FullShard], group: Group, states: Sequence[State]
+    ) -> None:
+        if self.is_for_matrices(group) and is_frozen_outside(group):
+            group = [decay_(shard, group, state) for shard, state in zip(shards, states, strict=True)][-1]
+        super().update_each(gradients, shards, group, states)
+
     def find(self, work: list[ParamStep]) -> None:
-        """First masks, for matrices that have none; weights outside of masks are zero from here on."""
+        """First masks, for matrices that have none; weights outside of masks are zero from here on, or frozen."""
         loose = list(self._masked([item for item in work if item.shard.position not in self._in_masks]))
         if not loose:
             return
@@ -271,7 +308,7 @@ class SparseOptimizer(ShardedOptimizer):
                 yield Masked(item.shard, self.settings(item.group), item.state)
 
     def after_step(self, work: list[ParamStep]) -> None:
-        """Masks change, of all matrices together that are due."""
+        """Masks change, of all matrices together that are due; or are chosen anew, with state as at first."""
         due = [
             item
             for item in work
@@ -280,6 +317,12 @@ class SparseOptimizer(ShardedOptimizer):
         if due:
             with self.phase(FIND):
                 self._change(list(self._masked(due)))
+        anew = [item for item in work if self.is_for_matrices(item.group) and is_reselected(item.group, item.state)]
+        if anew:
+            for item in anew:
+                item.state["step"].zero_()
+            with self.phase(FIND):
+                self._begin(list(self._masked(anew)))
 
     def _change(self, parameters: list[Masked]) -> None:
         for alike in _alike(parameters):
@@ -321,10 +364,18 @@ class SparseOptimizer(ShardedOptimizer):
 
     def _begin(self, parameters: Sequence[Masked]) -> None:
         """Draw first masks into the state of parameters that have none."""
-        for alike in _alike(parameters):
+        drawn = []
+        for parameter in parameters:
+            chosen = self._selected.get(parameter.shard.position)
+            if chosen is None:
+                drawn.append(parameter)
+            else:
+                places = chosen.selection.places(parameter.begin, parameter.weights, parameter.shard.shape)
+                _give(parameter, places)
+        for alike in _alike(drawn):
             structure = STRUCTURES[alike[0].group["structure"]]
             each = MatricesOf(alike)
-            held = nonzeros(each.matrices)
+            held = _told_by_zeros(each.matrices)
             budgeted = self._budgets(each.matrices, held)
             begun = structure.begin(each.matrices, budgeted, held)
             for parameter, indices in zip(alike, each.joined(begun), strict=True):
@@ -356,7 +407,7 @@ class SparseOptimizer(ShardedOptimizer):
             device = shards[0].device
             own = iter(ProcessGroup.of_replicas(device).broadcast_(torch.tensor(counts, device=device), 0).tolist())
             self._by_weight |= {s.position: [next(own) for _ in range(matrices_in(s.shape))] for s in shards}
-        shards = [shard for shard in shards if 0 not in shard.shape]
+        shards = [] if is_frozen_outside(keys) else [shard for shard in shards if 0 not in shard.shape]
         parameters = [Masked(shard, keys, {"step": torch.zeros((), device="cpu")}) for shard in shards]
         self._begin(parameters)
         for parameter in parameters:
@@ -365,9 +416,9 @@ class SparseOptimizer(ShardedOptimizer):
 
 def _alike(matrices: Sequence[Masked]) -> list[list[Masked]]:
     """Parameters whose masks are chosen together, in one order on every process."""
-    batches: dict[tuple[str, torch.dtype, torch.device], list[Masked]] = {}
+    batches: dict[tuple[object, ...], list[Masked]] = {}
     for matrix in matrices:
-        kind = matrix.group["structure"], matrix.key_dtype, matrix.device
+        kind = matrix.group["structure"], matrix.key_dtype, matrix.device, is_frozen_outside(matrix.group)
         batches.setdefault(kind, []).append(matrix)
     return list(batches.values())
 
@@ -387,12 +438,21 @@ def _changes(structure: Structure, wanted: Sequence[Wanted]) -> list[Change]:
     return [together[id(own.matrix)] if id(own.matrix) in together else next(changes) for own in wanted]
 
 
+def _told_by_zeros(matrices: Sequence[Masked]) -> list[int]:
+    """How many weights of each are not zero, of which a first mask may be; where zeros tell nothing, more than a mask
+    can have. Collective."""
+    frozen = bool(matrices) and is_frozen_outside(matrices[0].group)
+    return [math.prod(matrix.shape) + 1 for matrix in matrices] if frozen else nonzeros(matrices)
+
+
 def _give(matrix: Masked, indices: Tensor) -> None:
     """First masks, and moments for their weights."""
     matrix.state["indices"] = indices
     for key in (*MOMENTS, BORN):
         if key in matrix.state:
             matrix.state[key] = matrix.state[key].new_zeros(len(indices))
+    if START in matrix.state:
+        matrix.state[START] = matrix.weights.index_select(0, indices).to(matrix.state[START].dtype)
 
 
 def _follow(momentum: Tensor, gradient: Tensor, group: Group) -> None:
@@ -401,7 +461,7 @@ def _follow(momentum: Tensor, gradient: Tensor, group: Group) -> None:
 
 def _keep_to_mask(matrix: Masked) -> None:
     W, indices = matrix.weights, matrix.indices
-    if len(indices) == len(W):
+    if len(indices) == len(W) or is_frozen_outside(matrix.group):
         return
     outside = torch.ones_like(W, dtype=torch.bool)
     for at in torch.split(indices, blocked.BLOCK):
@@ -410,15 +470,19 @@ def _keep_to_mask(matrix: Masked) -> None:
 
 
 def _take(matrix: Masked, change: Change) -> None:
-    """Go over to a new mask. What was not in the old one has weight and moments zero; so has, with
-    ``reinit_when_same``, what was dropped and grown in one."""
+    """Go over to a new mask. What was not in the old one has moments zero, and weight zero but where weights outside
+    keep their values; so has, with ``reinit_when_same``, what was dropped and grown in one."""
     state, W, new = matrix.state, matrix.weights, change.indices
     old = matrix.indices
     place, there = _places_in(old, new)
     if matrix.group["reinit_when_same"]:
         there &= _places_in(change.kept, new)[1]
-    held = W[new.long()].masked_fill_(~there, 0)
-    W.zero_().index_copy_(0, new.long(), held)
+    held = W[new.long()]
+    if not is_frozen_outside(matrix.group):
+        W.zero_().index_copy_(0, new.long(), held.masked_fill_(~there, 0))
+    if START in state:
+        of_kept = state[START][place] if len(old) else held.to(state[START].dtype)
+        state[START] = torch.where(there, of_kept, held.to(of_kept.dtype))
     for key, first in [*((key, 0) for key in MOMENTS), *([(BORN, matrix.clock)] if BORN in state else [])]:
         values = state[key]
         state[key] = values[place].masked_fill_(~there, first) if len(values) else values.new_full((len(new),), first)

@@ -7,13 +7,19 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ...validation import Check
+from .frozen_weights import CHECKS, KEYS
 from .optimizer import SparseOptimizer
+from .selected import Selection
 
 
 class SparseAdamW(SparseOptimizer):
     """AdamW on a part of each matrix's weights, by any combination of the published choices.
+
+    The other weights are zero, or, with ``outside="frozen"``, keep their values.
 
     Sources: SET (Mocanu et al. 2018), RigL (arXiv:1911.11134), SRigL (arXiv:2305.02299), BLaST (arXiv:2507.03117), MEST
     and SNFS, below. Groups with a ``sparsity`` (or ``density``) hold matrices and are masked, others get plain AdamW;
@@ -41,7 +47,8 @@ class SparseAdamW(SparseOptimizer):
         t_end: the step up to which they do; RigL's is three quarters of the run. None, without an end, is allowed with
             ``schedule="constant"`` or a ``drop_fraction`` of 0.
         initial_sparsity: where given, sparsity rises from it to ``sparsity`` at ``t_end`` by a cubic.
-        init: first masks are ``random``, or of the largest ``magnitude``; None: random but for lamp and global.
+        init: first masks are ``random``, of the largest ``magnitude``, or, where others are frozen, of the
+            ``smallest``; None: random but for lamp and global.
         rescale_init: multiply weights that are masked for the first time by 1 / sqrt(density), as fan-in asks.
         reinit_when_same: a weight that is dropped and grown in one update starts from zero; else it keeps its value.
         grown_step: which steps Adam's bias correction counts for a grown weight: ``shared``, its matrix's, or ``own``,
@@ -52,6 +59,15 @@ class SparseAdamW(SparseOptimizer):
         gamma_sal: of ``constant_fan_in``: a row with a smaller share of salient weights is ablated, whole; None: 0.3.
         block_size: of ``block``: rows and columns of a block; None: 64.
         transposed_experts: of ``constant_fan_in``, as for ``SRigLAdamW``.
+        outside: weights outside of masks are ``zero``; or ``frozen``: they keep their values to the bit, are not
+            decayed, and one that is grown goes on from its value. ``gracile.selections`` makes such groups.
+        selected: with ``outside="frozen"`` and a ``drop_fraction`` of 0, which weights are trained, in place of a
+            density: ``Rows``, ``Columns``, ``Entries`` or ``Below`` of ``gracile.selections``, for all parameters of
+            the group, or a mapping from each to its own. It becomes the group's density.
+        decay_to: weights of a mask decay to ``zero``, or, with ``outside="frozen"``, to what they were at the
+            ``start``, for as many more numbers.
+        reselect_every: with ``outside="frozen"``, steps after which masks that weights decide (``Below``, or an
+            ``init`` of ``smallest`` or ``magnitude``) are chosen anew, and moments and counter begin anew (SaRA).
         seed: of the random numbers.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
         torch_keywords: as for ``GaLoreAdamW``.
@@ -78,7 +94,8 @@ class SparseAdamW(SparseOptimizer):
         (20132668, 134217732)
     """
 
-    later_keys: ClassVar[Mapping[str, Any]] = {**SparseOptimizer.later_keys, "transposed_experts": False}
+    checks: ClassVar[Mapping[str, Check]] = CHECKS
+    later_keys: ClassVar[Mapping[str, Any]] = {**SparseOptimizer.later_keys, "transposed_experts": False, **KEYS}
 
     def __init__(
         self,
@@ -109,6 +126,10 @@ class SparseAdamW(SparseOptimizer):
         drop_lambda: float = 1e-3,
         gamma_sal: float | None = None,
         block_size: int | None = None,
+        outside: str = "zero",
+        selected: Selection | Mapping[Tensor, Selection] | None = None,
+        decay_to: str = "zero",
+        reselect_every: int | None = None,
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
         **torch_keywords: object,

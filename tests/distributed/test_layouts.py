@@ -103,6 +103,10 @@ THOROUGH = {
         cell("SparseAdamW", "zero2", zero={"reduce_scatter": False}),
         cell("SparseAdamW", "zero3", clip=0.05),
         cell("SparseAdamW", "fsdp2"),
+        cell("SparseAdamW frozen", "zero1"),
+        cell("SparseAdamW frozen", "zero2", precision="bf16"),
+        cell("SparseAdamW frozen", "zero3", zero={"sub_group_size": 200}),
+        cell("SparseAdamW frozen", "fsdp2", clip=0.05),
     ],
     4: [
         cell("Lion", "fsdp2"),

@@ -18,6 +18,7 @@ MODULES = {
     "gracile.models.convert": ("convert", "merge"),
     "gracile.models.layers": (),
     "gracile.models.sparse_export": ("sparsify", "save", "load", "Exported"),
+    "gracile.selections": (),
     "gracile.spectra": (),
     "gracile.train.watch": ("MemoryWatch", "MemoryCallback"),
     "gracile.train.spectra_callback": ("SpectraCallback",),

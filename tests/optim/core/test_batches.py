@@ -27,7 +27,7 @@ BATCHED = {  # variants whose matrices are
     "GaLoreAdafactor", "GaLoreAdafactor relative", "GradNormLoRPAdamW", "LDAdamW", "LDAdamW alone", "FiraAdamW",
     "GaLorePlusAdamW", "GaLorePlusAdamW heads", "APOLLOAdamW", "APOLLOAdamW Mini", "APOLLOAdamW svd", "DCTAdamW",
     "DCTAdamW fed back", "DCTAdamW fed back in 8 bits", "DCTAdamW fed back in 4 bits", "SETAdamW", "RigLAdamW",
-    "SRigLAdamW", "SparseAdamW", "BlockSparseAdamW", "WGSEFAdamW", "WGSEFAdamW pruned",
+    "SRigLAdamW", "SparseAdamW", "SparseAdamW frozen", "BlockSparseAdamW", "WGSEFAdamW", "WGSEFAdamW pruned",
 }  # fmt: skip
 
 

@@ -31,6 +31,8 @@ MADE = {
     "random rows": (SparseAdamW, {"drop": "random", "grow": "random", "structure": "constant_fan_in"}),
     "random blocks": (SparseAdamW, {"drop": "random", "grow": "random", "structure": "block", "block_size": 2}),
     "MEST": (SparseAdamW, {"drop": "gradient_magnitude", "drop_lambda": 0.5, "distribution": "er"}),
+    "frozen": (SparseAdamW, {"outside": "frozen", "init": "smallest", "decay_to": "start"}),
+    "frozen of ages": (SparseAdamW, {"outside": "frozen", "grow": "random", "grown_step": "own"}),
     "nothing": (SETAdamW, {"density": 1e-3, "sparsity": None, "distribution": "er"}),
     "everything": (RigLAdamW, {"sparsity": 0.0}),
 }
@@ -81,7 +83,7 @@ def assert_same(one, other):
     ("name", "dtype"),
     [
         *((name, torch.float32) for name in MADE),
-        *((name, torch.bfloat16) for name in ("RigL", "SRigL", "BLaST", "MEST")),
+        *((name, torch.bfloat16) for name in ("RigL", "SRigL", "BLaST", "MEST", "frozen")),
         ("SRigL", torch.float64),
     ],
     ids=str,

@@ -37,6 +37,7 @@ MASKED = {
     "BLaST": (BlockSparseAdamW, {"block_size": 4}),
     "lamp": (SparseAdamW, {"distribution": "lamp"}),
     "global": (SparseAdamW, {"distribution": "global", "grow": "random"}),
+    "frozen": (SparseAdamW, {"outside": "frozen", "init": "smallest", "decay_to": "start"}),
     "momentum": (SparseAdamW, {"grow": "momentum", "initial_sparsity": 0.2}),
     "random rows": (SparseAdamW, {"drop": "random", "grow": "random", "structure": "constant_fan_in"}),
     "random blocks": (SparseAdamW, {"drop": "random", "grow": "random", "structure": "block", "block_size": 8}),

@@ -687,7 +687,7 @@ BAD = [
     ("distribution", "ERK", "uniform, er, erk, lamp, global"),
     ("schedule", "linear", "constant, cosine, cubic"),
     ("structure", "blocks", "unstructured, constant_fan_in, block"),
-    ("init", "dense", "random, magnitude, None"),
+    ("init", "dense", "random, magnitude, smallest, None"),
     ("update_every", 0, "whole number >= 1"),
     ("update_every", 2.5, "whole number >= 1"),
     ("drop_fraction", 1.5, r"\[0, 1\]"),
