@@ -30,6 +30,7 @@ from .build.adapter import check_adapter, layers_of, method_of, step_callbacks, 
 from .build.callbacks import EvaluateAt, LogLines
 from .build.optimizer import unused_keys
 from .build.packing_check import check_packing
+from .build.selected import build_selected, check_selection, freeze_others
 from .build.tuned_model import (
     base_architecture,
     build_tuned,
@@ -76,6 +77,7 @@ def finetune(config: FinetuneConfig, requests: StopRequests | None = None) -> di
     """
     check_finetune(config)
     check_adapter(config)
+    check_selection(config)
     deepspeed.prepare(config.run)
     with data_only(), one_at_a_time(config.run):
         return _finetune(config, requests)
@@ -131,6 +133,7 @@ def _finish(trainer: FinetuneTrainer, parameters: int, speed: float | None) -> d
         "name": config.name,
         "model": config.model.model,
         "adapter": config.model.adapter or config.model.adapter_from,
+        "selection": config.model.selection,
         "optimizer": config.optimizer.optimizer,
         "parameters": parameters,
         "trainable_parameters": report.trainable(model),
@@ -144,7 +147,8 @@ def _finish(trainer: FinetuneTrainer, parameters: int, speed: float | None) -> d
         "history": report.history_of(trainer.state),
     }
     if config.run.should_save:
-        title = f"{Path(config.model.model).name}, {metrics['adapter'] or 'all weights'}, {metrics['optimizer']}"
+        what = metrics["adapter"] or metrics["selection"] or "all weights"
+        title = f"{Path(config.model.model).name}, {what}, {metrics['optimizer']}"
         report.plot_losses(folder, metrics["history"], round(tokens), title)
         report.write_metrics(folder, metrics)
         print(f"\n{report.tuning_table(metrics)}\n\n  {folder}/ holds {_what_is_saved(trainer)}, checkpoints,")
@@ -195,7 +199,10 @@ def check_tunable(config: FinetuneConfig, architecture: PreTrainedConfig, data: 
     if config.model.quantize is not None and config.run.use_cpu:
         check_widths(model)
     if not config.has_adapter:
-        check_schedule(config.run, checked_optimizer(model, config))
+        freeze_others(model, config)
+        check_schedule(
+            config.run, build_selected(model, config) if config.model.selection else checked_optimizer(model, config)
+        )
     elif config.model.adapter is not None and takes_targets(method_of(config.model.adapter)):
         try:
             layers_of(model, config.optimizer.target_modules)
@@ -233,7 +240,11 @@ def trainer_of(
 
 def _announce(config: FinetuneConfig, model: PreTrainedModel, data: TuningData, parameters: int) -> None:
     chosen, optimizer = config.model, config.optimizer.optimizer
-    what = chosen.adapter or (f"the adapter of {chosen.adapter_from}" if chosen.adapter_from else "all weights")
+    what = (
+        chosen.adapter
+        or chosen.selection
+        or (f"the adapter of {chosen.adapter_from}" if chosen.adapter_from else "all weights")
+    )
     formats = ", ".join(dict.fromkeys(part.format for part in data.parts))
     packed = f"{data.train.pieces:,} examples in " if data.train.packed else ""
     print(

@@ -26,6 +26,7 @@ from ..data.tuning import TuningData
 from ..engines.deepspeed import unpartitioned
 from ..errors import BadInput
 from .adapter import with_adapter
+from .selected import freeze_others
 
 CPU_BLOCK = 64  # weights of a row that bitsandbytes quantizes together
 
@@ -91,7 +92,9 @@ def build_tuned(
 ) -> PreTrainedModel:
     """What is trained, with a checkpoint's weights where one is given: engines copy them when they wrap the model."""
     if not config.has_adapter:
-        return load_base(config, data.classes, None if checkpoint is None else str(checkpoint))
+        model = load_base(config, data.classes, None if checkpoint is None else str(checkpoint))
+        freeze_others(model, config)
+        return model
     with unpartitioned(config.run):  # an adapter may be made from whole weights
         base = load_base(config, data.classes)
         if config.model.quantize is not None:

@@ -34,6 +34,13 @@ class TunedModelArguments:
     adapter_from: str | None = field(
         default=None, metadata={"help": "Folder of a saved adapter of this model, to train on from."}
     )
+    selection: str | None = field(
+        default=None,
+        metadata={"help": "A part of the weights that is trained, the others frozen: hft, s2ft or sara."},
+    )
+    selection_args: Keywords | None = field(
+        default=None, metadata={"help": 'Fields of the selection, as a mapping: {"down_ratio": 0.02}.'}
+    )
     quantize: str | None = field(
         default=None, metadata={"help": "4bit: the frozen model in bitsandbytes' NF4, beneath an adapter."}
     )

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..build.adapter import has_adapter, merges
 from ..build.packing_check import check_packing
+from ..build.selected import build_selected
 from ..build.tuned_model import load_base, prepare_tokens
 from ..config.finetune_arguments import FinetuneConfig
 from ..data.chat import NO_LOSS
@@ -45,6 +46,9 @@ class FinetuneTrainer(RunTrainer):
             config=config, preprocess_logits_for_metrics=measured[0], compute_metrics=measured[1], **kwargs
         )
         self.add_callback(_BeforeTraining(self))
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return build_selected(model, self.config)
 
     # ---- evaluation ---------------------------------------------------------------------------------------------
 

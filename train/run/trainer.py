@@ -57,10 +57,13 @@ class RunTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.model if model is None else model, self.config.optimizer, self.args)
+            self.optimizer = self.build_optimizer(self.model if model is None else model)
             self.given_optimizer = self.optimizer
             self._new_decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         return self.optimizer
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(model, self.config.optimizer, self.args)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         scheduler = super().create_scheduler(num_training_steps, optimizer)
