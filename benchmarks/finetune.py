@@ -38,6 +38,10 @@ def adapter(name: str, rates: tuple[float, float], /, **keys: Any) -> dict[str, 
     return {"kind": ADAPTER, "rates": rates, "adapter": name, "adapter_args": keys}
 
 
+def selection(name: str, rates: tuple[float, float], /, **keys: Any) -> dict[str, Any]:
+    return {"kind": SELECTION, "rates": rates, "selection": name, "selection_args": keys}
+
+
 def full(optimizer: str, rates: tuple[float, float], /, **keys: Any) -> dict[str, Any]:
     return {"kind": FULL, "rates": rates, "optimizer": optimizer, **keys}
 
@@ -60,6 +64,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "SORSA": adapter("sorsa", (1e-3, 4e-3), r=16, gamma=0.01),
     "SPP": adapter("spp", (4e-3, 2e-2)),
     "SVFit": adapter("svfit", (1e-2, 5e-2), r=128, parametrization="relative"),
+    "HFT": selection("hft", (5e-4, 2e-3)),
+    "S2FT": selection("s2ft", (1e-3, 4e-3), down_ratio=0.05, o_ratio=0.25),
+    "SaRA": selection("sara", (1e-3, 4e-3), share=0.1),
     "AdamW, all weights": full("adamw", (5e-4, 2e-3)),
     "GaLore": full("galore_adamw", (2e-3, 8e-3), rank=16, update_proj_gap=20, scale=0.25),
     "Fira": full("fira_adamw", (1e-3, 4e-3), rank=16, update_proj_gap=20, scale=0.25),
