@@ -26,7 +26,8 @@ some = pytest.mark.parametrize(
 
 
 def test_every_method_has_a_case():
-    assert set(CASES) == set(adapters.METHODS)
+    own = {name for name, config in adapters.METHODS.items() if config.__module__.startswith("gracile.")}
+    assert set(CASES) == own
 
 
 @each
