@@ -4,7 +4,7 @@ costs, what is learnt of a new text and what is forgotten of the old one, as a t
     python benchmarks/finetune.py --train wikitext/valid.txt --validation wikitext/test.txt
     python benchmarks/finetune.py --train ... --validation ... --runs LoRA SORSA --steps 100
 
-The base is ``gracile pretrain quickstart --model 9m``: source text of the standard library. Each line is ``gracile
+The base is ``gracile pretrain quickstart`` at a size of ``--model``: source text of the standard library. Each line is ``gracile
 finetune`` on it with the settings of ``RUNS``; the better of its learning rates counts, by the loss on the new text.
 The old text is some of the base's own; of both texts ``SAMPLE`` characters are evaluated on. Runs that are in the
 results file already are not run again.
@@ -110,10 +110,10 @@ def samples(validation: str, folder: Path) -> dict[str, str]:
     return found
 
 
-def pretrained(folder: Path, threads: int) -> Path:
+def pretrained(folder: Path, model: str, threads: int) -> Path:
     """The base model, made once."""
     if not (folder / "metrics.json").exists():
-        done = command("pretrain", "quickstart", "--model", "9m", "--output_dir", str(folder), threads=threads)
+        done = command("pretrain", "quickstart", "--model", model, "--output_dir", str(folder), threads=threads)
         if done.returncode:
             sys.exit(f"the base: {done.stderr.strip()[-500:]}")
     return folder
@@ -158,7 +158,7 @@ def table(results: dict[str, Any]) -> str:
     new, old = (perplexity(first.get(f"{part}_loss_before")) for part in ("validation", "forgetting"))
     columns = ("method", "what is trained", "numbers", "state, MiB", "peak, MiB", "rate", "tokens/s", "new", "old")
     lines = [
-        f"9m model, {results['steps']} steps of 2,048 tokens; perplexity before: new text {new}, old text {old}.",
+        f"{results['model']} model, {results['steps']} steps of 2,048 tokens; perplexity before: new text {new}, old text {old}.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
@@ -226,11 +226,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of each run")
     given = parser.parse_args()
     file = RESULTS / "finetune.json"
-    results: dict[str, Any] = {"steps": given.steps, "python": platform.python_version(), "torch": torch.__version__}
+    results: dict[str, Any] = {
+        "model": given.model,
+        "steps": given.steps,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     results["runs"] = []
     if file.exists() and (held := json.loads(file.read_text()))["steps"] == given.steps:
-        results = held
-    base = pretrained(Path(given.base), given.threads)
+        results = held if held["model"] == given.model else results
+    base = pretrained(Path(given.base), given.model, given.threads)
     given.texts = samples(given.validation, base / "texts")
     done = {(one["name"], one["rate"]) for one in results["runs"]}
     both = [(name, RUNS[name]["rates"][i]) for i in range(2) for name in given.runs]
