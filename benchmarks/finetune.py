@@ -4,9 +4,9 @@ costs, what is learnt of a new text and what is forgotten of the old one, as a t
     python benchmarks/finetune.py --train wikitext/valid.txt --validation wikitext/test.txt
     python benchmarks/finetune.py --train ... --validation ... --runs LoRA SORSA --steps 100
 
-The base is ``gracile pretrain quickstart`` at a size of ``--model``: source text of the standard library. Each line is ``gracile
-finetune`` on it with the settings of ``RUNS``; the better of its learning rates counts, by the loss on the new text.
-The old text is some of the base's own; of both texts ``SAMPLE`` characters are evaluated on. Runs that are in the
+The base is ``gracile pretrain quickstart`` at the size ``--model``: source text of the standard library. Each line is
+``gracile finetune`` on it with the settings of ``RUNS``; the better of its learning rates counts, by the loss on the new
+text. The old text is some of the base's own; of both texts ``SAMPLE`` characters are evaluated on. Runs that are in the
 results file already are not run again.
 """
 
@@ -158,7 +158,8 @@ def table(results: dict[str, Any]) -> str:
     new, old = (perplexity(first.get(f"{part}_loss_before")) for part in ("validation", "forgetting"))
     columns = ("method", "what is trained", "numbers", "state, MiB", "peak, MiB", "rate", "tokens/s", "new", "old")
     lines = [
-        f"{results['model']} model, {results['steps']} steps of 2,048 tokens; perplexity before: new text {new}, old text {old}.",
+        f"{results['model']} model, {results['steps']} steps of 2,048 tokens.",
+        f"Perplexity before: new text {new}, old text {old}.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
@@ -219,8 +220,9 @@ def main() -> None:
     parser.add_argument("--validation", required=True, help="more of it, to evaluate on")
     parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--model", default="9m", help="size of the base model")
     parser.add_argument(
-        "--base", default="runs/base_9m", help="folder of the base model, which is made if it is not there"
+        "--base", default="runs/finetune_base", help="folder of the base model, which is made if it is not there"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=2, help="of each run")
