@@ -5,8 +5,8 @@ costs, what is learnt of a new text and what is forgotten of the old one, as a t
     python benchmarks/finetune.py --train ... --validation ... --runs LoRA SORSA --steps 100
 
 The base is ``gracile pretrain quickstart`` at the size ``--model``: source text of the standard library. Each line is
-``gracile finetune`` on it with the settings of ``RUNS``; the better of its learning rates counts, by the loss on the new
-text. The old text is some of the base's own; of both texts ``SAMPLE`` characters are evaluated on. Runs that are in the
+``gracile finetune`` on it with the settings of ``RUNS``; the better learning rate counts, by the loss on the new text.
+The old text is some of the base's own; of both texts ``SAMPLE`` characters are evaluated on. Runs that are in the
 results file already are not run again.
 """
 
