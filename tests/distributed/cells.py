@@ -49,9 +49,6 @@ STEPS, RANK, BATCH = CELL_STEPS, 6, 8
 SIZES = (24, 45, 28)
 OF_PARAMETER, OF_MOVEMENT = 1e-5, 1e-4
 IN_8_BITS = 1e-3, 5e-3
-# Of a basis that is stored in 4 bits: sums in another order move an element of it by a whole code, a fifteenth of its
-# range. Where a cell was 1.7e-3 and 7.4e-3 off, with a basis in 8 bits it was 1.5e-4 and 6.7e-4.
-IN_4_BITS = 3e-3, 1.5e-2
 DECOMPOSED = 3e-5, 1e-4
 
 SIZES_OF = {"SRSTEAdamW": (24, 45, 27), "CastAdamS": (24, 45, 27)}  # rows that m divides
@@ -466,8 +463,6 @@ def run(cell, reference):
 def holds(cell, told):
     in_8_bits = is_in_8_bits(cell["optimizer"])
     of_parameter, of_movement = IN_8_BITS if in_8_bits else (OF_PARAMETER, OF_MOVEMENT)
-    if cell["optimizer"] == "GaLoreAdamW8bit Q-GaLore":
-        of_parameter, of_movement = IN_4_BITS
     if cell["optimizer"] == "SSTAdamW":
         of_parameter, of_movement = DECOMPOSED
     limits = {"": of_parameter, "_of_movement": of_movement}
