@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ..state.spec import PLAIN
 from .frozen_zeros import keep_only_
 
 IN_A_LOT = 2**24  # elements: what is made of each is ten bytes at most, for comparisons and copies in fp32
+ALIGNED = 32  # elements: a piece is cut where a vector of a kernel ends, so that it is rounded as it is in the whole
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Lot:
 def lots_of(items: Sequence[ParamStep], unit: int = 1) -> Iterator[Lot]:
     """Matrices in lots; a piece of one begins at a multiple of ``unit`` elements."""
     most = max(1, IN_A_LOT // unit) * unit
+    cut = lcm(unit, ALIGNED) if lcm(unit, ALIGNED) <= most else unit
     pieces: list[tuple[ParamStep, slice, Tensor]] = []
     room = most
     for item in items:
@@ -67,7 +70,7 @@ def lots_of(items: Sequence[ParamStep], unit: int = 1) -> Iterator[Lot]:
         while begin < len(G):
             size = len(G) - begin
             if size > room:  # as much as there is room for
-                size = min(size, room // unit * unit)
+                size = room // cut * cut
             if size:
                 span = slice(begin, begin + size)
                 pieces.append((item, span, G[span]))

@@ -92,10 +92,9 @@ def test_a_workspace_of_any_size_makes_no_difference(name, on_a_gpu, monkeypatch
     monkeypatch.setattr(batches, "AT_ONCE", 72)
     monkeypatch.setattr(in_lots, "IN_A_LOT", 72)
     for one, other in zip(trained(name), whole, strict=True):
-        # a CPU's tanh and fused kernels round otherwise at the ends of a piece
-        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
-        assert torch.equal(one == 0, other == 0)
-    assert len(on_a_gpu) > 2 * count or not count  # those of the whole, and smaller ones
+        near = name == "HyperSparse" and torch.allclose(one, other)  # a CPU's tanh differs at the ends
+        assert near or torch.equal(one, other)
+    assert len(on_a_gpu) > 3 * count or not count
     assert all(sum(span.stop - span.start for span in lot.spans) <= 72 for lot in on_a_gpu[count:])
 
 
