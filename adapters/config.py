@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -41,6 +41,7 @@ class AdapterConfig(PeftConfig):
 
     method: ClassVar[Any] = None  # a member of a str-Enum, set by ``register``
     checks: ClassVar[Mapping[str, Check]] = {}
+    without_effect: ClassVar[tuple[str, ...]] = ()  # fields that a method has no use for, which are refused
     calibrated_on: ClassVar[str] = "train"  # of the data of ``gracile finetune``, where a method has a ``statistic``
 
     r: int = field(default=8, metadata={"help": "Rank of the change of each matrix."})
@@ -82,6 +83,12 @@ class AdapterConfig(PeftConfig):
             checks = COMMON_CHECKS if kind is AdapterConfig else vars(kind).get("checks", {})
             for key, check in checks.items():
                 check(key, getattr(self, key))
+        defaults = {own.name: own.default for own in fields(self) if own.name in self.without_effect}
+        for key, default in defaults.items():
+            if getattr(self, key) != default:
+                raise ValueError(
+                    f"{key} has no effect with {type(self).__name__}, got {getattr(self, key)!r}; leave it out"
+                )
         good = all(is_whole(rank) and rank >= 1 for rank in self.rank_pattern.values())
         require(good, "rank_pattern must map names to whole numbers >= 1", self.rank_pattern)
 

@@ -7,7 +7,7 @@ arXiv:2506.16500.
               S = the (1 - rho) f channels of the highest scores
               those tokens: rows S of gate and up, columns S of down; of their LoRA, rows of B and columns of A
               tokens with labels: all channels
-    from the first 5 percent of the steps on;  in evaluation, and merged, it is LoRA
+    from ``start_step`` on, the paper's 5 percent of the steps;  in evaluation, and merged, it is LoRA
 
 Departures: attention stays dense, where the authors also skip channels of q, k, v and o; their scores of grouped
 queries take channels across heads, and tear rotary pairs. Tokens are told apart one by one, not by a batch's shortest

@@ -71,7 +71,7 @@ CASES = {
     "masktuning": Case(adapters.MaskTuningConfig, {}, lambda m, n: m * n, lr=2.5e-3, **FULL),
     "pst": Case(
         adapters.PSTConfig,
-        {"r": 4, "total_steps": 4, "sparsity": 0.3, "alpha": 8},
+        {"r": 4, "total_steps": 4, "sparsity": 0.3},
         lambda m, n: 9 * (m + n),
         **FULL,
     ),

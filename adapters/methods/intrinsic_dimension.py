@@ -47,6 +47,8 @@ class IntrinsicDimensionConfig(AdapterConfig):
 
     checks: ClassVar[Mapping[str, Check]] = {"d": whole(1)}
 
+    without_effect: ClassVar[tuple[str, ...]] = ("r", "alpha")
+
     d: int = field(default=1000, metadata={"help": "Dimension of the subspace that all matrices share."})
     save_projection: bool = field(default=False, metadata={"help": "Store the projections; they follow from the seed."})
 

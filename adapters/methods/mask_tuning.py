@@ -45,6 +45,8 @@ class MaskTuningConfig(AdapterConfig):
 
     checks: ClassVar[Mapping[str, Check]] = {"score": number("> 0"), "threshold": number("> 0"), "save_scores": flag()}
 
+    without_effect: ClassVar[tuple[str, ...]] = ("r", "alpha", "dropout")
+
     score: float = field(default=1e-2, metadata={"help": "What scores begin with."})
     threshold: float = field(default=5e-3, metadata={"help": "A weight is off where its score is at most this."})
     save_scores: bool = field(default=True, metadata={"help": "Save scores; False saves masks alone."})

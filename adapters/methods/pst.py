@@ -54,6 +54,11 @@ class PSTConfig(AdapterConfig):
         "mask_every": whole(1),
     }
 
+    without_effect: ClassVar[tuple[str, ...]] = (
+        "alpha",
+        "dropout",
+    )  # beta scales the change, and a mask is over all of W'
+
     sparsity: float = field(default=0.5, metadata={"help": "Share of zeros at the end."})
     total_steps: int = field(default=1000, metadata={"help": "Steps of the run."})
     warmup: float = field(default=0.1, metadata={"help": "Share of the steps before the first zeros."})
@@ -98,7 +103,7 @@ class PSTLayer(AdapterLayer):
         wide = weight + config.beta * tensors["U"] @ tensors["V"]
         mask = unpacked_bits(tensors["M"], (self.out_features, self.in_features))
         scores = self._scores(wide, config, **tensors)
-        return (straight_through(scores, mask) * wide - weight) / config.scale_of(self.name)
+        return straight_through(scores, mask) * wide - weight
 
     def _scores(self, wide: Tensor, config: Any, **tensors: Tensor) -> Tensor:
         """Z (m x n)."""

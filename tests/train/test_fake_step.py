@@ -98,8 +98,8 @@ def test_a_large_embedding_costs_a_step_no_more_than_a_piece():
         if cls is not optim.GaLoreAdamW8bit:
             assert 2**24 < step_bytes(cls([p], lr=1e-3)) <= 2**27 + 64, "on a GPU"
         assert 2**19 < step_bytes(cls([p], lr=1e-3), device="cpu") <= 2**23
-    for cls in (optim.GaLoreAdamW, optim.GaLoreAdamW8bit):
-        assert step_bytes(cls([embedding], lr=1e-3)) <= 4096, "moved in place; 8 bits by their kernel"
+    assert step_bytes(optim.GaLoreAdamW([embedding], lr=1e-3)) <= 64, "moved in place"
+    assert step_bytes(optim.GaLoreAdamW8bit([embedding], lr=1e-3)) <= 2048, "by its kernel: two maps of 256 numbers"
     by_chance = optim.GaLoreAdamW8bit([narrow], lr=1e-3, stochastic_rounding=True)
     assert 2**24 < step_bytes(by_chance) <= 2**27 + 64, "weights in pieces of fp32"
 

@@ -34,7 +34,7 @@ def test_the_count_of_zeros_is_exact():
 
 def test_the_gradient_through_the_mask():
     """G * M of the weight and through |W'|, and G * W' of the scores, as autograd has them of M + Z - Z.detach()."""
-    layer = next(adapters.adapter_layers(attached("pst", alpha=None)))
+    layer = next(adapters.adapter_layers(attached("pst")))
     config = layer.settings["default"]
     generator = torch.Generator().manual_seed(0)
     m, n = layer.out_features, layer.in_features
