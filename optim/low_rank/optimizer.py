@@ -235,9 +235,14 @@ class LowRankOptimizer(ShardedOptimizer):
         """The leading singular vectors of a matrix of which ``dense`` is this process's lines."""
         if group["subspace_method"] == "svd":
             return shard.solve(dense, partial(leading_singular_vectors, side=shard.side, previous=previous))
+        sums = self.sums_of_subspace(shard, group)
         if self.finds_stacked(shard):
-            return PendingIteration(dense, shard.side, previous)
-        return orthogonal_iteration(shard.own(dense), shard.side, previous, shard.all_reduce_)
+            return PendingIteration(dense, shard.side, previous, sums=sums)
+        return orthogonal_iteration(shard.own(dense), shard.side, previous, shard.all_reduce_, sums=sums)
+
+    def sums_of_subspace(self, shard: FullMatrix, group: Group) -> torch.dtype:
+        """What the products are summed in that a subspace is found by, or the gradient's dtype if that is wider."""
+        return torch.float32
 
     def moves_by_direction(self, shard: FullShard, group: Group) -> bool:
         if not has_subspace(shard):

@@ -17,7 +17,8 @@ found from a random start, and its basis turned to that of the old one, so that 
 Weights stay in the parameter's dtype: Q-GaLore's int8 weights are a layer, not an optimizer.
 
 Departures from Q-GaLore's code: codes are packed, two 4-bit ones in a byte, and a group stores its minimum rather
-than a clamped zero point, which cannot reach groups far from zero; c compares the whole subspace, not the signed
+than a clamped zero point, which cannot reach groups far from zero; a P that is packed is iterated for in fp64, so that
+its codes do not depend on how processes share out the sums; c compares the whole subspace, not the signed
 cosine of the first vectors, which is -1 for an unchanged subspace whose sign flipped, and is corrected for chance;
 the next refresh comes T_l after the last one instead of whenever T_l divides t; the five c are forgotten after a
 doubling, not counted twice. As in bitsandbytes, eps is added after the bias correction. Moments of fewer than 4096
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ...fp64 import widest
 from ...validation import Check, flag, is_whole, number, require, whole
 from ..core.clock import steps_of
 from ..core.keywords import ACCEPTED, OF_8_BITS, Accepted
@@ -47,7 +49,7 @@ from ..state.spec import PROJECTORS, Placement, StateSpec
 from .basis import first_columns
 from .galore import GaLore
 from .published import Published
-from .singular import Columns, orthogonal_iteration, orthonormalized
+from .singular import Columns, orthogonal_iteration, orthonormalized, rounding_error
 
 PACKED = ("basis", "basis_scale", "basis_minimum")
 
@@ -178,9 +180,14 @@ class GaLoreAdamW8bit(GaLore):
         if group["cos_threshold"] is None or group["subspace_method"] == "svd":
             return super().find_basis(G, shard, group, state)
         seed = (shard.position + 1 << 32) + steps_of(state)
-        Q = orthogonal_iteration(shard.own(G), shard.side, None, shard.all_reduce_, seed)
+        sums = self.sums_of_subspace(shard, group)
+        Q = orthogonal_iteration(shard.own(G), shard.side, None, shard.all_reduce_, seed, sums)
         P = self.previous_columns(shard, group, state)
-        return Q if P is None else _turned_to(P, Q)
+        return Q if P is None else _turned_to(P, Q, sums)
+
+    def sums_of_subspace(self, shard: FullMatrix, group: Group) -> torch.dtype:
+        # a last bit moves a code of 4 bits by a fifteenth of all; with fp64 it is the same code in every layout
+        return widest(shard.device) if group["quant"] else super().sums_of_subspace(shard, group)
 
     def store_basis(self, columns: Tensor, usable: Tensor, shard: FullMatrix, group: Group, state: State) -> None:
         if group["cos_threshold"] is not None:
@@ -236,11 +243,11 @@ def _set_next_refresh(overlap: Tensor, group: Group, state: State) -> None:
     state["next_refresh"].copy_(refreshed_at + gap)
 
 
-def _turned_to(P: Tensor, Q: Tensor) -> Tensor:
+def _turned_to(P: Tensor, Q: Tensor, sums: torch.dtype) -> Tensor:
     """The basis of the span of Q that comes from projecting P onto it."""
-    wide = Q.to(torch.promote_types(Q.dtype, torch.float32))
+    wide = Q.to(torch.promote_types(Q.dtype, sums))
     previous = P.to(wide.dtype)
-    return orthonormalized(wide @ (wide.t() @ previous), previous).to(Q.dtype)
+    return orthonormalized(wide @ (wide.t() @ previous), previous, rounding_error(Q.dtype)).to(Q.dtype)
 
 
 def _in_groups(columns: Tensor, size: int) -> Tensor:

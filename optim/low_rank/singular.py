@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ Total = Callable[[Tensor], Tensor]  # in place
 
 SUBSPACE_METHODS = ("svd", "iterate")
 WIDENED = 2**22  # elements of a gradient that are made wider at a time
+WIDEST_ERROR = torch.finfo(torch.float32).eps  # of columns whose squares fp64 can hold
 COLD_ITERATIONS = 8  # from a random start; afterwards one from the previous subspace holds the energy
 
 
@@ -86,7 +87,12 @@ def _by_gram_matrix(G: Tensor, side: ProjectionSide) -> Tensor:
 
 
 def orthogonal_iteration(
-    gradient: Tensor, side: ProjectionSide, previous: Tensor | None, total: Total = lambda part: part, seed: int = 0
+    gradient: Tensor,
+    side: ProjectionSide,
+    previous: Tensor | None,
+    total: Total = lambda part: part,
+    seed: int = 0,
+    sums: torch.dtype = torch.float32,
 ) -> Tensor:
     """About the r leading singular vectors of an m x n gradient, near those of ``previous``, in the gradient's dtype.
 
@@ -95,21 +101,34 @@ def orthogonal_iteration(
     stay meaningful; with positive diagonals the QR has one answer. Where the gradient has fewer than r directions, the
     previous ones fill up; an all-zero gradient keeps them all, one that is not finite gives NaN.
 
-    ``gradient`` may be some lines of the matrix, each process's own: ``total`` then sums over processes.
+    ``gradient`` may be some lines of the matrix, each process's own: ``total`` then sums over processes. Products are
+    in ``sums``, or the gradient's dtype where that is wider: in fp64 the order of the sums, as processes share them
+    out, does not move the columns.
     """
     lines = gradient if side.right else gradient.t()
-    return iterated(lambda Q: total(_gram_times(lines, Q)), side, previous, gradient.new_empty(0), seed)
+    return iterated(lambda Q: total(_gram_times(lines, Q)), side, previous, gradient.new_empty(0), seed, sums)
 
 
 def iterated(
-    gram_times: Callable[[Tensor], Tensor], side: ProjectionSide, previous: Tensor | None, like: Tensor, seed: int = 0
+    gram_times: Callable[[Tensor], Tensor],
+    side: ProjectionSide,
+    previous: Tensor | None,
+    like: Tensor,
+    seed: int = 0,
+    sums: torch.dtype = torch.float32,
 ) -> Tensor:
     """``orthogonal_iteration`` by the products of a matrix, with columns of the dtype of ``like``."""
-    wide = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
+    wide = like.new_empty(0, dtype=torch.promote_types(like.dtype, sums))
+    error = rounding_error(like.dtype)
     Q = random_columns(side.basis_shape, seed, wide) if previous is None else previous.to(wide.dtype)
     for _ in range(COLD_ITERATIONS if previous is None else 1):
-        Q = orthonormalized(gram_times(Q), Q)
+        Q = orthonormalized(gram_times(Q), Q, error)
     return Q.to(like.dtype)
+
+
+def rounding_error(dtype: torch.dtype) -> float:
+    """Of sums over numbers of ``dtype``, which are made in fp32 at least."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
 def _gram_times(lines: Tensor, Q: Tensor, out: Tensor | None = None) -> Tensor:
@@ -131,6 +150,7 @@ class PendingIteration:
     gradient: Tensor
     side: ProjectionSide
     previous: Tensor | None
+    sums: torch.dtype = field(default=torch.float32, kw_only=True)
 
     @staticmethod
     def run(pending: Sequence[PendingIteration]) -> Tensor:
@@ -157,14 +177,14 @@ def orthogonal_iterations(pending: Sequence[PendingIteration]) -> Tensor:
     """``orthogonal_iteration`` of several matrices that are alike (matrices x side x r), all orthonormalized together,
     where each launch costs."""
     side, like = pending[0].side, pending[0].gradient
-    wide = torch.promote_types(like.dtype, torch.float32)
+    wide, error = torch.promote_types(like.dtype, pending[0].sums), rounding_error(like.dtype)
     Q = _stacked_previous(pending, wide)
     warm = Q is not None
     if Q is None:
         Q = random_columns(side.basis_shape, 0, like.new_empty(0, dtype=wide)).expand(len(pending), -1, -1)
     G = _Matrices([one.gradient for one in pending], wide)
     for _ in range(1 if warm else COLD_ITERATIONS):
-        Q = orthonormalized(G.gram_times(Q, side.right), Q)
+        Q = orthonormalized(G.gram_times(Q, side.right), Q, error)
     return Q.to(like.dtype)
 
 
@@ -216,23 +236,24 @@ def times(G: Tensor, X: Tensor, out: Tensor) -> None:
         torch.mm(part.to(X.dtype), X, out=product)
 
 
-def orthonormalized(columns: Tensor, previous: Tensor) -> Tensor:
+def orthonormalized(columns: Tensor, previous: Tensor, error: float | None = None) -> Tensor:
     """An orthonormal basis of the span of ``columns``, filled up by ``previous`` where they span less than r. Of one
     matrix (side x r), or of each of several.
 
-    One rounding error of the previous columns is added: nothing beside a direction that the new ones have, and where
-    they have none, as much as the rounding of the sums that made them. The result is Q of the QR with a positive
-    diagonal, which has one answer, found from the Gram matrix (Cholesky QR, twice): its triangles are r x r, where
-    Householder's QR takes longer than both products of an iteration. In fp64, because rounding in fp32 shows up tenfold
-    in the directions of least energy. ``columns`` is used up.
+    One rounding ``error`` (by default of their dtype) of the previous columns is added: nothing beside a direction that
+    the new ones have, and where they have none, as much as the rounding of the sums that made them. The result is Q of
+    the QR with a positive diagonal, which has one answer, found from the Gram matrix (Cholesky QR, twice): its
+    triangles are r x r, where Householder's QR takes longer than both products of an iteration. In fp64, because
+    rounding in fp32 shows up tenfold in the directions of least energy. ``columns`` is used up.
     """
     if not has_fp64(columns.device):
-        return orthonormalized(columns.cpu(), previous.cpu()).to(columns.device)
+        return orthonormalized(columns.cpu(), previous.cpu(), error).to(columns.device)
     precision = torch.finfo(columns.dtype)
     size = torch.linalg.vector_norm(columns, torch.inf, dim=(-2, -1), keepdim=True)
     size.clamp_(min=precision.tiny)  # squares could overflow
-    Z = columns.div_(size).add_(previous, alpha=precision.eps)
-    if Z.dtype == torch.float64:  # no wider type to square them in
+    error = precision.eps if error is None else error
+    Z = columns.div_(size).add_(previous, alpha=error)
+    if error < WIDEST_ERROR:  # columns in fp64 that may be so nearly parallel that no type is wide enough for squares
         return positive_qr(Z)
     # unit columns: what is left is their angles
     X = Z.div_(torch.linalg.vector_norm(Z, dim=-2, keepdim=True)).double().mT

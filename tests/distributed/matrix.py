@@ -93,10 +93,11 @@ def pairwise(seed: int = 0) -> list[Cell]:
     missing = {frozenset(pair.items()) for pair in every if possible(pair)}
     cells = []
     while missing:
+        in_order = sorted((sorted(pair, key=repr) for pair in missing), key=repr)  # the same each time: sets have none
         best: Cell = {}
         covered: set[frozenset[tuple[str, Any]]] = set()
         for _ in range(40):
-            cell = _completed(dict(chance.choice(sorted(missing, key=repr))), chance)
+            cell = _completed(dict(chance.choice(in_order)), chance)
             new = pairs_of(cell) & missing if cell else set()
             if len(new) > len(covered):
                 best, covered = cell, new

@@ -403,3 +403,26 @@ def test_bad_values_are_refused(keys, words):
     with pytest.raises(ValueError) as error:
         GaLoreAdamW8bit([weight(4, 4)], rank=2, **keys)
     assert all(word in str(error.value) for word in words)
+
+
+@by_bits
+@pytest.mark.parametrize("cos_threshold", [None, 0.4], ids=["warm", "lazy"])
+@pytest.mark.parametrize("proj_type", ["right", "left"])
+def test_the_order_of_the_sums_moves_no_code(bits, cos_threshold, proj_type):
+    """Lines in another order, as processes share them out, have the same subspace: a code that flips with the last bit
+    of a sum would move its weights by a fifteenth of what it is."""
+    keys = {"rank": 12, "update_proj_gap": 2, "proj_type": proj_type, "cos_threshold": cos_threshold}
+    keys |= {"quant": True, "quant_n_bit": bits, "quant_group_size": 128}
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(401, generator=generator)
+        W, other = weight(401, 113), weight(401, 113)
+        turned = [W, other] if proj_type == "right" else [nn.Parameter(p.detach().t().contiguous()) for p in (W, other)]
+        optimizers = [optim.GaLoreAdamW8bit([{"params": [p], **keys}], lr=0.0) for p in turned]
+        decays = 1.5 ** -torch.arange(113.0)  # directions of little energy, which rounding turns the most
+        for _ in range(3):
+            G = torch.randn(401, 113, generator=generator) * decays
+            both = [G, G[order]] if proj_type == "right" else [G.t(), G[order].t()]
+            states = [step(o, p, g) for o, p, g in zip(optimizers, turned, both, strict=True)]
+            assert torch.equal(states[0]["basis"], states[1]["basis"])
+            torch.testing.assert_close(states[0]["basis_scale"], states[1]["basis_scale"], rtol=3e-7, atol=0)
