@@ -25,6 +25,7 @@ SHAPES = [(H, H)] * 4 + [(F, H)] * 2 + [(H, F)]
 NAMES = (
     "GaLoreAdamW iterate",
     "GaLoreAdamW8bit",
+    "GaLoreAdamW8bit Q-GaLore",
     "GaLoreAdafactor",
     "FiraAdamW",
     "GaLorePlusAdamW",
