@@ -13,6 +13,7 @@ results file already are not run again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -30,7 +31,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 WRITING = threading.Lock()
-SAMPLE = 120_000
+SAMPLE = 80_000
 ADAPTER, SELECTION, FULL = "adapter", "selection", "all weights"
 
 
@@ -50,7 +51,12 @@ def full(optimizer: str, rates: tuple[float, float], /, **keys: Any) -> dict[str
 RUNS: dict[str, dict[str, Any]] = {
     "LoRA": adapter("lora", (2e-3, 8e-3), r=16, lora_alpha=16),
     "PiSSA": adapter("lora", (1e-3, 4e-3), r=16, lora_alpha=16, init_lora_weights="pissa"),
+    "rsLoRA": adapter("lora", (5e-4, 2e-3), r=16, lora_alpha=16, use_rslora=True),
     "DoRA": adapter("lora", (2e-3, 8e-3), r=16, lora_alpha=16, use_dora=True),
+    "EVA": adapter("lora", (2e-3, 8e-3), r=16, lora_alpha=16, init_lora_weights="eva"),
+    "CorDA": adapter("lora", (1e-3, 4e-3), r=16, lora_alpha=16, init_lora_weights="corda"),
+    "LoRA-GA": adapter("lora", (1e-3, 4e-3), r=16, lora_alpha=16, init_lora_weights="lora_ga"),
+    "MiSS": adapter("miss", (1e-3, 4e-3), r=32),
     "ALLoRA": adapter("allora", (1e-3, 4e-3), r=16),
     "AlignGuard-LoRA": adapter("alignguard", (2e-3, 8e-3), r=16),
     "BA-LoRA": adapter("balora", (1e-3, 4e-3), r=16),
@@ -152,11 +158,17 @@ def best_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return dict(sorted(found.items(), key=lambda item: item[1]["order"]))
 
 
+def learnt(one: dict[str, Any]) -> list[str]:
+    """A rate, and the perplexities of both texts after it."""
+    return [f"{one['rate']:g}", *(perplexity(one[key]) for key in ("validation_loss", "forgetting_loss"))]
+
+
 def table(results: dict[str, Any]) -> str:
     best = best_of(results)
     first = next(iter(best.values()))
     new, old = (perplexity(first.get(f"{part}_loss_before")) for part in ("validation", "forgetting"))
-    columns = ("method", "what is trained", "numbers", "state, MiB", "peak, MiB", "rate", "tokens/s", "new", "old")
+    columns = ("method", "what is trained", "numbers", "state, MiB", "peak, MiB", "tokens/s", "rate", "new", "old",
+               "other rate", "new", "old")  # fmt: skip
     lines = [
         f"{results['model']} model, {results['steps']} steps of 2,048 tokens.",
         f"Perplexity before: new text {new}, old text {old}.",
@@ -167,14 +179,44 @@ def table(results: dict[str, Any]) -> str:
     for name, one in best.items():
         cells = [name, RUNS[name]["kind"]]
         if "error" in one:
-            cells += [f"failed: {one['error']}", *[""] * 6]
+            cells += [f"failed: {one['error']}", *[""] * 9]
         else:
             mib = [one[key] / 2**20 for key in ("optimizer_state_bytes", "peak_memory_bytes")]
-            cells += [f"{one['trainable_parameters']:,}", f"{mib[0]:.2f}", f"{mib[1]:,.0f}", f"{one['rate']:g}"]
-            cells += [f"{one['tokens_per_second']:,.0f}"]
-            cells += [perplexity(one[key]) for key in ("validation_loss", "forgetting_loss")]
+            cells += [f"{one['trainable_parameters']:,}", f"{mib[0]:.2f}", f"{mib[1]:,.0f}"]
+            cells += [f"{one['tokens_per_second']:,.0f}", *learnt(one)]
+            others = [r for r in results["runs"] if r["name"] == name and r["rate"] != one["rate"] and "error" not in r]
+            cells += learnt(others[0]) if others else [""] * 3
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def label(panel: Any, points: list[tuple[float, float, str]]) -> None:
+    """Names beside their points, each at the nearest place where it covers neither a point nor another name."""
+    panel.figure.draw_without_rendering()  # which fixes the scales
+    unit = panel.figure.dpi / 72  # pixels of a point of type
+    centres = panel.transData.transform([(cost, value) for cost, value, _ in points])
+    frame = panel.get_window_extent()
+    taken = [(x - 3 * unit, y - 3 * unit, x + 3 * unit, y + 3 * unit) for x, y in centres]
+    places = sorted(itertools.product(range(-110, 111, 10), range(-120, 121, 8)), key=lambda at: math.hypot(*at))
+    for (x, y), (cost, value, name) in zip(centres, points, strict=True):
+        width, height = 3.6 * len(name) * unit, 8 * unit
+        for dx, dy in places:
+            left, low = x + (dx if dx > 0 else dx - width / unit if dx < 0 else -width / unit / 2) * unit, y + dy * unit
+            box = left, low - height / 2, left + width, low + height / 2
+            inside = frame.x0 < box[0] and box[2] < frame.x1 and frame.y0 < box[1] and box[3] < frame.y1
+            if inside and not any(a[0] < box[2] and box[0] < a[2] and a[1] < box[3] and box[1] < a[3] for a in taken):
+                break
+        taken.append(box)
+        panel.annotate(
+            name,
+            (cost, value),
+            xytext=((box[0] + box[2] - 2 * x) / 2 / unit, dy),
+            textcoords="offset points",
+            fontsize=6.5,
+            ha="center",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
+        )
 
 
 def picture(results: dict[str, Any], path: Path) -> None:
@@ -184,7 +226,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.8), sharex=True, layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, 6.5), sharex=True, layout="constrained")
     colours = {ADAPTER: "tab:blue", SELECTION: "tab:green", FULL: "tab:orange"}
     best = {name: one for name, one in best_of(results).items() if "error" not in one}
     shown = {"validation_loss": "perplexity of the new text", "forgetting_loss": "perplexity of the old text"}
@@ -193,20 +235,24 @@ def picture(results: dict[str, Any], path: Path) -> None:
         for name, one in best.items():
             cost = (one["gradient_bytes"] + one["optimizer_state_bytes"]) / 2**20
             value = math.exp(one[key])
-            points.append((cost, value))
+            points.append((cost, value, name))
             panel.scatter(cost, value, color=colours[RUNS[name]["kind"]], s=22, zorder=3)
-            panel.annotate(name, (cost, value), xytext=(4, 3), textcoords="offset points", fontsize=7)
         front, lowest = [], math.inf
-        for cost, value in sorted(points):
+        for cost, value, _ in sorted(points):
             if value < lowest:
                 front.append((cost, value))
                 lowest = value
         panel.plot(*zip(*front, strict=True), color="0.6", linewidth=1, zorder=1, drawstyle="steps-post")
         panel.set_xscale("log")
         panel.set_yscale("log")
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
         panel.set_xlabel("gradients and optimizer state, MiB")
         panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.3, which="both", linewidth=0.5)
+        panel.margins(x=0.1, y=0.06)
+        label(panel, points)
     for kind, colour in colours.items():
         if any(RUNS[name]["kind"] == kind for name in best):
             panels[0].scatter([], [], color=colour, s=22, label=kind)
