@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -17,13 +17,17 @@ from ..data.examples import Collator
 from ..data.tuning import TuningData
 from ..errors import BadInput
 from ..sources import source_of
-from .calibration import calibrate_on, is_calibrated
+from .calibration import OFF_THE_BASE, is_calibrated, put_on
 
 # Fields of a configuration of peft that other keys say, with the key, or that are the library's own to set.
 SAID_BY = {"target_modules": "target_modules"}
 SET_HERE = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "calibrated",
+}  # fmt: skip
+# Fields of a LoRA that do not double with its rank.
+NOT_OF_TWICE_THE_RANK = {
+    "use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save", "trainable_token_indices",
 }  # fmt: skip
 
 
@@ -74,14 +78,45 @@ def check_adapter(config: FinetuneConfig) -> None:
             source_of("adapter_from", chosen.adapter_from)
         return
     kind = method_of(chosen.adapter)
-    if config.data.calibration_examples is not None and not is_calibrated(kind):
+    given: dict[str, Any] = chosen.adapter_args or {}
+    if config.data.calibration_examples is not None and not is_calibrated(kind, given):
         raise BadInput(f"calibration_examples has no effect with adapter {chosen.adapter}, which starts from weights")
     known = {f.name for f in dataclasses.fields(kind) if f.init} - SET_HERE
-    for key in chosen.adapter_args or {}:
+    for key in given:
         if key in SAID_BY:
             raise BadInput(f"adapter_args: {key} is a key of the run, as in --{SAID_BY[key]} q_proj v_proj")
         if key not in known:
             raise BadInput(f"adapter_args: {chosen.adapter} takes no {key!r}; {nearest(key, known - set(SAID_BY))}")
+        _check_within(kind, key, given[key])
+    _check_beginning(config, given)
+
+
+def _check_beginning(config: FinetuneConfig, given: dict[str, Any]) -> None:
+    """Refuse what does not go with first factors that are taken off the base."""
+    beginning = given.get("init_lora_weights")
+    if beginning not in OFF_THE_BASE:
+        return
+    for key in sorted(NOT_OF_TWICE_THE_RANK & {key for key, value in given.items() if value}):
+        raise BadInput(
+            f"adapter_args: {key} does not go with init_lora_weights {beginning}, which is saved as a plain LoRA of "
+            "twice the rank; leave one out"
+        )
+    if config.model.quantize is not None:
+        raise BadInput(
+            f"adapter_args: init_lora_weights {beginning} takes what it begins with off the base's weights, which "
+            f"--quantize {config.model.quantize} does not let it; choose eva"
+        )
+
+
+def _check_within(kind: type[Any], key: str, value: Any) -> None:
+    """Refuse what a configuration within a configuration has no field for: peft leaves it out without a word."""
+    if not isinstance(value, dict):
+        return
+    for within in get_args(get_type_hints(kind)[key]):
+        if dataclasses.is_dataclass(within):
+            known = {f.name for f in dataclasses.fields(within) if f.init}
+            for name in value.keys() - known:
+                raise BadInput(f"adapter_args: {key} takes no {name!r}; {nearest(name, known)}")
 
 
 def takes_targets(kind: type[Any]) -> bool:
@@ -113,9 +148,7 @@ def with_adapter(model: PreTrainedModel, config: FinetuneConfig, data: TuningDat
             given["target_modules"] = _shortened(layers_of(model, config.optimizer.target_modules), model)
         task = peft.TaskType.SEQ_CLS if config.classifies else peft.TaskType.CAUSAL_LM
         adapter = kind(task_type=task, **given)
-        if is_calibrated(kind):
-            calibrate_on(model, adapter, config, data, collate)
-        return _without_allocation(peft.get_peft_model(model, adapter))
+        return _without_allocation(put_on(model, adapter, config, data, collate))
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, OSError) as error:
         named = chosen.adapter or chosen.adapter_from
         raise BadInput(f"adapter {named}: {' '.join(str(error).split()) or type(error).__name__}") from None

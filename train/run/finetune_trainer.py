@@ -14,6 +14,7 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..build.adapter import has_adapter, merges
+from ..build.calibration import make_loadable
 from ..build.packing_check import check_packing
 from ..build.selected import build_selected
 from ..build.tuned_model import load_base, prepare_tokens
@@ -116,6 +117,7 @@ class FinetuneTrainer(RunTrainer):
         self.save_model(str(Path(folder) / ADAPTER))
         if not self.args.should_save:
             return
+        make_loadable(tuned, Path(folder) / ADAPTER)
         assert self.processing_class is not None
         self.processing_class.save_pretrained(folder)
         if not merges(tuned):
