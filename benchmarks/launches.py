@@ -4,7 +4,7 @@ python benchmarks/launches.py            # every class, at the matrices of a LLa
 python benchmarks/launches.py GaLore     # those with this in their name
 
 Every side of LLaMA-1B's matrices and the rank is about a 64th of what it is, and every limit by which work is cut a
-64th of a 64th: as many launches as at full size.
+64th of a 64th: as many launches as at full size. Masks leave a fifth of the weights.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ LIMITS = [
     (top_k, "ON_A_GPU"),
 ]
 RANK = 512 // SMALLER
+SPARSITY = 0.8
 STEPS = 6  # refreshes and changes of masks after 0 and 4
 
 
@@ -72,6 +73,7 @@ def made_of_matrices(variant: Variant) -> Made:
     assert use is not None
     own = dict(use.matrices or {})
     own |= {"rank": RANK} if own.get("rank", 1) > 1 else {}
+    own |= {"sparsity": SPARSITY} if "sparsity" in own else {}
     shapes = matrix_shapes(own, variant.cls) * LAYERS
     matrices = [nn.Parameter(on_device(0.1 * torch.randn(shape))) for shape in shapes]
     others = made_others()

@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "launches.py"
 ALWAYS = {
     "GaLoreAdamW iterate": (400, 1500, 1),
     "FiraAdamW": (650, 1700, 1),
-    "SRigLAdamW": (470, 2800, 12),
+    "SRigLAdamW": (400, 2700, 10),
 }
 THOROUGH = {
     "GaLoreAdamW8bit": (800, 1900, 1),
@@ -27,9 +27,9 @@ THOROUGH = {
     "SLTrainAdamW8bit": (800, 800, 1),
     "ReLoRAAdamW": (100, 1600, 600),
     "SSTAdamW": (400, 7200, 2000),
-    "SETAdamW": (470, 2400, 1),
-    "RigLAdamW": (470, 1900, 1),
-    "BlockSparseAdamW": (550, 2600, 1),
+    "SETAdamW": (400, 2300, 1),
+    "RigLAdamW": (400, 1800, 1),
+    "BlockSparseAdamW": (410, 2400, 1),
     "SRSTEAdamW decoupled": (1300, 1300, 0),
     "CastAdamS": (1500, 2800, 0),
     "HyperSparseAdamW": (1200, 3700, 1),
