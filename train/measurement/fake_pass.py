@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
+
+from ..build.trainee import blank_batch
 
 
 @dataclass(frozen=True)
@@ -117,18 +119,24 @@ def _grouped_product(a: Tensor, b: Tensor, ends: Tensor | None = None) -> Tensor
 
 
 class FakePass:
-    """Training passes of a causal language model on fake tensors.
+    """Training passes of a model on fake tensors.
 
     Args:
         make_model: builds it, in training mode; called under fake tensors.
+        make_batch: what it is given, by the number of examples and the tokens of each.
         autocast: the dtype of mixed precision, None without.
         accumulated: whether gradients of an earlier pass are there already.
     """
 
     def __init__(
-        self, make_model: Callable[[], nn.Module], *, autocast: torch.dtype | None = None, accumulated: bool = False
+        self,
+        make_model: Callable[[], nn.Module],
+        make_batch: Callable[[int, int], Mapping[str, Tensor]] = blank_batch,
+        *,
+        autocast: torch.dtype | None = None,
+        accumulated: bool = False,
     ) -> None:
-        self._mode, self._autocast = FakeTensorMode(), autocast
+        self._mode, self._make_batch, self._autocast = FakeTensorMode(), make_batch, autocast
         with self._mode:
             self._model = make_model()
         if accumulated:
@@ -145,16 +153,16 @@ class FakePass:
     def _pass(self, batch: tuple[int, int]) -> Pass:
         parameters = list(self._model.parameters())
         hooks = []
-        with self._mode, _one_document():
-            tokens = torch.zeros(batch, dtype=torch.long)
+        with self._mode:
+            given = self._make_batch(*batch)
             gradients = [p.grad for p in parameters if p.grad is not None]
-            ledger = Ledger([*parameters, *self._model.buffers(), *gradients, tokens])
+            ledger = Ledger([*parameters, *self._model.buffers(), *gradients, *given.values()])
             for p in parameters:
                 if p.requires_grad:
                     hooks.append(p.register_post_accumulate_grad_hook(lambda p: ledger.is_gradient(p.grad)))
-            with ledger:
+            with ledger, nullcontext() if "position_ids" in given else _one_document():
                 with torch.autocast("cpu", self._autocast) if self._autocast is not None else nullcontext():
-                    loss = self._model(input_ids=tokens, labels=tokens).loss
+                    loss = self._model(**given).loss
                 activations = ledger.forward_has_ended()
                 loss.backward()
         for hook in hooks:
