@@ -38,6 +38,7 @@ def quantized_without_memory(model: PreTrainedModel, config: FinetuneConfig) -> 
             weight.data = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
             weight.quant_state = module.quant_state = state
             weight.bnb_quantized = True
+            vars(module)["support_avx512bf16_for_cpu"] = False  # by which some CPUs lay weights out anew
     quantizer.postprocess_model(model)
     return model
 

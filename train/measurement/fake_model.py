@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
@@ -46,6 +47,7 @@ class _Moved:
             made: Any = nn.Parameter(self.tensor(p), requires_grad=p.requires_grad)
             if getattr(p, "quant_state", None) is not None:
                 made.quant_state = self._state(p.quant_state)
+                made.__class__ = type("Params4bit", (FakeTensor,), {})  # which peft knows by its name
             self._parameters[id(p)] = (made, p)
         found: nn.Parameter = self._parameters[id(p)][0]
         return found

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
@@ -59,6 +59,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._grouped_mm.default:
             made = _grouped_product(*args[:3])
+        elif args and isinstance(args[0], FakeTensor):
+            made = _of_fakes(function, args, kwargs or {})
         else:
             made = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
@@ -116,6 +118,28 @@ def _grouped_product(a: Tensor, b: Tensor, ends: Tensor | None = None) -> Tensor
     if a.dim() == b.dim() == 3:
         groups = [a.shape[0]]
     return a.new_empty(*groups, a.shape[-2], b.shape[-1])
+
+
+def _of_fakes(function: Any, args: Any, kwargs: Any) -> Any:
+    """What depends on values is answered as when all of them are there: every entry of a mask, every token a label."""
+    if function is torch.ops.aten._local_scalar_dense.default:
+        return 1.0 if args[0].is_floating_point() else 1
+    if function is torch.ops.aten.nonzero.default:
+        return _places(args[0]).T.contiguous()
+    if function in (torch.ops.aten.index.Tensor, torch.ops.aten._index_put_impl_.default, torch.ops.aten.index_put.default):
+        args = (args[0], _without_masks(args[1]), *args[2:])
+    return function(*args, **kwargs)
+
+
+def _places(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.dim(), mask.numel(), dtype=torch.int64)
+
+
+def _without_masks(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
+    found: list[Tensor | None] = []
+    for index in indices:
+        found += list(_places(index)) if index is not None and index.dtype == torch.bool else [index]
+    return found
 
 
 class FakePass:
