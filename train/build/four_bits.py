@@ -1,4 +1,4 @@
-"""A base in 4 bits: what it is loaded with, what its layers are without memory, and the tensors that a weight has."""
+"""A base in 4 bits: what it is loaded with, its layers without memory, and the tensors that a weight has."""
 
 from __future__ import annotations
 
@@ -38,8 +38,19 @@ def quantized_without_memory(model: PreTrainedModel, config: FinetuneConfig) -> 
             weight.data = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
             weight.quant_state = module.quant_state = state
             weight.bnb_quantized = True
-            vars(module)["support_avx512bf16_for_cpu"] = False  # by which some CPUs lay weights out anew
     quantizer.postprocess_model(model)
+    return kept_trainable(model)
+
+
+def kept_trainable(model: PreTrainedModel) -> PreTrainedModel:
+    """``model``, whose layers in 4 bits stay as they are when it is evaluated.
+
+    On a CPU with AVX512-BF16 bitsandbytes lays them out anew then, for a product through which no gradient flows, and
+    never back: all later steps would train with wrong gradients.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
     return model
 
 

@@ -118,7 +118,7 @@ class TunedModel(Trainee):
 
     def __init__(self, config: FinetuneConfig) -> None:
         super().__init__(config)
-        check_finetune(config)
+        check_finetune(config, reads_data=False)
         check_adapter(config)
         check_selection(config)
         check_countable(config)
@@ -139,7 +139,7 @@ class TunedModel(Trainee):
 
     def optimizer(self, model: nn.Module, name: str) -> torch.optim.Optimizer:
         chosen = replace(self.config, optimizer=with_optimizer(self.config.optimizer, name))
-        check_finetune(chosen)
+        check_finetune(chosen, reads_data=False)
         check_selection(chosen)
         return build_selected(model, chosen)
 

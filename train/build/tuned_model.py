@@ -25,7 +25,7 @@ from ..data.tuning import TuningData
 from ..engines.deepspeed import unpartitioned
 from ..errors import BadInput
 from .adapter import adapted_without_memory, with_adapter
-from .four_bits import four_bits, quantized_without_memory
+from .four_bits import four_bits, kept_trainable, quantized_without_memory
 from .selected import freeze_others
 
 CPU_BLOCK = 64  # weights of a row that bitsandbytes quantizes together
@@ -91,7 +91,7 @@ def load_base(
         more |= {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
     trusted = chosen.trust_remote_code
     model: PreTrainedModel = sources.load(kind, "model", source or chosen.model, trusted, **keywords, **more)
-    return model
+    return kept_trainable(model)
 
 
 def build_tuned(

@@ -14,8 +14,11 @@ from .finetune_arguments import FORMATS, FOUR_BIT, LABEL, TOO_LONG, FinetuneConf
 NOT_SPLIT = f"quantize {FOUR_BIT} needs whole weights, which ZeRO 3 and FSDP split; use ZeRO 2 or less"
 
 
-def check_finetune(config: FinetuneConfig) -> None:
+def check_finetune(config: FinetuneConfig, reads_data: bool = True) -> None:
     """Refuse values out of range, and those that do not go together.
+
+    Args:
+        reads_data: false in a plan, which needs none.
 
     Raises:
         BadInput: for the first of them.
@@ -23,7 +26,7 @@ def check_finetune(config: FinetuneConfig) -> None:
     data = config.data
     if not config.model.model.strip():
         raise BadInput("model is not set; give the folder of a saved model, or hub:org/name, with --model")
-    if not data.dataset:
+    if reads_data and not data.dataset:
         raise BadInput("dataset is not set; give the file of what is trained on with --dataset")
     if len(set(data.dataset)) < len(data.dataset):
         raise BadInput(f"dataset names {', '.join(data.dataset)}: each once")

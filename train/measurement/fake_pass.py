@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -38,6 +38,7 @@ class Pass:
 
     activations: int  # alive when the forward pass has ended
     at_peak: AtPeak
+    gradients: int = field(default=0, compare=False)  # with what they are views of
 
 
 class Ledger(TorchDispatchMode):
@@ -179,8 +180,8 @@ class FakePass:
         hooks = []
         with self._mode:
             given = self._make_batch(*batch)
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            ledger = Ledger([*parameters, *self._model.buffers(), *gradients, *given.values()])
+            before = [p.grad for p in parameters if p.grad is not None]
+            ledger = Ledger([*parameters, *self._model.buffers(), *before, *given.values()])
             for p in parameters:
                 if p.requires_grad:
                     hooks.append(p.register_post_accumulate_grad_hook(lambda p: ledger.is_gradient(p.grad)))
@@ -191,7 +192,9 @@ class FakePass:
                 loss.backward()
         for hook in hooks:
             hook.remove()
-        return Pass(activations, ledger.at_peak)
+        storages = [p.grad.untyped_storage() for p in parameters if p.grad is not None]
+        gradients = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+        return Pass(activations, ledger.at_peak, gradients)
 
 
 @contextmanager

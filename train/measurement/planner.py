@@ -53,6 +53,11 @@ class Plan:
         return sum(self.offloaded.values())
 
     @property
+    def weights(self) -> int:
+        """Those that are trained and those that are not."""
+        return self.held[FROZEN] + self.held[WEIGHTS]
+
+    @property
     def weights_and_state(self) -> int:
         """What papers on these methods report as memory."""
         both = (self.held, self.offloaded)
@@ -115,7 +120,7 @@ class Planner:
         step = taken()
         fixed = dict(state)
         one = self._pass((micro_batch, tokens or self.config.data.block_size), checkpointing, variant)
-        kept = _nbytes(model, trained=True)
+        kept = one.gradients
         if self.division.stage >= 2:  # DeepSpeed averages in fp32, unless its configuration says bf16
             width = self.dtype.itemsize if self.config.run.bf16 else 4
             kept = width * self.division.part(_count(model, trained=True), from_stage=2)
