@@ -10,6 +10,7 @@ LoRA follow from it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             adapters.
         kept: likewise of tensors that training changes without gradients.
         shared: those of the trained that all layers have in common.
+        dtypes: of tensors that are not fp32.
         needs_statistics: whether ``start`` reads what ``calibrate`` found.
         adapts_experts: whether the method takes experts in one tensor (E, m, n): its functions are then mapped over E.
         settings: the configuration of each adapter.
@@ -49,6 +51,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     frozen: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
     needs_statistics = False
     adapts_experts = False
     frozen_names: tuple[str, ...]
@@ -149,14 +152,25 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.check_rank(r)
         # Under low_cpu_mem_usage peft makes parameters on meta: what they hold, and what is frozen if that was saved,
         # comes from a file
-        if nn.Parameter(torch.empty(0)).is_meta and config.save_projection:
-            tensors = {name: torch.empty(shape) for name, shape in self.all_shapes(config, r).items()}
+        if self.weightless or (nn.Parameter(torch.empty(0)).is_meta and config.save_projection):
+            tensors = self._empty(config, r)
         elif self.needs_statistics and self.name not in config.statistics:
             tensors = self._to_be_loaded(adapter, config, r)
         else:
             with torch.no_grad():
                 tensors = self.started(config, r)
         self._hold(adapter, config, tensors)
+
+    @property
+    def weightless(self) -> bool:
+        """Whether the base has no memory, as in a plan: then there is nothing to start from but shapes."""
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return bool(device.type == "meta")
+
+    def _empty(self, config: AdapterConfig, r: int) -> Tensors:
+        device = "meta" if self.weightless else None
+        shapes = self.all_shapes(config, r)
+        return {name: torch.empty(shapes[name], dtype=self.dtypes.get(name), device=device) for name in shapes}
 
     def started(self, config: AdapterConfig, r: int) -> Tensors:
         """``start``, of all matrices that the layer has."""

@@ -89,10 +89,7 @@ def _finetune(config: FinetuneConfig, requests: StopRequests | None) -> dict[str
     checkpoint = start.checkpoint
     architecture = base_architecture(config)
     check_sizes(config, architecture)
-    tokenizer = read_tokenizer(config, architecture)
-    with run.main_process_first(desc="reading the data"):
-        trusted = config.model.trust_remote_code
-        data = open_tuning_data(config.data, tokenizer, trusted, known_classes(architecture))
+    tokenizer, data = read(config, architecture)
     parameters = check_tunable(config, architecture, data)
     changes: list[Change] = []
     if resuming(run):
@@ -100,19 +97,11 @@ def _finetune(config: FinetuneConfig, requests: StopRequests | None) -> dict[str
         # found once: the first process may have written run.yaml anew before another one reads it
         changes = on_main(run, lambda: check_same_run(config, folder, data.identity, checkpoint))
 
-    set_seed(run.seed)
-    collate = Collator(int(tokenizer.pad_token_id))
-    model = build_tuned(config, data, collate, checkpoint if start.resharded else None)
-    prepare_tokens(model, tokenizer)
-    trainer = trainer_of(config, model, tokenizer, data, start)
+    trainer = trainer_of(config, tokenizer, data, start)
     trainer.changed_keys = {change.key for change in changes}
-    if config.has_adapter:
-        check_schedule(run, checked_optimizer(model, config))
-    if data.train.packed and not trainer.splits_base:
-        check_packing(model, architecture.get_text_config().vocab_size, model.device)
     if run.should_save:
         write_run_file(config, data.identity)
-        _announce(config, model, data, parameters)
+        _announce(config, trainer.model, data, parameters)
         if checkpoint is not None:
             announce_checkpoint(config, start, trainer.changed_keys)
         record_start(output_dir, start, data.identity.now, changes)
@@ -167,6 +156,14 @@ def _what_is_saved(trainer: FinetuneTrainer) -> str:
 # ---- building --------------------------------------------------------------------------------------------------------
 
 
+def read(config: FinetuneConfig, architecture: PreTrainedConfig) -> tuple[PreTrainedTokenizerBase, TuningData]:
+    """The tokenizer of a run, and its data."""
+    tokenizer = read_tokenizer(config, architecture)
+    with config.run.main_process_first(desc="reading the data"):
+        trusted = config.model.trust_remote_code
+        return tokenizer, open_tuning_data(config.data, tokenizer, trusted, known_classes(architecture))
+
+
 def read_tokenizer(config: FinetuneConfig, architecture: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, with a chat template and a token that pads. The model is not resized.
 
@@ -212,13 +209,41 @@ def check_tunable(config: FinetuneConfig, architecture: PreTrainedConfig, data: 
 
 
 def trainer_of(
-    config: FinetuneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: TuningData, start: Start
+    config: FinetuneConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TuningData,
+    start: Start,
+    kind: type[FinetuneTrainer] | None = None,
 ) -> FinetuneTrainer:
-    """The trainer of a run."""
+    """The trainer of a run, of class ``kind`` where it is given, with the model that it trains.
+
+    Raises:
+        BadInput: for what the adapter or the optimizer refuses, or a model in which packed examples meet.
+    """
+    set_seed(config.run.seed)
+    collate = Collator(int(tokenizer.pad_token_id))
+    model = build_tuned(config, data, collate, start.checkpoint if start.resharded else None)
+    prepare_tokens(model, tokenizer)
+    trainer = _trainer_on(model, config, tokenizer, data, start, kind)
+    if config.has_adapter:
+        check_schedule(config.run, checked_optimizer(model, config))
+    if data.train.packed and not trainer.splits_base:
+        check_packing(model, model.config.get_text_config().vocab_size, model.device)
+    return trainer
+
+
+def _trainer_on(
+    model: PreTrainedModel,
+    config: FinetuneConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TuningData,
+    start: Start,
+    kind: type[FinetuneTrainer] | None,
+) -> FinetuneTrainer:
     from .run.finetune_trainer import FinetuneTrainer  # takes seconds, which help and complaints need not wait for
 
     chats = {part.format for part in data.parts} & {MESSAGES, PROMPT} and tokenizer.chat_template
-    trainer = FinetuneTrainer(
+    trainer = (kind or FinetuneTrainer)(
         config=config,
         data=data,
         end_tokens=Chat(tokenizer, "the run").ends() if chats else [],

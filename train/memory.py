@@ -16,14 +16,15 @@ import torch
 
 from .atomic_write import valid_json
 from .build.model import checkpoints_activations
-from .config.arguments import Config, RunArguments
+from .config.arguments import AnySettings, RunArguments
 from .config.checks import optimizer_entry
 from .config.output_files import check_output
-from .config.parser import OneLineParser, load_config
+from .config.parser import OneLineParser
+from .config.which import load_either
 from .engines.division import Division
 from .engines.process_exit import leave
 from .errors import BadInput
-from .measurement.kinds import ACTIVATIONS, KINDS, MOMENTS, STEP, TEMPORARY, short_name
+from .measurement.kinds import ACTIVATIONS, FROZEN, KINDS, MOMENTS, STEP, TEMPORARY, WEIGHTS, short_name
 from .measurement.planner import ADAMW, WIDE_ADAMW, Plan, Planner
 from .run.report import size
 
@@ -46,16 +47,18 @@ CARDS = {
 }
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 HEAD = """\
-Bytes that each process of a run needs, by kind, without allocating any. CONFIG is as for gracile pretrain, and so are
-all further --key value pairs.
+Bytes that each process of a run needs, by kind, without allocating any. CONFIG is as for gracile pretrain or gracile
+finetune, and so are all further --key value pairs: a key that only one of the two has says which it is.
 
   gracile memory llama_7b_galore --compare adamw,galore_adamw,galore_adamw_8bit --micro_batch 1 --budget 24GiB
   gracile memory my.yaml --zero 3 --world_size 8 --plot memory.png
+  gracile memory finetune_quickstart --adapter lora --optimizer adamw
 """
 
 
 def _flags() -> OneLineParser:
     parser = OneLineParser.of("memory", HEAD)
+    parser.add_argument("--command", metavar="WORD", help="pretrain or finetune, where no key of CONFIG says it")
     parser.add_argument("--zero", type=int, metavar="STAGE", help="DeepSpeed ZeRO 0, 1, 2 or 3 [the configuration's]")
     parser.add_argument("--world_size", "--world-size", type=int, metavar="N", help="processes [those launched]")
     parser.add_argument("--offload", choices=("none", "optimizer"), help="whether optimizer state lies on the CPU")
@@ -98,7 +101,7 @@ def division_of(
 class Table:
     """The plans of one or several optimizers with and without checkpointed activations."""
 
-    def __init__(self, config: Config, options: argparse.Namespace) -> None:
+    def __init__(self, config: AnySettings, options: argparse.Namespace) -> None:
         self.config = config
         given = {key: getattr(options, key) for key in ("zero", "world_size", "offload")}
         self.names = _optimizers(options.compare, config)
@@ -123,7 +126,7 @@ class Table:
             self.plans[WIDE_ADAMW] = self._both(WIDE_ADAMW)
 
     def _check_budget(self) -> None:
-        weights = min(plain.held["weights"] for plain, _ in self.plans.values())
+        weights = min(plain.weights for plain, _ in self.plans.values())
         if self.budget is not None and self.budget < weights:
             raise BadInput(
                 f"budget is {size(self.budget)}, less than the {size(weights)} of weights of each process; give more, "
@@ -148,7 +151,9 @@ class Table:
         planner = self.planner
         dtype = str(planner.dtype).removeprefix("torch.") + (", mixed precision" if planner.autocast else "")
         tokens = f"{self.micro_batch} x {self.config.data.block_size} tokens a pass"
-        return f"{self.config.model.model}, {planner.parameters:,} parameters in {dtype}; {tokens}; {planner.division}"
+        part = "" if planner.trainee.part is None else f"; {planner.trainee.part}, {planner.trained:,} trained"
+        model = f"{self.config.model.model}, {planner.parameters:,} parameters in {dtype}{part}"
+        return f"{model}; {tokens}; {planner.division}"
 
     def rows(self) -> list[tuple[str, list[str]]]:
         """Names and cells, a cell for each optimizer."""
@@ -160,7 +165,8 @@ class Table:
         for kind in KINDS:
             if kind not in (ACTIVATIONS, TEMPORARY):
                 if any(plain.held[kind] for plain, _ in self.plans.values()):
-                    rows.append(each(kind, lambda plain, _, kind=kind: size(plain.held[kind])))
+                    name = "trained weights" if kind == WEIGHTS and self._has_frozen else kind
+                    rows.append(each(name, lambda plain, _, kind=kind: size(plain.held[kind])))
                 if kind == MOMENTS:
                     rows.append(each("dtype of moments", lambda plain, _: short_name(plain.moments)))
                 continue
@@ -200,6 +206,10 @@ class Table:
             foot += f"\ntorch's AdamW keeps moments in the dtype of the weights: compare fp32 ones with {WIDE_ADAMW}."
         return "\n".join([self.title, "", *lines, "", foot])
 
+    @property
+    def _has_frozen(self) -> bool:
+        return any(plain.held[FROZEN] for plain, _ in self.plans.values())
+
     def as_json(self) -> dict[str, Any]:
         def numbers(plan: Plan) -> dict[str, Any]:
             return {"held": plan.held, "at_peak": plan.at_peak, "peak": plan.peak, "offloaded": plan.offloaded}
@@ -218,6 +228,7 @@ class Table:
         return {
             "model": self.config.model.model,
             "parameters": self.planner.parameters,
+            "trained": self.planner.trained,
             "micro_batch": self.micro_batch,
             "seq_len": self.config.data.block_size,
             "zero": self.planner.division.stage,
@@ -252,7 +263,8 @@ def draw(path: Path, bars: Mapping[str, Mapping[str, int]], limits: Mapping[str,
 
     figure = Figure(figsize=(9, 1.6 + 0.55 * len(bars)), layout="constrained")
     axes = figure.subplots()
-    colours = {kind: "0.35" if kind == STEP else f"C{i}" for i, kind in enumerate(KINDS)}
+    colours = {kind: f"C{i}" for i, kind in enumerate(kind for kind in KINDS if kind != FROZEN)}
+    colours |= {FROZEN: "0.75", STEP: "0.35"}
     names = list(bars)
     left = [0.0] * len(names)
     for kind in KINDS:
@@ -273,7 +285,7 @@ def draw(path: Path, bars: Mapping[str, Mapping[str, int]], limits: Mapping[str,
     figure.savefig(path, dpi=120)
 
 
-def _optimizers(compare: str | None, config: Config) -> list[str]:
+def _optimizers(compare: str | None, config: AnySettings) -> list[str]:
     names = [config.optimizer.optimizer] if compare is None else [name.strip() for name in compare.split(",")]
     for name in names:
         optimizer_entry(name)
@@ -305,7 +317,7 @@ def _table(arguments: Sequence[str]) -> tuple[Table, argparse.Namespace]:
         rest += [] if value is None else [f"--{key}", str(value)]
     if options.plot is not None:
         check_output("plot", options.plot, (".png", ".svg", ".pdf"))
-    return Table(load_config(rest, needs_output_dir=False), options), options
+    return Table(load_either(rest, options.command, needs_output_dir=False), options), options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,11 +16,15 @@ from torch.profiler import ProfilerActivity
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ..optim.distributed import UnsupportedLayout
+from . import finetune, pretrain
 from .atomic_write import valid_json
 from .build.model import architecture, build_model, checkpoints_activations
-from .config.arguments import Config
+from .build.tuned_model import base_architecture
+from .config.arguments import AnySettings, Config
+from .config.finetune_arguments import FinetuneConfig
 from .config.output_files import check_output
-from .config.parser import OneLineParser, load_config
+from .config.parser import OneLineParser
+from .config.which import load_either
 from .data_only import data_only
 from .engines import deepspeed
 from .engines.layout import Layout
@@ -31,16 +35,19 @@ from .measurement.fake_pass import Pass
 from .measurement.kinds import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, STEP, TEMPORARY
 from .measurement.phase_timer import BACKWARD, DATA, FORWARD, PHASES, REFRESH, PhaseTimer
 from .measurement.planner import Planner
-from .pretrain import read, trainer_of
+from .run.finetune_trainer import FinetuneTrainer
 from .run.preflight import check_buildable
 from .run.report import size
-from .run.trainer import PretrainTrainer
+from .run.session import Start
+from .run.trainer import PretrainTrainer, RunTrainer
 
 HEAD = """\
 Train some steps of a run and measure what each process holds and where the time goes, beside what gracile memory plans.
-CONFIG is as for gracile pretrain, and so are all further --key value pairs; nothing is saved.
+CONFIG is as for gracile pretrain or gracile finetune, and so are all further --key value pairs: a key that only one of
+the two has says which it is. Nothing is saved.
 
   gracile profile quickstart --steps 5
+  gracile profile finetune_quickstart --steps 5 --adapter lora --optimizer adamw
   gracile profile my.yaml --steps 5 --trace trace.json --snapshot memory.pickle
   deepspeed --num_accelerators 2 --module gracile.train.profile my.yaml --deepspeed zero2.json
 """
@@ -48,6 +55,7 @@ CONFIG is as for gracile pretrain, and so are all further --key value pairs; not
 
 def _flags() -> OneLineParser:
     parser = OneLineParser.of("profile", HEAD)
+    parser.add_argument("--command", metavar="WORD", help="pretrain or finetune, where no key of CONFIG says it")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="steps that are timed, after a first one [5]")
     parser.add_argument("--trace", metavar="FILE.json", help="a trace of one step for chrome://tracing and Perfetto")
     parser.add_argument("--snapshot", metavar="FILE.pickle", help="a GPU's memory, for pytorch.org/memory_viz")
@@ -55,7 +63,7 @@ def _flags() -> OneLineParser:
     return parser
 
 
-class ProfiledTrainer(PretrainTrainer):
+class Profiled(RunTrainer):
     """Times every step, and watches the memory of the last."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -72,9 +80,11 @@ class ProfiledTrainer(PretrainTrainer):
             self.timer.listen_to(optimizer)
         return optimizer
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.watched is not None:
+            self.watched.batch = tuple(inputs["input_ids"].shape)
         with torch.profiler.record_function(measure.FORWARD), self.timer.phase(FORWARD):
-            loss = super().compute_loss(*args, **kwargs)
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.watched is not None:
             self.watched.weights = measure.addresses(self.model.parameters())
         return loss
@@ -84,13 +94,25 @@ class ProfiledTrainer(PretrainTrainer):
             return super().get_batch_samples(*args, **kwargs)
 
 
-class Watched:
-    """The memory of one step, from its beginning to its end."""
+class ProfiledPretraining(Profiled, PretrainTrainer):
+    """That of ``gracile pretrain``."""
 
-    def __init__(self, trainer: ProfiledTrainer) -> None:
+
+class ProfiledTuning(Profiled, FinetuneTrainer):
+    """That of ``gracile finetune``, which evaluates nothing here."""
+
+    def evaluate_before(self) -> None:
+        pass
+
+
+class Watched:
+    """The memory of one step, from its beginning to its end. ``batch``: examples of its last pass, and tokens of each."""
+
+    def __init__(self, trainer: Profiled) -> None:
         self._trainer, self._device = trainer, trainer.args.device
         self._gradients = measure.Gradients(trainer.model)
         self.weights: set[int] = set()
+        self.batch = (0, 0)
         self.held: dict[str, int] = {}
         self._optimizer = trainer.optimizer
         self._unhook = measure.around_steps(self._optimizer, before=self._hold)
@@ -115,7 +137,7 @@ class Watched:
 
 
 class _Steps(TrainerCallback):
-    def __init__(self, trainer: ProfiledTrainer) -> None:
+    def __init__(self, trainer: Profiled) -> None:
         self.trainer = trainer
 
     def on_step_begin(
@@ -129,7 +151,9 @@ class _Steps(TrainerCallback):
             self.trainer.timer.step_has_ended()
 
 
-def profile(arguments: Sequence[str], steps: int, output_dir: str) -> tuple[ProfiledTrainer, Planner]:
+def profile(
+    arguments: Sequence[str], steps: int, output_dir: str, command: str | None = None
+) -> tuple[Profiled, Planner]:
     """Train ``steps`` steps after a first one, and one more whose memory is watched.
 
     Raises:
@@ -139,35 +163,51 @@ def profile(arguments: Sequence[str], steps: int, output_dir: str) -> tuple[Prof
         raise BadInput(f"steps must be at least 1, got {steps}")
     silent = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none"}
     fixed = {**silent, "max_steps": steps + 2, "output_dir": output_dir, "disable_tqdm": "true"}
-    config = load_config([*arguments, *(f"--{key}={value}" for key, value in fixed.items())])
+    config = load_either([*arguments, *(f"--{key}={value}" for key, value in fixed.items())], command)
     _leave_out_evaluations(config)
     planner = Planner(config, on_cpu=config.run.device.type == "cpu")
     deepspeed.prepare(config.run)
-    chosen = architecture(config.model)
-    check_buildable(config, chosen)
-    _, tokenizer, blocks = read(config, chosen)
-    set_seed(config.run.seed)
-    layout = Layout.of(config.run)
-    trainer = trainer_of(config, build_model(config, None), tokenizer, blocks, layout, kind=ProfiledTrainer)
-    assert isinstance(trainer, ProfiledTrainer)
+    trainer = _tuning(config) if isinstance(config, FinetuneConfig) else _pretraining(config)  # type: ignore[arg-type]
     trainer.train()
     return trainer, planner
 
 
-def _leave_out_evaluations(config: Config) -> None:
+def _pretraining(config: Config) -> Profiled:
+    chosen = architecture(config.model)
+    check_buildable(config, chosen)
+    _, tokenizer, blocks = pretrain.read(config, chosen)
+    set_seed(config.run.seed)
+    model, layout = build_model(config, None), Layout.of(config.run)
+    trainer = pretrain.trainer_of(config, model, tokenizer, blocks, layout, kind=ProfiledPretraining)
+    assert isinstance(trainer, Profiled)
+    return trainer
+
+
+def _tuning(config: FinetuneConfig) -> Profiled:
+    chosen = base_architecture(config)
+    tokenizer, data = finetune.read(config, chosen)
+    finetune.check_tunable(config, chosen, data)
+    start = Start(None, Layout.of(config.run), resharded=False)
+    trainer = finetune.trainer_of(config, tokenizer, data, start, kind=ProfiledTuning)
+    assert isinstance(trainer, Profiled)
+    return trainer
+
+
+def _leave_out_evaluations(config: AnySettings) -> None:
     run = config.run
     if run.resume_from_checkpoint is not None:
         raise BadInput("resume_from_checkpoint cannot be profiled: steps are the first of a run; leave it out")
     run.evaluate_at, run.eval_on_start = [], False
 
 
-def compared(trainer: ProfiledTrainer, planner: Planner) -> dict[str, Any]:
+def compared(trainer: Profiled, planner: Planner) -> dict[str, Any]:
     """Bytes that were planned and measured, and seconds of each phase of a step."""
     run, watched = planner.config.run, trainer.watched
     assert watched is not None
     moment = watched.close()
     optimizer = planner.config.optimizer.optimizer
-    plan = planner.plan(optimizer, run.per_device_train_batch_size, checkpoints_activations(run))
+    examples, tokens = watched.batch
+    plan = planner.plan(optimizer, examples, checkpoints_activations(run), tokens)
     found = watched.held | {ACTIVATIONS: moment.activations, TEMPORARY: moment.at_peak.temporary}
     found[STEP] = measure.stepped(watched.profiler, run.device)
     planned = {kind: plan.held[kind] + plan.offloaded[kind] for kind in KINDS}
@@ -181,6 +221,8 @@ def compared(trainer: ProfiledTrainer, planner: Planner) -> dict[str, Any]:
     return {
         "model": planner.config.model.model,
         "optimizer": optimizer,
+        "part": planner.trainee.part,
+        "batch": list(watched.batch),
         "division": str(planner.division),
         "planned": planned,
         "measured": {kind: found.get(kind, 0) for kind in planned},
@@ -221,7 +263,10 @@ def table(result: dict[str, Any], steps: int) -> str:
             lines.append(f"    {phase:<10}{1000 * seconds[phase]:>9,.1f} ms  {seconds[phase] / ordinary:>6.1%}")
     if seconds[REFRESH]:
         lines.append(f"    {REFRESH:<10}{1000 * seconds[REFRESH]:>9,.1f} ms  in a step that has one")
-    return "\n".join([f"{result['model']}, {result['optimizer']}; {result['division']}", "", *lines])
+    part = "" if result["part"] is None else f", {result['part']}"
+    examples, tokens = result["batch"]
+    title = f"{result['model']}{part}, {result['optimizer']}; {examples} x {tokens} tokens a pass; {result['division']}"
+    return "\n".join([title, "", *lines])
 
 
 def _check_files(options: argparse.Namespace) -> None:
@@ -243,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.snapshot is not None:
             torch.cuda.memory._record_memory_history()
         with data_only(), tempfile.TemporaryDirectory() as folder:
-            trainer, planner = profile(rest, options.steps, folder)
+            trainer, planner = profile(rest, options.steps, folder, options.command)
             result = compared(trainer, planner)
     except BadInput as error:
         if is_main:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -73,6 +74,7 @@ class DSEELayer(AdapterLayer):
     """A linear layer with DSEE beside it."""
 
     prefix, trained, frozen, kept = "dsee_", ("A", "B", "d"), ("places",), ("M",)
+    dtypes = MappingProxyType({"places": torch.int64, "M": torch.uint8})
 
     def start(self, weight: Tensor, config: Any, r: int) -> Tensors:
         m, n = weight.shape

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +59,7 @@ class IntrinsicDimensionLayer(AdapterLayer):
     """A linear layer that is moved by a vector that all share."""
 
     prefix, trained, frozen, shared = "intrinsicdimension_", ("v", "lambda"), ("G", "B", "order"), ("v",)
+    dtypes = MappingProxyType({"B": torch.int8, "order": torch.int32})
 
     def check_rank(self, r: int) -> None:
         """There is none."""

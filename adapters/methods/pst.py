@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -85,6 +86,7 @@ class PSTLayer(AdapterLayer):
     """A linear layer with PST beside it."""
 
     prefix, trained, kept = "pst_", ("U", "V", "P", "Q", "R", "C"), ("M",)
+    dtypes = MappingProxyType({"M": torch.uint8})
 
     def start(self, weight: Tensor, config: Any, r: int) -> Tensors:
         generator = self.generator(config)

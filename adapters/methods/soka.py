@@ -64,6 +64,8 @@ class SokaLayer(AdapterLayer):
     def rank(self, config: Any) -> int:
         if (config.energy is None and not config.elbow) or self.name in config.rank_pattern:
             return super().rank(config)
+        if self.weightless:
+            return min(super().rank(config), self.most)
         R = rearranged(self.wide_weight())
         S = svd_factors(R, min(config.r, *R.shape), config.seed)[1]
         held = len(S) if config.energy is None else held_by(S, config.energy * R.square().sum())

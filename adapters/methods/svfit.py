@@ -62,6 +62,8 @@ class SVFitLayer(LowRankLayer):
     def rank(self, config: Any) -> int:
         if config.energy is None or self.name in config.rank_pattern:
             return super().rank(config)
+        if self.weightless:
+            return min(super().rank(config), self.most)
         weight = self.wide_weight()
         most = min(config.r, *weight.shape)
         squares = svd_factors(weight, most, config.seed)[1].square()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from adapted import CASES, attached, config_of, far, ids, llama, logits
+from adapted import CASES, TARGETS, attached, config_of, far, ids, llama, logits
 from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -197,3 +197,22 @@ def test_a_name_that_is_taken_is_refused():
 def test_linear_layers_alone():
     with pytest.raises(ValueError, match=r"SorsaConfig adapts linear layers, and 0 is a Conv2d"):
         get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3)), adapters.SorsaConfig(r=2, target_modules=["0"]))
+
+
+@each
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "made anew"])
+def test_on_a_base_without_memory_there_are_the_same_tensors(name, stored):
+    """Shapes and dtypes, by which ``gracile memory`` plans."""
+    keys = {} if stored else {"save_projection": False}
+    if not stored and not CASES[name].projection:
+        pytest.skip("it has nothing that could be left out")
+    real = attached(name, **keys)
+    with torch.device("meta"):
+        base = llama()
+    planned = get_peft_model(base, CASES[name].config(**{"target_modules": TARGETS, **CASES[name].keys, **keys}))
+
+    def tensors(model):
+        return {key: (tuple(p.shape), p.dtype) for key, p in [*model.named_parameters(), *model.named_buffers()]}
+
+    assert tensors(planned) == tensors(real)
+    assert all(p.is_meta for p in [*planned.parameters(), *planned.buffers()])

@@ -239,8 +239,8 @@ def test_experts_as_layers_are_planned_to_the_byte(layer, checkpointing, tmp_pat
     build_mixture("gpt_oss").save_pretrained(tmp_path)
     keys = ("--rank", "4", "--block_size", "16", "--optimizer", f"{layer}_adamw")
     planner = Planner(config_of("--model", str(tmp_path), "--layer", layer, *keys))
-    planned = planner._pass(2, checkpointing, layer)
-    plain = planner._pass(2, checkpointing, None)
+    planned = planner._pass((2, 16), checkpointing, layer)
+    plain = planner._pass((2, 16), checkpointing, None)
     model = build_model(planner.config, None).train()
     model.config.use_cache = False  # as the Trainer does
     if checkpointing:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, get_args, get_type_hints
 
@@ -134,24 +136,65 @@ def with_adapter(model: PreTrainedModel, config: FinetuneConfig, data: TuningDat
     """
     import peft
 
-    chosen = config.model
-    try:
-        if chosen.adapter_from is not None:
-            methods()
-            saved = source_of("adapter_from", chosen.adapter_from)
-            local: Any = {} if saved.on_hub else {"local_files_only": True}
-            return _without_allocation(peft.PeftModel.from_pretrained(model, saved.name, is_trainable=True, **local))
-        assert chosen.adapter is not None
-        kind = method_of(chosen.adapter)
-        given: dict[str, Any] = dict(chosen.adapter_args or {})
-        if takes_targets(kind):
-            given["target_modules"] = _shortened(layers_of(model, config.optimizer.target_modules), model)
-        task = peft.TaskType.SEQ_CLS if config.classifies else peft.TaskType.CAUSAL_LM
-        adapter = kind(task_type=task, **given)
+    with _told(config):
+        if config.model.adapter_from is not None:
+            saved, local = _saved(config.model.adapter_from)
+            return _without_allocation(peft.PeftModel.from_pretrained(model, saved, is_trainable=True, **local))
+        adapter = _configured(model, config)
         return _without_allocation(put_on(model, adapter, config, data, collate))
+
+
+def adapted_without_memory(model: PreTrainedModel, config: FinetuneConfig) -> Any:
+    """The same of a model on the meta device: of a saved adapter its configuration is read, and of data nothing.
+
+    Raises:
+        BadInput: for the same, or a method of peft's that looks at weights when it is made.
+    """
+    import peft
+
+    with _told(config):
+        if config.model.adapter_from is not None:
+            saved, local = _saved(config.model.adapter_from)
+            adapter = peft.PeftConfig.from_pretrained(saved, **local)
+            adapter.inference_mode = False
+        else:
+            adapter = _configured(model, config)
+        if isinstance(getattr(adapter, "init_lora_weights", None), str):
+            adapter.init_lora_weights = True  # factors of the same sizes, whatever they begin with
+        try:
+            return _without_allocation(peft.get_peft_model(model, adapter))
+        except (NotImplementedError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise ValueError(f"it looks at weights when it is made, so that it cannot be planned ({reason})") from None
+
+
+@contextmanager
+def _told(config: FinetuneConfig) -> Iterator[None]:
+    """Whatever peft refuses in the block is one line that names the adapter."""
+    try:
+        yield
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, OSError) as error:
-        named = chosen.adapter or chosen.adapter_from
+        named = config.model.adapter or config.model.adapter_from
         raise BadInput(f"adapter {named}: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def _saved(adapter: str) -> tuple[str, dict[str, Any]]:
+    """A saved adapter as peft is asked for it."""
+    methods()
+    saved = source_of("adapter_from", adapter)
+    return saved.name, {} if saved.on_hub else {"local_files_only": True}
+
+
+def _configured(model: PreTrainedModel, config: FinetuneConfig) -> Any:
+    """The configuration of a new adapter."""
+    import peft
+
+    assert config.model.adapter is not None
+    kind = method_of(config.model.adapter)
+    given: dict[str, Any] = dict(config.model.adapter_args or {})
+    if takes_targets(kind):
+        given["target_modules"] = _shortened(layers_of(model, config.optimizer.target_modules), model)
+    return kind(task_type=peft.TaskType.SEQ_CLS if config.classifies else peft.TaskType.CAUSAL_LM, **given)
 
 
 def layers_of(model: PreTrainedModel, patterns: list[str]) -> list[str]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...models.llama import SIZES, build_llama, llama_config
@@ -45,33 +44,16 @@ def architecture(chosen: ModelArguments) -> PreTrainedConfig:
     return config
 
 
-def untrained(
-    config: Config, architecture: PreTrainedConfig, dtype: torch.dtype | None = None, device: str = "meta"
-) -> PreTrainedModel:
-    """The model with new weights, whole; on the meta device without memory."""
-    # on the meta device layers skip their initialisation, which fake tensors of another device could not run
-    layered = config.model.layer is not None
-    with torch.device("meta" if layered else device), unpartitioned(config.run):
+def untrained(config: Config, architecture: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model with new weights, whole, on the meta device: without memory."""
+    with torch.device("meta"), unpartitioned(config.run):
         trusted = config.model.trust_remote_code
         try:
             built = AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=trusted)
         except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise BadInput(f"model {config.model.model!r} cannot be built as it is configured: {reason}") from None
-        built = layers.converted(built, config)
-    return _moved(built, device) if layered and device != "meta" else built
-
-
-def _moved(model: PreTrainedModel, device: str) -> PreTrainedModel:
-    """``model``, of the meta device, empty on another. ``Module.to_empty`` does not work under fake tensors."""
-    new: dict[int, Any] = {}  # tied ones stay tied
-    for module in model.modules():
-        for name, p in module.named_parameters(recurse=False):
-            empty = torch.empty_like(p, device=device)
-            module._parameters[name] = new.setdefault(id(p), nn.Parameter(empty, requires_grad=p.requires_grad))
-        for name, b in module.named_buffers(recurse=False):
-            module._buffers[name] = new.setdefault(id(b), torch.empty_like(b, device=device))
-    return model
+        return layers.converted(built, config)
 
 
 def checkpoints_activations(run: RunArguments) -> bool:

@@ -11,6 +11,7 @@ from ... import optim
 from ...selections import METHODS, selection_groups
 from ...selections.registry import selection_method
 from ..config.finetune_arguments import FinetuneConfig
+from ..config.finetune_checks import refuse_split
 from ..engines.layout import Layout
 from ..errors import BadInput
 from .optimizer import build_optimizer
@@ -38,8 +39,20 @@ def check_selection(config: FinetuneConfig) -> None:
             f"selection {chosen.selection} is moved by AdamW on its weights, got optimizer "
             f"{config.optimizer.optimizer}; hft goes with any"
         )
-    if Layout.of(config.run).stage == 3:
-        raise BadInput(f"selection {chosen.selection} chooses from whole weights, which ZeRO 3 has split; use ZeRO 2")
+    refuse_split(config, Layout.of(config.run).stage)
+
+
+def check_countable(config: FinetuneConfig) -> None:
+    """Refuse, in a plan, a selection of which only the weights say how many there are.
+
+    Raises:
+        BadInput: for one by a threshold.
+    """
+    if "threshold" in (config.model.selection_args or {}):
+        raise BadInput(
+            f"selection {config.model.selection}: how many weights are below a threshold only the weights tell; plan "
+            "with a share in its place, as in --selection_args '{\"share\": 0.1}'"
+        )
 
 
 def freeze_others(model: nn.Module, config: FinetuneConfig) -> None:
@@ -64,7 +77,10 @@ def build_selected(model: nn.Module, config: FinetuneConfig) -> torch.optim.Opti
 
 def _groups(model: nn.Module, config: FinetuneConfig) -> Any:
     assert config.model.selection is not None
+    given = dict(config.model.selection_args or {})
+    if "threshold" in given and next(model.parameters()).is_meta:  # where nothing is counted, it is checked as a share
+        given |= {"threshold": None, "share": 1.0}
     try:
-        return selection_groups(model, config.model.selection, **dict(config.model.selection_args or {}))
+        return selection_groups(model, config.model.selection, **given)
     except ValueError as error:
         raise BadInput(f"selection {config.model.selection}: {error}") from None

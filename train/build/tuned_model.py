@@ -11,7 +11,6 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,7 +24,8 @@ from ..data.examples import Collator
 from ..data.tuning import TuningData
 from ..engines.deepspeed import unpartitioned
 from ..errors import BadInput
-from .adapter import with_adapter
+from .adapter import adapted_without_memory, with_adapter
+from .four_bits import four_bits, kept_trainable, quantized_without_memory
 from .selected import freeze_others
 
 CPU_BLOCK = 64  # weights of a row that bitsandbytes quantizes together
@@ -47,17 +47,29 @@ def known_classes(architecture: PreTrainedConfig) -> list[str]:
 
 
 def untrained_base(config: FinetuneConfig, architecture: PreTrainedConfig, classes: Sequence[str]) -> PreTrainedModel:
-    """The model without an adapter, on the meta device."""
+    """The model without an adapter, on the meta device.
+
+    Raises:
+        BadInput: for a task or an attention that it has no form for.
+    """
+    chosen = config.model
     kind: Any = AutoModelForSequenceClassification if config.classifies else AutoModelForCausalLM
     if classes:
         architecture.num_labels = len(classes)
-    trusted = config.model.trust_remote_code
+    keywords = {"trust_remote_code": chosen.trust_remote_code, "dtype": DTYPES[chosen.dtype], **_attention(config)}
     with torch.device("meta"), unpartitioned(config.run):
         try:
-            built: PreTrainedModel = kind.from_config(architecture, trust_remote_code=trusted)
-        except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
-            raise BadInput(f"model {config.model.model!r} has no form for this task: {_line(error)}") from None
+            built: PreTrainedModel = kind.from_config(architecture, **keywords)
+        except (ArithmeticError, ImportError, LookupError, RuntimeError, ValueError) as error:
+            named = chosen.attn_implementation
+            wanted = "has no form for this task" if named is None else f"has no attn_implementation {named!r} here"
+            raise BadInput(f"model {chosen.model!r} {wanted}: {_line(error)}") from None
     return built
+
+
+def _attention(config: FinetuneConfig) -> dict[str, Any]:
+    named = config.model.attn_implementation
+    return {} if named is None else {"attn_implementation": named}
 
 
 def load_base(
@@ -70,21 +82,16 @@ def load_base(
         quantized: whether in 4 bits; by default as ``quantize`` says.
     """
     chosen, keywords = config.model, {"dtype": DTYPES[config.model.dtype]}
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = _attention(config)
     if (chosen.quantize is not None) if quantized is None else quantized:
-        more["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if config.run.bf16 else DTYPES[chosen.dtype],
-        )
+        more["quantization_config"] = four_bits(config)
     kind: Any = AutoModelForCausalLM
     if config.classifies:
         kind = AutoModelForSequenceClassification
         more |= {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
     trusted = chosen.trust_remote_code
     model: PreTrainedModel = sources.load(kind, "model", source or chosen.model, trusted, **keywords, **more)
-    return model
+    return kept_trainable(model)
 
 
 def build_tuned(
@@ -104,6 +111,28 @@ def build_tuned(
         tuned = with_adapter(base, config, data, collate)
         if checkpoint is not None:
             _load_adapter(tuned, checkpoint)
+    return tuned
+
+
+def planned_tuned(config: FinetuneConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
+    """What is trained, on the meta device: no weights are read, and none are needed.
+
+    Raises:
+        BadInput: for what the model or the adapter refuses, or an adapter that is made from weights alone.
+    """
+    model = untrained_base(config, architecture, known_classes(architecture))
+    if config.classifies and model.config.pad_token_id is None:
+        model.config.pad_token_id = 0  # which the tokenizer gives in a run
+    if not config.has_adapter:
+        freeze_others(model, config)
+        return model
+    if config.model.quantize is not None:
+        import peft
+
+        quantized = quantized_without_memory(model, config)
+        model = peft.prepare_model_for_kbit_training(quantized, use_gradient_checkpointing=False)
+    with torch.device("meta"), unpartitioned(config.run):
+        tuned: PreTrainedModel = adapted_without_memory(model, config)
     return tuned
 
 

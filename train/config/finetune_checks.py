@@ -11,8 +11,14 @@ from .checks import check_shared, optimizer_entry
 from .finetune_arguments import FORMATS, FOUR_BIT, LABEL, TOO_LONG, FinetuneConfig
 
 
-def check_finetune(config: FinetuneConfig) -> None:
+NOT_SPLIT = f"quantize {FOUR_BIT} needs whole weights, which ZeRO 3 and FSDP split; use ZeRO 2 or less"
+
+
+def check_finetune(config: FinetuneConfig, reads_data: bool = True) -> None:
     """Refuse values out of range, and those that do not go together.
+
+    Args:
+        reads_data: false in a plan, which needs none.
 
     Raises:
         BadInput: for the first of them.
@@ -20,7 +26,7 @@ def check_finetune(config: FinetuneConfig) -> None:
     data = config.data
     if not config.model.model.strip():
         raise BadInput("model is not set; give the folder of a saved model, or hub:org/name, with --model")
-    if not data.dataset:
+    if reads_data and not data.dataset:
         raise BadInput("dataset is not set; give the file of what is trained on with --dataset")
     if len(set(data.dataset)) < len(data.dataset):
         raise BadInput(f"dataset names {', '.join(data.dataset)}: each once")
@@ -41,6 +47,26 @@ def check_finetune(config: FinetuneConfig) -> None:
             "model; choose another"
         )
     _check_quantized(config)
+    named = config.model.attn_implementation
+    if named is not None and "/" in named and not config.model.trust_remote_code:
+        raise BadInput(
+            f"attn_implementation {named!r} is code on the hub, which is not run; --trust_remote_code true would run it"
+        )
+
+
+def refuse_split(config: FinetuneConfig, stage: int) -> None:
+    """Refuse ZeRO 3 for what needs whole weights.
+
+    Raises:
+        BadInput: for a base in 4 bits, or a selection.
+    """
+    chosen = config.model
+    if stage == 3 and chosen.quantize is not None:
+        raise BadInput(NOT_SPLIT)
+    if stage == 3 and chosen.selection is not None:
+        raise BadInput(
+            f"selection {chosen.selection} chooses from whole weights, which ZeRO 3 has split; use ZeRO 2"
+        )
 
 
 def _check_quantized(config: FinetuneConfig) -> None:
@@ -55,8 +81,7 @@ def _check_quantized(config: FinetuneConfig) -> None:
             f"quantize {FOUR_BIT} freezes the model, and without an adapter nothing would be trained; give an adapter, "
             "or leave quantize out and choose an optimizer with little state, such as galore_adamw"
         )
-    layout = Layout.of(config.run)
-    if layout.splits_weights:
-        raise BadInput(f"quantize {FOUR_BIT} needs whole weights, which ZeRO 3 and FSDP split; use ZeRO 2 or less")
+    if Layout.of(config.run).splits_weights:
+        raise BadInput(NOT_SPLIT)
     if find_spec("bitsandbytes") is None:
         raise BadInput(f"quantize {FOUR_BIT} needs bitsandbytes; install it with: pip install 'gracile[8bit]'")

@@ -45,6 +45,7 @@ EXAMPLES = {
     "model_overrides": '{"num_hidden_layers": 2}',
     "layer_args": '{"density": 0.03}',
     "adapter_args": '{"r": 16}',
+    "selection_args": '{"share": 0.1}',
     "optimizer_args": '{"error_feedback": "8bit"}',
 }
 
@@ -109,16 +110,15 @@ def load_settings(kind: type[Kind], argv: Sequence[str], needs_output_dir: bool 
         BadInput: for a file that cannot be read, an unknown key or a value of the wrong type.
     """
     argv = [a for a in argv if not a.startswith("--local_rank=")]  # DeepSpeed's launcher puts it before the file
-    parser: Any = _Parser(kind.groups, allow_abbrev=False, add_help=False)
-    found, argv = _taken_apart(argv, parser)
+    parser = _parser_of(kind)
+    found, argv = taken_apart(argv, kind)
     source = found or kind.without_file
-    settings, is_recipe = ({}, False) if source is None else _read_yaml(source)
+    settings, is_recipe = ({}, False) if source is None else read_yaml(source)
     if is_recipe and recipes()[str(source)].command != kind.command:
         raise BadInput(f"{source} is a recipe of gracile {recipes()[str(source)].command}, and not of {kind.command}")
     settings = _by_newer_names(settings, kind) if is_recipe else settings
-    _check_keys(kind, settings, f"in {source}")
-    on_line = [re.split("=", a[2:])[0].replace("-", "_") for a in argv if a.startswith("--")]
-    _check_keys(kind, on_line, "on the command line")
+    check_keys(field_names(kind), settings, f"in {source}")
+    check_keys(field_names(kind), keys_on_line(argv), "on the command line")
     left_out = _of_another_optimizer(settings, argv) if is_recipe else []
     arguments = _as_flags({k: v for k, v in settings.items() if k not in left_out}, parser, kind) + argv
     arguments = _with_parts(arguments)
@@ -144,9 +144,14 @@ def load_settings(kind: type[Kind], argv: Sequence[str], needs_output_dir: bool 
     return kind(name, model, data, optimizer, run, given, dict(vars(namespace)), tuple(left_out))
 
 
-def _taken_apart(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[str | None, list[str]]:
-    """The configuration, wherever it stands, and the other arguments."""
-    flags = {text: action for action in parser._actions for text in action.option_strings}
+def _parser_of(kind: type[AnySettings]) -> Any:
+    return _Parser(kind.groups, allow_abbrev=False, add_help=False)
+
+
+def taken_apart(argv: Sequence[str], *kinds: type[AnySettings]) -> tuple[str | None, list[str]]:
+    """The configuration, wherever it stands among flags of ``kinds``, and the other arguments."""
+    actions = [action for kind in kinds for action in _parser_of(kind)._actions]
+    flags = {text: action for action in actions for text in action.option_strings}
     rest: list[str] = []
     source, action, taken = None, None, 0  # the flag before, and how many values of it have been seen
     for word in argv:
@@ -172,6 +177,11 @@ def _is_value(word: str, action: argparse.Action | None, taken: int) -> bool:
     if action.nargs == "?":  # of a flag that is true or false
         return taken == 0 and not (word.endswith((".yaml", ".yml")) or word in recipes())
     return taken == 0
+
+
+def keys_on_line(argv: Sequence[str]) -> list[str]:
+    """The keys that arguments give values to."""
+    return [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
 
 
 def _parted(key: str) -> tuple[str, str] | None:
@@ -249,8 +259,7 @@ def _adam_defaults(optimizer: str) -> dict[str, float]:
 
 def defaults(optimizer: str, kind: type[AnySettings] = Config) -> dict[str, Any]:
     """Every key as run.yaml would hold it where nothing but the optimizer is given."""
-    parser: Any = _Parser(kind.groups, allow_abbrev=False, add_help=False)
-    namespace = parser.parse_args([])
+    namespace = _parser_of(kind).parse_args([])
     return {key: plain(value) for key, value in (vars(namespace) | _adam_defaults(optimizer)).items()}
 
 
@@ -258,7 +267,7 @@ def _filled(group: Any, namespace: argparse.Namespace) -> Any:
     return group(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(group) if f.init})
 
 
-def _read_yaml(source: str) -> tuple[dict[str, Any], bool]:
+def read_yaml(source: str) -> tuple[dict[str, Any], bool]:
     """What a file or an embedded recipe says, and whether it is a recipe."""
     embedded = resources.files(f"{__package__.split('.')[0]}.configs")
     path = Path(source)
@@ -312,18 +321,27 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _check_keys(kind: type[AnySettings], keys: Iterable[Any], where: str) -> None:
-    known = field_names(kind)
+def check_keys(known: set[str], keys: Iterable[Any], where: str) -> None:
+    """Refuse keys that are not among those that are known.
+
+    Raises:
+        BadInput: for the first of them.
+    """
     for key in keys:
         if _parted(str(key)):
             continue
         if key in NOT_READ:
             raise BadInput(f"{key} {where} is not read: the key is {NOT_READ[key]}")
-        plain = str(key).removeprefix("no_") if str(key).startswith("no_") else str(key)
-        if key not in known and plain not in known:
+        if not {str(key), plain_key(key)} & known:
             raise BadInput(
                 f"unknown key {str(key)!r} {where}; {_of_a_method(str(key), known) or nearest(str(key), known)}"
             )
+
+
+def plain_key(key: Any) -> str:
+    """``no_packing`` and ``adapter_args.r`` as the keys that they are of."""
+    whole, *_ = _parted(str(key)) or (str(key),)
+    return whole.removeprefix("no_")
 
 
 def _of_a_method(key: str, known: set[str]) -> str | None:

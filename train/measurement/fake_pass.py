@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
+
+from ..build.trainee import blank_batch
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Pass:
 
     activations: int  # alive when the forward pass has ended
     at_peak: AtPeak
+    gradients: int = field(default=0, compare=False)  # with what they are views of
 
 
 class Ledger(TorchDispatchMode):
@@ -57,6 +60,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._grouped_mm.default:
             made = _grouped_product(*args[:3])
+        elif args and isinstance(args[0], FakeTensor):
+            made = _of_fakes(function, args, kwargs or {})
         else:
             made = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
@@ -116,19 +121,47 @@ def _grouped_product(a: Tensor, b: Tensor, ends: Tensor | None = None) -> Tensor
     return a.new_empty(*groups, a.shape[-2], b.shape[-1])
 
 
+def _of_fakes(function: Any, args: Any, kwargs: Any) -> Any:
+    """What depends on values is answered as when all of them are there: every entry of a mask, every token a label."""
+    if function is torch.ops.aten._local_scalar_dense.default:
+        return 1.0 if args[0].is_floating_point() else 1
+    if function is torch.ops.aten.nonzero.default:
+        return _places(args[0]).T.contiguous()
+    if function in (torch.ops.aten.index.Tensor, torch.ops.aten._index_put_impl_.default, torch.ops.aten.index_put.default):
+        args = (args[0], _without_masks(args[1]), *args[2:])
+    return function(*args, **kwargs)
+
+
+def _places(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.dim(), mask.numel(), dtype=torch.int64)
+
+
+def _without_masks(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
+    found: list[Tensor | None] = []
+    for index in indices:
+        found += list(_places(index)) if index is not None and index.dtype == torch.bool else [index]
+    return found
+
+
 class FakePass:
-    """Training passes of a causal language model on fake tensors.
+    """Training passes of a model on fake tensors.
 
     Args:
         make_model: builds it, in training mode; called under fake tensors.
+        make_batch: what it is given, by the number of examples and the tokens of each.
         autocast: the dtype of mixed precision, None without.
         accumulated: whether gradients of an earlier pass are there already.
     """
 
     def __init__(
-        self, make_model: Callable[[], nn.Module], *, autocast: torch.dtype | None = None, accumulated: bool = False
+        self,
+        make_model: Callable[[], nn.Module],
+        make_batch: Callable[[int, int], Mapping[str, Tensor]] = blank_batch,
+        *,
+        autocast: torch.dtype | None = None,
+        accumulated: bool = False,
     ) -> None:
-        self._mode, self._autocast = FakeTensorMode(), autocast
+        self._mode, self._make_batch, self._autocast = FakeTensorMode(), make_batch, autocast
         with self._mode:
             self._model = make_model()
         if accumulated:
@@ -145,21 +178,23 @@ class FakePass:
     def _pass(self, batch: tuple[int, int]) -> Pass:
         parameters = list(self._model.parameters())
         hooks = []
-        with self._mode, _one_document():
-            tokens = torch.zeros(batch, dtype=torch.long)
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            ledger = Ledger([*parameters, *self._model.buffers(), *gradients, tokens])
+        with self._mode:
+            given = self._make_batch(*batch)
+            before = [p.grad for p in parameters if p.grad is not None]
+            ledger = Ledger([*parameters, *self._model.buffers(), *before, *given.values()])
             for p in parameters:
                 if p.requires_grad:
                     hooks.append(p.register_post_accumulate_grad_hook(lambda p: ledger.is_gradient(p.grad)))
-            with ledger:
+            with ledger, nullcontext() if "position_ids" in given else _one_document():
                 with torch.autocast("cpu", self._autocast) if self._autocast is not None else nullcontext():
-                    loss = self._model(input_ids=tokens, labels=tokens).loss
+                    loss = self._model(**given).loss
                 activations = ledger.forward_has_ended()
                 loss.backward()
         for hook in hooks:
             hook.remove()
-        return Pass(activations, ledger.at_peak)
+        storages = [p.grad.untyped_storage() for p in parameters if p.grad is not None]
+        gradients = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+        return Pass(activations, ledger.at_peak, gradients)
 
 
 @contextmanager

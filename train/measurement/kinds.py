@@ -6,10 +6,10 @@ import torch
 
 from ...optim.memory import ERRORS, INDICES, MOMENTS, PROJECTORS
 
-WEIGHTS, MASTER, GRADIENTS, BUFFERS = "weights", "master weights", "gradients", "buffers"
+FROZEN, WEIGHTS, MASTER, GRADIENTS, BUFFERS = "frozen weights", "weights", "master weights", "gradients", "buffers"
 ACTIVATIONS, TEMPORARY, STEP = "activations", "temporary", "optimizer's step"
 STATE = (MOMENTS, PROJECTORS, ERRORS, INDICES)
-KINDS = (WEIGHTS, MASTER, GRADIENTS, *STATE, BUFFERS, ACTIVATIONS, TEMPORARY, STEP)
+KINDS = (FROZEN, WEIGHTS, MASTER, GRADIENTS, *STATE, BUFFERS, ACTIVATIONS, TEMPORARY, STEP)
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch._C._profiler import _EventType
 
 from ...optim.memory import state_by_kind
+from ..build.four_bits import scales_of
 from ..engines import deepspeed
 from .fake_pass import AtPeak, Pass
-from .kinds import BUFFERS, GRADIENTS, MASTER, WEIGHTS
+from .kinds import BUFFERS, FROZEN, GRADIENTS, MASTER, WEIGHTS
 
 # Marks in a profiled step: the forward pass, and the moment when the last gradient is complete.
 FORWARD, ALL_GRADIENTS = "gracile: forward", "gracile: all gradients"
@@ -35,10 +36,17 @@ def storage_bytes(tensors: Iterable[Any]) -> int:
     return sum(held.values())
 
 
-def weights_of(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers; under ZeRO 3 also this process's partitions."""
-    parts = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
-    return [*model.parameters(), *model.buffers(), *parts]
+def weights_of(model: nn.Module) -> dict[str, list[Tensor]]:
+    """Parameters and buffers by kind; under ZeRO 3 also this process's partitions, of 4 bits also their scales.
+
+    Buffers are with what is frozen, where anything is: an adapter keeps factors there that it does not train.
+    """
+    found: dict[str, list[Tensor]] = {WEIGHTS: [], FROZEN: []}
+    for p in model.parameters():
+        parts = [p.ds_tensor] if hasattr(p, "ds_tensor") else []
+        found[WEIGHTS if p.requires_grad else FROZEN] += [p, *parts, *scales_of(p)]
+    found[FROZEN if found[FROZEN] else WEIGHTS] += model.buffers()
+    return {kind: tensors for kind, tensors in found.items() if tensors}
 
 
 def gradients_of(model: nn.Module) -> list[Tensor]:
@@ -60,7 +68,8 @@ def held(model: nn.Module, optimizer: Any) -> dict[str, int]:
         model: of any layout.
         optimizer: as the script has it; may be wrapped by accelerate or DeepSpeed.
     """
-    found = {WEIGHTS: storage_bytes(weights_of(model)), GRADIENTS: storage_bytes(gradients_of(model))}
+    found = {kind: storage_bytes(tensors) for kind, tensors in weights_of(model).items()}
+    found[GRADIENTS] = storage_bytes(gradients_of(model))
     *outer, given = layers_of(optimizer)
     for engine in filter(deepspeed.is_zero, outer):
         found[BUFFERS] = storage_bytes(deepspeed.buckets(engine))

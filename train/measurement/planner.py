@@ -8,21 +8,21 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...optim.distributed import as_one_buffer, each_alone, flat_length
 from ...optim.memory import bytes_by_kind, dtype_of_moments, planned_state
-from ..build.layers import layer_with, with_layer
-from ..build.model import architecture, checkpoint_activations, untrained
-from ..build.optimizer import build_optimizer, with_optimizer
-from ..config.arguments import DTYPES, Config, RunArguments
-from ..config.checks import check_values
+from ..build.model import checkpoint_activations
+from ..build.trainee import trainee_of
+from ..config.arguments import AnySettings, RunArguments
 from ..engines.division import Division
 from ..errors import BadInput
+from .fake_model import on_cpu
 from .fake_pass import FakePass, Pass
 from .fake_step import step_bytes
-from .kinds import ACTIVATIONS, BUFFERS, GRADIENTS, KINDS, MASTER, STATE, STEP, TEMPORARY, WEIGHTS
+from .kinds import ACTIVATIONS, BUFFERS, FROZEN, GRADIENTS, KINDS, MASTER, STATE, STEP, TEMPORARY, WEIGHTS
+from .measure import storage_bytes, weights_of
 
 # Limits on what is planned: nothing larger runs, and planning it would take forever.
 MOST_EXAMPLES, MOST_TOKENS = 2**24, 2**40
@@ -53,10 +53,15 @@ class Plan:
         return sum(self.offloaded.values())
 
     @property
+    def weights(self) -> int:
+        """Those that are trained and those that are not."""
+        return self.held[FROZEN] + self.held[WEIGHTS]
+
+    @property
     def weights_and_state(self) -> int:
         """What papers on these methods report as memory."""
         both = (self.held, self.offloaded)
-        return sum(held.get(kind, 0) for held in both for kind in (WEIGHTS, *STATE))
+        return sum(held.get(kind, 0) for held in both for kind in (FROZEN, WEIGHTS, *STATE))
 
 
 class _Fixed(NamedTuple):
@@ -82,22 +87,20 @@ class Planner:
 
     def __init__(
         self,
-        config: Config,
+        config: AnySettings,
         division: Callable[[RunArguments, int], Division] = Division.of,
         on_cpu: bool = False,
     ) -> None:
-        check_values(config)
+        self.trainee = trainee_of(config)
         for key in ("label_smoothing_factor", "use_liger_kernel"):
             if getattr(config.run, key):
                 raise BadInput(f"{key} is {getattr(config.run, key)}, which is not planned; leave it out")
-        if config.optimizer.teacher is not None:
-            raise BadInput(f"teacher is {config.optimizer.teacher}, which is not planned; leave it out")
         self.config = config
-        self.architecture = architecture(config.model)
-        self.division = division(config.run, self.architecture.get_text_config().hidden_size)
+        self.division = division(config.run, self.trainee.hidden_size)
+        self.trainee.check_stage(self.division.stage)
         self.steps_on = "cpu" if on_cpu or self.division.offload else "meta"  # as on a GPU, which need not be here
         in_16_bits = config.run.bf16 and self.division.stage > 0  # the engine casts the model, and keeps fp32 masters
-        self.dtype = torch.bfloat16 if in_16_bits else DTYPES[config.model.dtype]
+        self.dtype = torch.bfloat16 if in_16_bits else self.trainee.dtype
         self.autocast = torch.bfloat16 if config.run.bf16 and not in_16_bits else None
         # each is computed once for the same arguments
         self._model = cache(self._untrained)
@@ -105,19 +108,19 @@ class Planner:
         self._pass = cache(self._run_fake_pass)
         self._fixed = cache(self._weights_and_state)
 
-    def plan(self, optimizer: str, micro_batch: int, checkpointing: bool) -> Plan:
+    def plan(self, optimizer: str, micro_batch: int, checkpointing: bool, tokens: int | None = None) -> Plan:
         """What the run needs with ``optimizer`` (a name of the registry, or ``WIDE_ADAMW``), ``micro_batch`` examples a
-        pass, and activations checkpointed or not.
+        pass of ``tokens`` each, by default as many as a block has, and activations checkpointed or not.
 
         Raises:
             BadInput: for an optimizer that is unknown or refuses its keys.
         """
-        layer = layer_with(self.config, _trained_as(optimizer))
-        model, (state, moments, taken) = self._model(layer), self._fixed(optimizer)
+        variant = self.trainee.variant(_trained_as(optimizer))
+        model, (state, moments, taken) = self._model(variant), self._fixed(optimizer)
         step = taken()
         fixed = dict(state)
-        one = self._pass(micro_batch, checkpointing, layer)
-        kept = _nbytes(model, trained=True)
+        one = self._pass((micro_batch, tokens or self.config.data.block_size), checkpointing, variant)
+        kept = one.gradients
         if self.division.stage >= 2:  # DeepSpeed averages in fp32, unless its configuration says bf16
             width = self.dtype.itemsize if self.config.run.bf16 else 4
             kept = width * self.division.part(_count(model, trained=True), from_stage=2)
@@ -141,7 +144,7 @@ class Planner:
     def weights_and_state(self, optimizer: str) -> int:
         """Bytes of weights and optimizer state of a process, without a pass: what papers print."""
         fixed = self._fixed(optimizer).held
-        return sum(fixed.get(kind, 0) for kind in (WEIGHTS, *STATE))
+        return sum(fixed.get(kind, 0) for kind in (FROZEN, WEIGHTS, *STATE))
 
     def largest_micro_batch(self, optimizer: str, checkpointing: bool, budget: int) -> int:
         """The most examples of a pass with which a process stays within ``budget`` bytes; 0 if one is too many."""
@@ -162,7 +165,13 @@ class Planner:
 
     @property
     def parameters(self) -> int:
-        return _count(self._model(self.config.model.layer))
+        """Of the model, adapters left out."""
+        return self.trainee.parameters(self._own_model)
+
+    @property
+    def trained(self) -> int:
+        """How many numbers of the model, or of its adapter, have gradients."""
+        return _count(self._own_model, trained=True)
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
@@ -170,64 +179,74 @@ class Planner:
     def _accumulates(self) -> bool:
         return self.config.run.gradient_accumulation_steps > 1
 
-    def _untrained(self, layer: str | None, device: str = "meta") -> PreTrainedModel:
-        return untrained(with_layer(self.config, layer), self.architecture, self.dtype, device)
+    @property
+    def _own_model(self) -> PreTrainedModel:
+        return self._model(self.trainee.variant(self.config.optimizer.optimizer))
 
-    def _make_fake_pass(self, checkpointing: bool, layer: str | None) -> FakePass:
-        def make_model() -> PreTrainedModel:
-            model = self._untrained(layer, device="cpu")
-            model.config.use_cache = self.config.run.use_cache  # as the Trainer does
-            if checkpointing:
-                checkpoint_activations(model, self.config.run)
-            return model.train()
+    def _untrained(self, variant: str | None) -> PreTrainedModel:
+        return self.trainee.model(variant, self.dtype)
 
-        return FakePass(make_model, autocast=self.autocast, accumulated=self._accumulates)
+    def _make_fake_pass(self, checkpointing: bool, variant: str | None) -> FakePass:
+        model = self._untrained(variant)
+        model.config.use_cache = self.config.run.use_cache  # as the Trainer does
+        if checkpointing:
+            checkpoint_activations(model, self.config.run)
+        return FakePass(
+            lambda: on_cpu(model.train()), self.trainee.batch, autocast=self.autocast, accumulated=self._accumulates
+        )
 
-    def _run_fake_pass(self, micro_batch: int, checkpointing: bool, layer: str | None) -> Pass:
-        batch = (micro_batch, self.config.data.block_size)
-        if micro_batch * self.config.data.block_size > MOST_TOKENS:
+    def _run_fake_pass(self, batch: tuple[int, int], checkpointing: bool, variant: str | None) -> Pass:
+        if batch[0] * batch[1] > MOST_TOKENS:
             raise BadInput(f"a pass over {batch[0]} x {batch[1]} tokens is too large to be planned")
         try:
-            return self._fake_pass(checkpointing, layer).of(batch)
-        except (RuntimeError, IndexError) as error:
+            return self._fake_pass(checkpointing, variant).of(batch)
+        except (AssertionError, IndexError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise BadInput(
                 f"model {self.config.model.model!r} cannot pass {batch[0]} x {batch[1]} tokens: {reason}"
             ) from None
 
     def _weights_and_state(self, optimizer: str) -> _Fixed:
-        layer = layer_with(self.config, _trained_as(optimizer))
-        model = self._model(layer)
-        stepped = self._untrained(layer).float() if optimizer == WIDE_ADAMW else model
+        variant = self.trainee.variant(_trained_as(optimizer))
+        model = self._model(variant)
+        stepped = model
+        if optimizer == WIDE_ADAMW:
+            stepped = self._untrained(variant)
+            for p in stepped.parameters():
+                p.data = p.data.float() if p.requires_grad else p.data
         state, moments, step = self._state(stepped, _trained_as(optimizer))
         return _Fixed(self._weights(model) | state, moments, step)
 
     def _weights(self, model: nn.Module) -> dict[str, int]:
-        division, width = self.division, self.dtype.itemsize
-        counts = [p.numel() for p in model.parameters()]
-        buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-        weights = _nbytes(model)
-        if division.stage == 3:  # small parameters also stay whole on each process
-            small = [count for count in counts if count <= division.persistence_threshold]
-            whole = sum(small) if division.processes > 1 else 0
-            weights = width * (sum(division.part(count, 3) for count in counts) + whole)
-        return {WEIGHTS: weights + buffers, BUFFERS: self._communication(model, counts)}
+        held = {kind: storage_bytes(tensors) for kind, tensors in weights_of(model).items()}
+        if self.division.stage == 3:
+            for kind, tensors in weights_of(model).items():
+                held[kind] = sum(self._split(tensor) for tensor in tensors)
+        return held | {BUFFERS: self._communication(model)}
 
-    def _communication(self, model: nn.Module, counts: list[int]) -> int:
+    def _split(self, tensor: Tensor) -> int:
+        """Bytes of it under ZeRO 3: of a small parameter, its part beside the whole; buffers are not split."""
+        if not isinstance(tensor, nn.Parameter):
+            return tensor.nbytes
+        count, division = tensor.numel(), self.division
+        whole = count if count <= division.persistence_threshold and division.processes > 1 else 0
+        return tensor.element_size() * (division.part(count, 3) + whole)
+
+    def _communication(self, model: nn.Module) -> int:
         """DeepSpeed's buckets of gradients and gathered weights, or DistributedDataParallel's buckets."""
-        division, width = self.division, self.dtype.itemsize
+        division = self.division
         if division.stage == 0:
             return _nbytes(model, trained=True) if division.processes > 1 else 0
+        width = next(p.element_size() for p in model.parameters() if p.requires_grad)
         if division.stage < 3:
             return width * division.reduce_bucket * (2 if division.overlap else 1)
-        split = [count for count in counts if count > division.persistence_threshold]
+        split = [p.numel() for p in model.parameters() if p.numel() > division.persistence_threshold]
         gathered = min(sum(split), division.prefetch_bucket + max(split, default=0))
         return width * (division.reduce_bucket + gathered)
 
     def _state(self, model: nn.Module, optimizer: str) -> _Fixed:
         """Of the optimizer alone."""
-        chosen = with_optimizer(self.config.optimizer, optimizer)
-        built = build_optimizer(model, chosen, self.config.run)
+        built = self.trainee.optimizer(model, optimizer)
         division = self.division
         if division.stage == 0:
             held = planned_state(built)
