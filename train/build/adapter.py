@@ -82,6 +82,11 @@ def check_adapter(config: FinetuneConfig) -> None:
             raise BadInput(f"adapter_args: {key} is a key of the run, as in --{SAID_BY[key]} q_proj v_proj")
         if key not in known:
             raise BadInput(f"adapter_args: {chosen.adapter} takes no {key!r}; {nearest(key, known - set(SAID_BY))}")
+    if is_calibrated(kind) and (chosen.adapter_args or {}).get("save_projection") is False:
+        raise BadInput(
+            f"adapter_args: save_projection: false leaves out what {chosen.adapter} finds in gradients, without which "
+            "its adapter does not load; leave it out"
+        )
 
 
 def takes_targets(kind: type[Any]) -> bool:
