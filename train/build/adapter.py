@@ -77,12 +77,13 @@ def check_adapter(config: FinetuneConfig) -> None:
     if config.data.calibration_examples is not None and not is_calibrated(kind):
         raise BadInput(f"calibration_examples has no effect with adapter {chosen.adapter}, which starts from weights")
     known = {f.name for f in dataclasses.fields(kind) if f.init} - SET_HERE
-    for key in chosen.adapter_args or {}:
+    given: dict[str, Any] = dict(chosen.adapter_args or {})
+    for key in given:
         if key in SAID_BY:
             raise BadInput(f"adapter_args: {key} is a key of the run, as in --{SAID_BY[key]} q_proj v_proj")
         if key not in known:
             raise BadInput(f"adapter_args: {chosen.adapter} takes no {key!r}; {nearest(key, known - set(SAID_BY))}")
-    if is_calibrated(kind) and (chosen.adapter_args or {}).get("save_projection") is False:
+    if is_calibrated(kind) and given.get("save_projection") is False:
         raise BadInput(
             f"adapter_args: save_projection: false leaves out what {chosen.adapter} finds in gradients, without which "
             "its adapter does not load; leave it out"
