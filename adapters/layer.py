@@ -353,6 +353,11 @@ def _refuse_another_base(layer: AdapterLayer, state: Mapping[str, Tensor], prefi
     own = getattr(layer, layer.prefix + MARKS)
     for adapter in own:
         theirs = state.get(f"{prefix}{layer.prefix}{MARKS}.{adapter}")
+        if theirs is not None and adapter in layer._awaited:
+            raise ValueError(
+                f"adapter {adapter!r} of {layer.name} was saved without its factors, which come from gradients; give "
+                "PeftModel.from_pretrained a config that gracile.adapters.calibrate has run with on the same batches"
+            )
         if theirs is not None and not torch.allclose(theirs.cpu(), own[adapter].cpu(), rtol=1e-2, atol=1e-3):
             raise ValueError(
                 f"adapter {adapter!r} of {layer.name} was trained beside another base weight (another checkpoint, or a "

@@ -29,7 +29,11 @@ GROUP_KEYS = {
     },
     "fira": {"rank": 4, "update_proj_gap": 200, "alpha": 0.25, "proj_type": "std"},
 }
-LORA = {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "target_modules": ["0"]}
+LORA = {
+    "r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "target_modules": ["0"], "rank_pattern": {"0": 2},
+    "exclude_modules": ["1"], "target_parameters": ["experts.down_proj"], "layers_to_transform": [0],
+    "layers_pattern": "layers", "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM",
+}  # fmt: skip
 # Fields of LoraConfig for other methods, for its own bookkeeping or for single layers: the page leaves them out.
 LORA_LEFT_OUT = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -69,7 +73,9 @@ def keyword(key, theirs):
 
 
 def build(ours, theirs, name, value):
-    """An optimizer with the keyword where it belongs, or a converted model."""
+    """An optimizer with the keyword where it belongs, an adapter's configuration, or a converted model."""
+    if ours.startswith("gracile.adapters"):
+        return named(ours)(**{"target_modules": ["0"], name: value})
     if theirs.startswith("peft"):
         keys = {"rank": 4, "target_modules": ["0"], name: value}
         return convert(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)), named(ours), **keys)
@@ -98,7 +104,7 @@ def test_a_row_says_what_happens(theirs, ours, key, here):
 
 @pytest.mark.parametrize(("theirs", "ours"), TABLES)
 def test_a_table_has_every_keyword_of_theirs(theirs, ours):
-    listed = {key.split("=")[0] for one, _, key, _ in ROWS if one == theirs}
+    listed = {key.split("=")[0] for *both, key, _ in ROWS if both == [theirs, ours]}
     if theirs.startswith("peft"):
         fields = {field.name for field in dataclasses.fields(named(theirs))}
         assert listed <= fields

@@ -21,6 +21,7 @@ ALONE = {
     "trainer_optimizers": "resumed from checkpoint-10 to the same bits",
     "trainer_optimizer_class": "a subclass gives the same: True",
     "rigl": "it computes the same",
+    "finetune_adapter": "saved, loaded, written as LoRA and merged, it computes the same",
     "sltrain": "merged into plain linear layers that compute the same",
 }
 # Two processes: how they are launched, and a part of what the first one prints.

@@ -68,9 +68,11 @@ def test_what_the_recipes_name_is_the_hubs_or_another_recipes():
         for key in ("dataset", "tokenizer"):
             if settings.get(key) not in (None, "stdlib", "stdlib-docstrings"):
                 assert source_of(key, settings[key]).on_hub
-                hub.add(settings[key])
+                hub |= set() if settings[key].startswith(sources.MARK) else {settings[key]}
         for key in ("model", "teacher"):
-            if "/" in settings.get(key, ""):
+            if settings.get(key, "").startswith(sources.MARK):
+                assert source_of(key, settings[key]).on_hub
+            elif "/" in settings.get(key, ""):
                 assert settings[key].split("/") == ["runs", Path(settings[key]).name]
                 assert Path(settings[key]).name in recipes()
     assert hub == set(OF_RECIPES)

@@ -90,11 +90,16 @@ def check_adapter(config: FinetuneConfig) -> None:
         if key not in known:
             raise BadInput(f"adapter_args: {chosen.adapter} takes no {key!r}; {nearest(key, known - set(SAID_BY))}")
         _check_within(kind, key, given[key])
-    _check_beginning(config, given)
+    _check_beginning(config, kind, given)
 
 
-def _check_beginning(config: FinetuneConfig, given: dict[str, Any]) -> None:
-    """Refuse what does not go with first factors that are taken off the base."""
+def _check_beginning(config: FinetuneConfig, kind: type[Any], given: dict[str, Any]) -> None:
+    """Refuse what does not go with what an adapter finds in data, or with first factors that are taken off the base."""
+    if is_calibrated(kind, given) and given.get("save_projection") is False:
+        raise BadInput(
+            f"adapter_args: save_projection: false leaves out what {config.model.adapter} finds in gradients, without "
+            "which its adapter does not load; leave it out"
+        )
     beginning = given.get("init_lora_weights")
     if beginning not in OFF_THE_BASE:
         return

@@ -2,25 +2,33 @@
 
 import functools
 import inspect
+import json
 import re
 import warnings
 from importlib import resources
 
 import pytest
 import torch
+from conversations import conversation, save_base, write
+from transformers import Qwen2Config
 
 from gracile.models import build_llama
 from gracile.models.layers import FactoredLinear
 from gracile.optim.core.group_checks import MATRIX_KEYS
 from gracile.registry import LAYERS, OPTIMIZERS, recipes
+from gracile.selections import selection_groups
+from gracile.train.build.adapter import with_adapter
 from gracile.train.build.layers import converted
 from gracile.train.build.model import architecture, untrained
 from gracile.train.build.optimizer import MASK_KEYS, SUBSPACE_KEYS, build_optimizer, unused_keys, without_effect
+from gracile.train.build.selected import build_selected
+from gracile.train.build.tuned_model import untrained_base
 from gracile.train.config.arguments import DTYPES
-from gracile.train.config.checks import accepted_keywords, check_values
+from gracile.train.config.checks import accepted_keywords, check_sizes, check_values
 from gracile.train.config.finetune_arguments import FinetuneConfig
 from gracile.train.config.finetune_checks import check_finetune
 from gracile.train.config.parser import load_config, load_settings
+from gracile.train.finetune import main as finetune
 
 EMBEDDED = [entry.name for entry in recipes().values() if entry.command == "pretrain"]
 TUNED = [entry.name for entry in recipes().values() if entry.command == "finetune"]
@@ -46,6 +54,68 @@ def test_a_recipe_of_a_fine_tuning_has_keys_and_values_of_one(name):
     check_finetune(config)
     assert unused_keys(config, ()) == []
     assert config.run.folder.name == name
+
+
+# What the models of fine-tunings are, as their config.json on the hub says.
+QWEN = {
+    "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
+    ),
+    "Qwen/Qwen2.5-7B": Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, max_position_embeddings=131072, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+# Of each: the numbers that are trained, by hand. Of a block's matrices (m, n): r (m + n), all, or columns of one.
+SMALL_BLOCK = ((896, 896), (128, 896), (128, 896), (896, 896), (4864, 896), (4864, 896), (896, 4864))
+LARGE_BLOCK = ((3584, 3584), (512, 3584), (512, 3584), (3584, 3584), *2 * ((18944, 3584),), (3584, 18944))
+TRAINED_NUMBERS = {
+    "finetune_lora": 24 * sum(8 * (m + n) for m, n in SMALL_BLOCK),
+    "finetune_qlora": 28 * sum(64 * (m + n) for m, n in LARGE_BLOCK),
+    "finetune_galore": 494_032_768,
+    "finetune_s2ft": round(0.03 * 24 * 4864) * 896,
+}
+
+
+def usually(shown):
+    """All of them, of which `make test` takes those that ``shown`` is true of."""
+    return [pytest.param(name, marks=() if shown(name) else pytest.mark.thorough) for name in TRAINED_NUMBERS]
+
+
+@pytest.mark.parametrize("name", usually(lambda name: name != "finetune_qlora"))
+def test_a_recipe_of_a_fine_tuning_fits_the_model_that_it_names(name):
+    """On the meta device: nothing is downloaded or allocated."""
+    config = load_settings(FinetuneConfig, [name], needs_output_dir=False)
+    known = QWEN[config.model.model.removeprefix("hub:")]
+    check_sizes(config, known)
+    model = untrained_base(config, known, [])
+    if config.has_adapter:
+        model = with_adapter(model, config, None, None)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    elif config.model.selection is not None:
+        build_selected(model, config)
+        (group,) = selection_groups(model, config.model.selection, **config.model.selection_args)
+        trained = sum(own.count(p) for p, own in group["selected"].items())
+    else:
+        trained = sum(p.numel() for group in build_selected(model, config).param_groups for p in group["params"])
+    assert trained == TRAINED_NUMBERS[name]
+
+
+@pytest.mark.parametrize("name", usually(lambda name: name == "finetune_qlora"))
+def test_a_recipe_of_a_fine_tuning_trains_a_smaller_model(name, tmp_path):
+    """With its own keys, on conversations or texts of the tests."""
+    if "quantize" in TEXTS[name]:
+        pytest.importorskip("bitsandbytes")
+    texts = [{"text": "It is 3. You are welcome. " * 9}, {"text": "x y z"}] * 12
+    chats = [{"messages": conversation(i)} for i in range(60)]
+    data = write(tmp_path / "data.jsonl", texts if "format: text" in TEXTS[name] else chats)
+    given = {"model": save_base(tmp_path / "base"), "dataset": data, "chat_template": "zephyr", "block_size": 64}
+    given |= {"max_steps": 3, "gradient_accumulation_steps": 1, "eval_strategy": "no", "warmup_steps": 0}
+    given |= {"output_dir": tmp_path / "run", **({"rank": 16} if "rank: " in TEXTS[name] else {})}
+    assert finetune([name, *(word for key, value in given.items() for word in (f"--{key}", str(value)))]) == 0
+    told = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert told["validation_loss"] < told["validation_loss_before"]
 
 
 @functools.cache

@@ -26,6 +26,9 @@ KEYS = {
     "targets among the fields": (
         {"adapter": "lora", "adapter_args": {"target_modules": ["q_proj"]}}, [], ["target_modules", "key of the run"],
     ),
+    "factors that would be lost": (
+        {"adapter": "lorasb", "adapter_args": {"save_projection": False}}, [], ["save_projection", "gradients"],
+    ),
     "a value that peft refuses": ({"adapter": "lora", "adapter_args": {"r": 0}}, [], ["adapter lora", "0"]),
     "ranks that move": ({"adapter": "adalora", "adapter_args": {"total_step": 8}}, [], ["adalora", "checkpoint"]),
     "fields without an adapter": ({"adapter_args": {"r": 4}}, [], ["adapter_args", "need an adapter"]),
