@@ -82,6 +82,8 @@ def check_adapter(config: FinetuneConfig) -> None:
             raise BadInput(f"adapter_args: {key} is a key of the run, as in --{SAID_BY[key]} q_proj v_proj")
         if key not in known:
             raise BadInput(f"adapter_args: {chosen.adapter} takes no {key!r}; {nearest(key, known - set(SAID_BY))}")
+    if (chosen.adapter_args or {}).get("gradient_dropout") and (config.run.deepspeed or config.run.fsdp):
+        raise BadInput("adapter_args: gradient_dropout gates whole gradients, which DeepSpeed and FSDP split; use DDP")
 
 
 def takes_targets(kind: type[Any]) -> bool:
@@ -161,11 +163,20 @@ def merges(model: Any) -> bool:
 
 def step_callbacks(model: Any) -> list[TrainerCallback]:
     """What tells adapters of this package the Trainer's steps, which an engine's optimizer does not."""
-    if find_spec("peft") is None or not has_adapter(model):
+    if not has_own_adapter(model):
         return []
-    from ...adapters import StepCallback, adapter_layers
+    from ...adapters import StepCallback
 
-    return [StepCallback()] if any(True for _ in adapter_layers(model)) else []
+    return [StepCallback()]
+
+
+def has_own_adapter(model: Any) -> bool:
+    """Whether it has an adapter of this package."""
+    if find_spec("peft") is None or not has_adapter(model):
+        return False
+    from ...adapters import adapter_layers
+
+    return any(True for _ in adapter_layers(model))
 
 
 def has_adapter(model: Any) -> bool:
