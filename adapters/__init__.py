@@ -27,10 +27,12 @@ from .methods.sorsa import SorsaConfig
 from .methods.spp import SPPConfig
 from .methods.svfit import SVFitConfig
 from .names import AdapterType
-from .penalty import adapter_layers, penalty
+from .output_terms import class_consistency, class_diversity, leading_share, token_consistency, token_entropy
+from .penalty import adapter_layers, penalized_loss, penalty, with_penalty
 from .registry import METHODS, register
 from .sparse_lora import SparseLora, SparseLoraCallback
 from .tuner import AdapterTuner, StepCallback
+from .weight_terms import angle_term, fisher_term, overlap_term
 
 __all__ = [
     "METHODS",
@@ -56,14 +58,24 @@ __all__ = [
     "SparseLoraCallback",
     "StepCallback",
     "adapter_layers",
+    "angle_term",
     "calibrate",
+    "class_consistency",
+    "class_diversity",
     "dimension_for",
+    "fisher_term",
     "gradient_dropout",
     "gram_defect",
+    "leading_share",
+    "overlap_term",
+    "penalized_loss",
     "penalty",
     "prune_base",
     "register",
     "scaled_gradient",
     "svd_factors",
     "to_lora",
+    "token_consistency",
+    "token_entropy",
+    "with_penalty",
 ]

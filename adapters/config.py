@@ -20,6 +20,7 @@ COMMON_CHECKS: Mapping[str, Check] = {
     "save_projection": flag(),
     "calibrated": flag(),
 }
+OF_OUTPUTS = ("of_outputs", "distance_of_outputs")
 
 
 @dataclass
@@ -93,8 +94,14 @@ class AdapterConfig(PeftConfig):
         require(good, "rank_pattern must map names to whole numbers >= 1", self.rank_pattern)
 
     @property
+    def reads_outputs(self) -> bool:
+        """Whether the method has a term or a distance on the model's outputs, with the weights that it was given."""
+        kind = type(self)
+        return any(getattr(kind, name) is not getattr(AdapterConfig, name) for name in OF_OUTPUTS)
+
+    @property
     def reads_base(self) -> bool:
-        """Whether ``of_outputs`` is given the base's own logits, which cost a pass."""
+        """Whether these are given the base's own logits, which cost a pass."""
         return False
 
     def of_outputs(self, logits: Tensor, base: Tensor | None, labels: Tensor | None) -> Tensor | None:
@@ -105,6 +112,11 @@ class AdapterConfig(PeftConfig):
             base: those of the base model, where ``reads_base``.
             labels: -100 where a token has none.
         """
+        return None
+
+    def distance_of_outputs(self, logits: Tensor, base: Tensor | None, labels: Tensor | None) -> Tensor | None:
+        """A distance that is no part of the loss, of which layers are given the gradient (``take_distance``); or None.
+        The arguments are those of ``of_outputs``."""
         return None
 
     def rank_of(self, name: str) -> int:

@@ -13,6 +13,11 @@ def is_away(tensor: Any) -> bool:
     return hasattr(tensor, "ds_id") and tensor.numel() != tensor.ds_numel
 
 
+def is_split(tensor: Any) -> bool:
+    """Whether DeepSpeed steps a flat copy of a parameter, or FSDP2 has split it."""
+    return any(hasattr(tensor, mark) for mark in ("_hp_mapping", "ds_id", "full_tensor"))
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a parameter, to be read. Collective, where it is split."""
     if is_away(tensor):

@@ -91,11 +91,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """A term of the loss, already weighted; or None."""
         return None
 
-    def before_step(self, adapter: str) -> None:
-        """Called before each step of an optimizer that holds these parameters."""
+    def take_distance(self, adapter: str, gradients: Tensors, share: Tensor | float) -> None:
+        """Given the gradients of ``distance_of_outputs`` of the configuration, by short name, once a pass, which is
+        ``share`` of a step."""
+
+    def before_step(self, step: int, adapter: str) -> None:
+        """Called before each step of an optimizer that holds these parameters, with its number from 1."""
 
     def on_step(self, step: int, adapter: str) -> None:
-        """Called after it, with its number from 1."""
+        """Called after it."""
 
     # ---- adapters ---------------------------------------------------------------------------------------------------
 

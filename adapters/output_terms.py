@@ -9,6 +9,14 @@ from torch import Tensor
 ROWS = 256  # of which singular values are found at most
 
 
+def rows_of(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """The logits that labels are for, in fp32: of tokens (examples x tokens x vocabulary) those that a label follows,
+    of classes (examples x classes), or without labels, all; rows x vocabulary or classes."""
+    if logits.dim() > 2 and labels is not None:  # each token's logits are for the next one
+        logits = logits[:, :-1][labels[:, 1:] != -100]
+    return logits.flatten(0, -2).float()
+
+
 def token_consistency(logits: Tensor, base: Tensor) -> Tensor:
     """KL(p0 || p), the mean over tokens; ``logits`` and ``base`` tokens x vocabulary."""
     p, p0 = logits.log_softmax(-1), base.log_softmax(-1)

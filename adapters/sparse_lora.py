@@ -215,10 +215,16 @@ class SparseLoraCallback(TrainerCallback):
 _held: weakref.WeakSet[SparseLora] = weakref.WeakSet()
 
 
-def _count(optimizer: Optimizer, args: Any, keywords: Any) -> None:
+def _after_step(optimizer: Optimizer, args: Any, keywords: Any) -> None:
+    if _held:
+        _count_step(optimizer)
+
+
+@torch.compiler.disable  # of a step that is compiled too
+def _count_step(optimizer: Optimizer) -> None:
     for sparse in _held:
         if any(id(p) in sparse._trained for group in optimizer.param_groups for p in group["params"]):
             sparse.steps += 1
 
 
-register_optimizer_step_post_hook(_count)
+register_optimizer_step_post_hook(_after_step)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -17,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .experts import ExpertsLayer, experts_layer
 from .layer import AdapterLayer
-from .penalty import adapter_layers, add_penalty
+from .penalty import adapter_layers, add_penalty, warn_of_unfinished
 
 
 class AdapterTuner(BaseTuner):
@@ -115,8 +116,6 @@ _tuners: weakref.WeakSet[AdapterTuner] = weakref.WeakSet()
 
 
 def _stepped_by(optimizer: Optimizer) -> list[AdapterTuner]:
-    if not _tuners:
-        return []
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return [
         tuner
@@ -126,14 +125,27 @@ def _stepped_by(optimizer: Optimizer) -> list[AdapterTuner]:
 
 
 def _before_step(optimizer: Optimizer, args: Any, keywords: Any) -> None:
-    for tuner in _stepped_by(optimizer):
-        for layer in adapter_layers(tuner.model):
-            for adapter in layer.active_adapters:
-                if layer.has(adapter):
-                    layer.before_step(adapter)
+    if _tuners:
+        _prepare_step(optimizer)
 
 
 def _after_step(optimizer: Optimizer, args: Any, keywords: Any) -> None:
+    if _tuners:
+        _count_step(optimizer)
+
+
+@torch.compiler.disable  # of a step that is compiled too
+def _prepare_step(optimizer: Optimizer) -> None:
+    for tuner in _stepped_by(optimizer):
+        warn_of_unfinished(tuner.model)
+        for layer in adapter_layers(tuner.model):
+            for adapter in layer.active_adapters:
+                if layer.has(adapter):
+                    layer.before_step(tuner.steps + 1, adapter)
+
+
+@torch.compiler.disable
+def _count_step(optimizer: Optimizer) -> None:
     for tuner in _stepped_by(optimizer):
         tuner.step()
 

@@ -26,6 +26,7 @@ from ..config import AdapterConfig
 from ..layer import LowRankLayer, Tensors
 from ..names import AdapterType
 from ..registry import register
+from ..weight_terms import angle_term, fisher_term, overlap_term
 
 
 @dataclass
@@ -105,15 +106,9 @@ class AlignGuardLayer(LowRankLayer):
 
     def penalty(self, config: Any, **tensors: Tensor) -> Tensor:
         D_A, D_T = self.parts(config, **tensors)
-        term = config.l_a * (tensors["F"] * D_A.square()).sum() + config.l_t * D_T.square().sum()
+        term = config.l_a * fisher_term(D_A, tensors["F"]) + config.l_t * D_T.square().sum()
         return term + config.l_c * self._in_common(config, D_A, D_T) if config.l_c else term
 
     def _in_common(self, config: Any, D_A: Tensor, D_T: Tensor) -> Tensor:
-        weight = self.wide_weight()
-        active = torch.sigmoid((weight + D_A + D_T).abs() - weight.abs().median())
-        overlap = ((1 + config.beta * active) * (D_A * D_T).abs()).sum()
-        if config.pairs == 1:
-            return config.mix * overlap
-        sizes = D_A.square().sum() * D_T.square().sum()
-        angle = (D_A * D_T).sum().square() / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
-        return config.mix * overlap + (1 - config.mix) * angle
+        overlap: Tensor = config.mix * overlap_term(D_A, D_T, self.wide_weight(), config.beta)
+        return overlap if config.pairs == 1 else overlap + (1 - config.mix) * angle_term(D_A, D_T)

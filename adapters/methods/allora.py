@@ -65,7 +65,7 @@ class ALLoraLayer(LowRankLayer):
         refuse_engines(tensors["B"])
         return tensors["B"], tensors["A"]
 
-    def before_step(self, adapter: str) -> None:
+    def before_step(self, step: int, adapter: str) -> None:
         self._before = {name: p.detach().clone() for name, p in self.tensors(adapter).items()}
 
     @torch.no_grad()

@@ -25,7 +25,14 @@ from ..config import AdapterConfig
 from ..factors import svd_factors
 from ..layer import LowRankLayer, Tensors
 from ..names import AdapterType
-from ..output_terms import class_consistency, class_diversity, leading_share, token_consistency, token_entropy
+from ..output_terms import (
+    class_consistency,
+    class_diversity,
+    leading_share,
+    rows_of,
+    token_consistency,
+    token_entropy,
+)
 from ..registry import register
 
 
@@ -56,15 +63,18 @@ class BALoraConfig(AdapterConfig):
     k: int = field(default=3, metadata={"help": "Singular values that lead."})
 
     @property
+    def reads_outputs(self) -> bool:
+        return any((self.consistency, self.diversity, self.leading))
+
+    @property
     def reads_base(self) -> bool:
         return self.consistency > 0
 
     def of_outputs(self, logits: Tensor, base: Tensor | None, labels: Tensor | None) -> Tensor:
         of_classes = logits.dim() == 2
-        if not of_classes and labels is not None:  # each token's logits are for the next one
-            valid = labels[:, 1:] != -100
-            logits, base = logits[:, :-1][valid], None if base is None else base[:, :-1][valid]
-        rows, own = logits.flatten(0, -2).float(), None if base is None else base.flatten(0, -2).float()
+        rows, own = rows_of(logits, labels), None if base is None else rows_of(base, labels)
+        if not len(rows):  # a pass without labels
+            return rows.sum()
         term = rows.new_zeros(())
         if own is not None:
             term = term + self.consistency * (class_consistency if of_classes else token_consistency)(rows, own)

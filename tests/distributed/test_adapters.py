@@ -2,15 +2,28 @@
 
 import pytest
 
-FEW = [("sorsa", "fsdp2"), ("pst", "zero2"), ("loraxs", "zero3"), ("balora", "ddp")]
+FEW = [
+    ("sorsa", "fsdp2"), ("pst", "zero2"), ("loraxs", "zero3"), ("balora", "ddp"), ("masktuning, gated", "ddp"),
+    ("sorsa, own loss", "fsdp2"), ("balora, own loss", "zero2"),
+]  # fmt: skip
 METHODS = (
     "alignguard", "allora", "balora", "dsee", "intrinsicdimension", "lorasb", "loraxs", "masktuning", "pst", "soka",
     "sorsa", "spp", "svfit",
 )  # fmt: skip
+OWN = [
+    (f"{name}, own loss", layout)
+    for name in ("alignguard", "balora", "sorsa", "masktuning, gated")
+    for layout in ("ddp", "fsdp2", "zero2", "zero3")
+]
 ALL = [(name, layout) for name in METHODS for layout in ("ddp", "fsdp2", "zero2", "zero3")]
 REFUSED = {  # with the word that tells why
     ("allora", "zero2"): "DeepSpeed",
     ("allora", "zero3"): "DeepSpeed",
+    ("alignguard, own loss", "zero3"): "stage3_param_persistence_threshold",
+    ("sorsa, own loss", "zero3"): "stage3_param_persistence_threshold",
+    ("masktuning, gated, own loss", "fsdp2"): "use DDP, or gradient_dropout=0",
+    ("masktuning, gated, own loss", "zero2"): "use DDP, or gradient_dropout=0",
+    ("masktuning, gated, own loss", "zero3"): "use DDP, or gradient_dropout=0",
     ("intrinsicdimension", "fsdp2"): "is shared with a parameter",  # by FSDP2, where blocks are wrapped one by one
 }
 
@@ -31,4 +44,5 @@ def test_an_adapter_split_over_two_processes_is_that_of_one(pool):
 
 @pytest.mark.thorough
 def test_so_is_every_one_in_every_layout(pool):
-    check(ALL, pool.call(2, "split_adapters:measure", ALL, timeout=900))
+    cells = [*ALL, *OWN]
+    check(cells, pool.call(2, "split_adapters:measure", cells, timeout=900))

@@ -100,6 +100,8 @@ def _check_beginning(config: FinetuneConfig, kind: type[Any], given: dict[str, A
             f"adapter_args: save_projection: false leaves out what {config.model.adapter} finds in gradients, without "
             "which its adapter does not load; leave it out"
         )
+    if given.get("gradient_dropout") and (config.run.deepspeed or config.run.fsdp):
+        raise BadInput("adapter_args: gradient_dropout gates whole gradients, which DeepSpeed and FSDP split; use DDP")
     beginning = given.get("init_lora_weights")
     if beginning not in OFF_THE_BASE:
         return
@@ -242,11 +244,20 @@ def merges(model: Any) -> bool:
 
 def step_callbacks(model: Any) -> list[TrainerCallback]:
     """What tells adapters of this package the Trainer's steps, which an engine's optimizer does not."""
-    if find_spec("peft") is None or not has_adapter(model):
+    if not has_own_adapter(model):
         return []
-    from ...adapters import StepCallback, adapter_layers
+    from ...adapters import StepCallback
 
-    return [StepCallback()] if any(True for _ in adapter_layers(model)) else []
+    return [StepCallback()]
+
+
+def has_own_adapter(model: Any) -> bool:
+    """Whether it has an adapter of this package."""
+    if find_spec("peft") is None or not has_adapter(model):
+        return False
+    from ...adapters import adapter_layers
+
+    return any(True for _ in adapter_layers(model))
 
 
 def has_adapter(model: Any) -> bool:

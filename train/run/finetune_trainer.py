@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..build.adapter import has_adapter, merges
+from ..build.adapter import has_adapter, has_own_adapter, merges
 from ..build.calibration import make_loadable
 from ..build.packing_check import check_packing
 from ..build.selected import build_selected
@@ -46,7 +46,20 @@ class FinetuneTrainer(RunTrainer):
         super().__init__(
             config=config, preprocess_logits_for_metrics=measured[0], compute_metrics=measured[1], **kwargs
         )
+        if self.label_smoother is not None and has_own_adapter(self.model):
+            self.compute_loss_func = self._penalized(self.label_smoother)
         self.add_callback(_BeforeTraining(self))
+
+    def _penalized(self, smoother: Any) -> Callable[..., Tensor]:
+        """The smoothed loss, which the Trainer computes itself, with the terms that an adapter adds to a model's."""
+        from ...adapters import penalized_loss
+
+        def smoothed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+            of_tokens = not self.config.classifies
+            loss: Tensor = smoother(outputs, labels, shift_labels=of_tokens, num_items_in_batch=num_items_in_batch)
+            return loss
+
+        return penalized_loss(self.model, smoothed)
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return build_selected(model, self.config)
