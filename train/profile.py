@@ -106,7 +106,7 @@ class ProfiledTuning(Profiled, FinetuneTrainer):
 
 
 class Watched:
-    """The memory of one step, from its beginning to its end. ``batch``: examples of its last pass, and tokens of each."""
+    """The memory of one step, from its beginning to its end; ``batch`` is the shape of what its last pass was given."""
 
     def __init__(self, trainer: Profiled) -> None:
         self._trainer, self._device = trainer, trainer.args.device
@@ -167,9 +167,16 @@ def profile(
     _leave_out_evaluations(config)
     planner = Planner(config, on_cpu=config.run.device.type == "cpu")
     deepspeed.prepare(config.run)
-    trainer = _tuning(config) if isinstance(config, FinetuneConfig) else _pretraining(config)  # type: ignore[arg-type]
+    trainer = _trainer_of(config)
     trainer.train()
     return trainer, planner
+
+
+def _trainer_of(config: AnySettings) -> Profiled:
+    if isinstance(config, Config):
+        return _pretraining(config)
+    assert isinstance(config, FinetuneConfig)
+    return _tuning(config)
 
 
 def _pretraining(config: Config) -> Profiled:

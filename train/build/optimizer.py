@@ -13,7 +13,7 @@ from torch import nn
 from ... import optim
 from ...registry import LAYERS, OptimizerEntry
 from ...validation import nearest
-from ..config.arguments import AnySettings, Config, DataArguments, Keywords, MethodArguments, RunArguments
+from ..config.arguments import AnySettings, Config, DataArguments, Keywords, Method, MethodArguments, RunArguments
 from ..config.checks import optimizer_entry
 from ..errors import BadInput
 
@@ -164,7 +164,7 @@ def _clocks(entry: OptimizerEntry, run: RunArguments, given: Mapping[str, Any]) 
     return {key: max(1, round(share * run.max_steps)) for key, share in missing.items()}
 
 
-def with_optimizer(chosen: MethodArguments, optimizer: str) -> MethodArguments:
+def with_optimizer(chosen: Method, optimizer: str) -> Method:
     """The same choice with another optimizer, and those of its further keywords that this one takes."""
     if optimizer == chosen.optimizer:
         return chosen

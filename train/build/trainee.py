@@ -61,8 +61,13 @@ class Trainee(ABC):
         """What ``optimizer`` changes of the model: the name of its layer."""
         return None
 
+    @abstractmethod
     def check_stage(self, stage: int) -> None:
-        """Refuse a stage of ZeRO that a run could not have."""
+        """Refuse a stage of ZeRO that a run could not have.
+
+        Raises:
+            BadInput: for such a stage.
+        """
 
     @abstractmethod
     def model(self, variant: str | None, dtype: torch.dtype) -> PreTrainedModel:
@@ -99,6 +104,9 @@ class NewModel(Trainee):
 
     def variant(self, optimizer: str) -> str | None:
         return layer_with(self.config, optimizer)
+
+    def check_stage(self, stage: int) -> None:
+        """Any can be planned."""
 
     def model(self, variant: str | None, dtype: torch.dtype) -> PreTrainedModel:
         return untrained(with_layer(self.config, variant), self.architecture, dtype)
@@ -170,4 +178,7 @@ def trainee_of(config: AnySettings) -> Trainee:
     Raises:
         BadInput: for one that no run could start with, or that cannot be planned.
     """
-    return TunedModel(config) if isinstance(config, FinetuneConfig) else NewModel(config)  # type: ignore[arg-type]
+    if isinstance(config, Config):
+        return NewModel(config)
+    assert isinstance(config, FinetuneConfig)
+    return TunedModel(config)

@@ -47,7 +47,9 @@ class TunedModelArguments:
     dtype: str = field(default="float32", metadata={"help": "Dtype of the weights: float32 or bfloat16."})
     attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "How attention is computed: sdpa, eager, flash_attention_2, ...; by default as transformers."},
+        metadata={
+            "help": "How attention is computed: sdpa, eager, flash_attention_2, ...; by default as transformers."
+        },
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that a saved model, tokenizer or data set brings along."}

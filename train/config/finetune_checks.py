@@ -10,7 +10,6 @@ from ..errors import BadInput
 from .checks import check_shared, optimizer_entry
 from .finetune_arguments import FORMATS, FOUR_BIT, LABEL, TOO_LONG, FinetuneConfig
 
-
 NOT_SPLIT = f"quantize {FOUR_BIT} needs whole weights, which ZeRO 3 and FSDP split; use ZeRO 2 or less"
 
 
@@ -64,9 +63,7 @@ def refuse_split(config: FinetuneConfig, stage: int) -> None:
     if stage == 3 and chosen.quantize is not None:
         raise BadInput(NOT_SPLIT)
     if stage == 3 and chosen.selection is not None:
-        raise BadInput(
-            f"selection {chosen.selection} chooses from whole weights, which ZeRO 3 has split; use ZeRO 2"
-        )
+        raise BadInput(f"selection {chosen.selection} chooses from whole weights, which ZeRO 3 has split; use ZeRO 2")
 
 
 def _check_quantized(config: FinetuneConfig) -> None:

@@ -67,14 +67,14 @@ def _decided(
     if source is None or _model(settings, rest) in (None, *SIZES):
         return Config.command
     raise BadInput(
-        f"{source} could be of gracile {' or of gracile '.join(KINDS)}: no key of one of them alone is in it; say which, "
-        f"as in --command {FinetuneConfig.command}"
+        f"{source} could be of gracile {' or of gracile '.join(KINDS)}: no key of one of them alone is in it; say "
+        f"which, as in --command {FinetuneConfig.command}"
     )
 
 
 def _model(settings: Mapping[str, Any], rest: Sequence[str]) -> Any:
     found = settings.get("model")
-    for word, after in zip(rest, [*rest[1:], ""], strict=True):
+    for word, after in zip(rest, [*rest, ""][1:], strict=True):
         name, equals, value = word.partition("=")
         if name == "--model":
             found = value if equals else after

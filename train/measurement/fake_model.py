@@ -45,8 +45,9 @@ class _Moved:
     def parameter(self, p: nn.Parameter) -> nn.Parameter:
         if id(p) not in self._parameters:
             made: Any = nn.Parameter(self.tensor(p), requires_grad=p.requires_grad)
-            if getattr(p, "quant_state", None) is not None:
-                made.quant_state = self._state(p.quant_state)
+            state = getattr(p, "quant_state", None)
+            if state is not None:
+                made.quant_state = self._state(state)
                 made.__class__ = type("Params4bit", (FakeTensor,), {})  # which peft knows by its name
             self._parameters[id(p)] = (made, p)
         found: nn.Parameter = self._parameters[id(p)][0]

@@ -127,7 +127,11 @@ def _of_fakes(function: Any, args: Any, kwargs: Any) -> Any:
         return 1.0 if args[0].is_floating_point() else 1
     if function is torch.ops.aten.nonzero.default:
         return _places(args[0]).T.contiguous()
-    if function in (torch.ops.aten.index.Tensor, torch.ops.aten._index_put_impl_.default, torch.ops.aten.index_put.default):
+    if function in (
+        torch.ops.aten.index.Tensor,
+        torch.ops.aten._index_put_impl_.default,
+        torch.ops.aten.index_put.default,
+    ):
         args = (args[0], _without_masks(args[1]), *args[2:])
     return function(*args, **kwargs)
 

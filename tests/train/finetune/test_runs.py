@@ -2,16 +2,21 @@
 
 import json
 import math
+import shutil
 
 import peft
 import pytest
 import torch
 import transformers
+import yaml
 from conversations import NAMES, conversation, write
 from helpers import interrupt, same, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from gracile.train.build.tuned_model import load_base
+from gracile.train.config.finetune_arguments import FinetuneConfig
+from gracile.train.config.parser import load_settings
 from gracile.train.data.chat import TEMPLATES
 from gracile.train.finetune import main
 from gracile.train.run import checkpoints
@@ -142,6 +147,44 @@ def test_four_bits_lie_beneath_an_adapter_and_are_merged_whole(short, tmp_path, 
     assert type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear
     assert told["validation_loss"] < told["validation_loss_before"]
     assert told["weight_bytes"] < 4 * told["parameters"]
+
+
+def test_an_evaluation_leaves_layers_in_four_bits_as_they_are(short):
+    """Some CPUs would lay them out anew, and no gradient would pass through them any more."""
+    pytest.importorskip("bitsandbytes")
+    config = load_settings(FinetuneConfig, [short(**LORA, quantize="4bit")])
+    layer = load_base(config, ()).model.layers[0].self_attn.q_proj
+
+    def gradient():
+        x = torch.ones(3, 64, requires_grad=True)
+        layer.train()(x).square().sum().backward()
+        return x.grad
+
+    before = gradient()
+    with torch.no_grad():
+        layer.eval()(torch.ones(3, 64))
+    assert before is not None
+    assert torch.equal(gradient(), before)
+
+
+def test_attention_is_computed_as_it_is_said_and_packing_is_checked_with_it(short, refused, metrics, tmp_path):
+    assert main([short(**LORA, packing=True, attn_implementation="eager", max_steps=2)]) == 0
+    eager = metrics(tmp_path / "run")
+    assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["config"]["attn_implementation"] == "eager"
+    again = short(**LORA, packing=True, max_steps=2, output_dir=str(tmp_path / "again"))
+    assert main([again]) == 0
+    assert metrics(tmp_path / "again")["validation_loss"] == pytest.approx(eager["validation_loss"], rel=1e-4)
+    transformers.AttentionInterface.register("blind", blind)
+    shutil.rmtree(tmp_path / "run")
+    assert "the examples of a block see each other" in refused(attn_implementation="blind", packing=True)
+    assert "has no attn_implementation 'spda' here" in refused(attn_implementation="spda")
+    assert "is code on the hub, which is not run" in refused(attn_implementation="org/attention")
+
+
+def blind(module, query, key, value, attention_mask, **keywords):
+    """Attention that knows of no mask."""
+    keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True).transpose(1, 2), None
 
 
 def test_other_data_under_the_same_keys_is_refused_on_resume(short, tmp_path, capsys):

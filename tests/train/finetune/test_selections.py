@@ -41,6 +41,15 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(name, short, tmp_path, 
     assert told["optimizer_state_bytes"] < told["adamw_state_bytes"] or "hft" in name
 
 
+def test_small_weights_are_chosen_by_a_threshold(short, tmp_path, base):
+    """Only the weights say how many there are: what is built without them beforehand asks nothing of them."""
+    assert main([short(selection="sara", selection_args={"threshold": 0.005}, max_steps=2)]) == 0
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (base, tmp_path / "run"))
+    moved = [after[key] != before[key] for key in before if "mlp" in key]
+    assert all(before[key][after[key] != before[key]].abs().max() < 0.005 for key in before if "mlp" in key)
+    assert all(part.any() for part in moved)
+
+
 def test_what_is_refused(refused):
     assert "selection 'half' is not known" in refused(selection="half")
     assert "down_rati is no field of selection s2ft; did you mean" in refused(
