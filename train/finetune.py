@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from .build.adapter import check_adapter, layers_of, method_of, step_callbacks, 
 from .build.callbacks import EvaluateAt, LogLines
 from .build.optimizer import unused_keys
 from .build.packing_check import check_packing
-from .build.selected import build_selected, check_selection, freeze_others
+from .build.selected import build_selected, check_selection, freeze_others, selected_numbers
 from .build.tuned_model import (
     base_architecture,
     build_tuned,
@@ -104,6 +105,8 @@ def _finetune(config: FinetuneConfig, requests: StopRequests | None) -> dict[str
     collate = Collator(int(tokenizer.pad_token_id))
     model = build_tuned(config, data, collate, checkpoint if start.resharded else None)
     prepare_tokens(model, tokenizer)
+    selected = selected_numbers(model, config)
+    trained = report.trainable(model) if selected is None else selected
     trainer = trainer_of(config, model, tokenizer, data, start)
     trainer.changed_keys = {change.key for change in changes}
     if config.has_adapter:
@@ -112,16 +115,15 @@ def _finetune(config: FinetuneConfig, requests: StopRequests | None) -> dict[str
         check_packing(model, architecture.get_text_config().vocab_size, model.device)
     if run.should_save:
         write_run_file(config, data.identity)
-        _announce(config, model, data, parameters)
+        _announce(config, data, parameters, trained)
         if checkpoint is not None:
             announce_checkpoint(config, start, trainer.changed_keys)
         record_start(output_dir, start, data.identity.now, changes)
-    return see_through(
-        trainer, requests, lambda: train(trainer, checkpoint), lambda speed: _finish(trainer, parameters, speed)
-    )
+    finish = partial(_finish, trainer, parameters, trained)
+    return see_through(trainer, requests, lambda: train(trainer, checkpoint), finish)
 
 
-def _finish(trainer: FinetuneTrainer, parameters: int, speed: float | None) -> dict[str, Any]:
+def _finish(trainer: FinetuneTrainer, parameters: int, trained: int, speed: float | None) -> dict[str, Any]:
     """The last evaluations, the saved model, metrics.json, loss.png and the table."""
     config, folder, data = trainer.config, trainer.config.run.folder, trainer.data
     loss, told = trainer.validation_loss(), trainer.results()
@@ -136,7 +138,7 @@ def _finish(trainer: FinetuneTrainer, parameters: int, speed: float | None) -> d
         "selection": config.model.selection,
         "optimizer": config.optimizer.optimizer,
         "parameters": parameters,
-        "trainable_parameters": report.trainable(model),
+        "trainable_parameters": trained,
         "steps": steps,
         "examples": steps * blocks * data.train.pieces // len(data.train),
         "tokens_per_second": None if speed is None else speed * tokens,
@@ -238,7 +240,7 @@ def trainer_of(
     return trainer
 
 
-def _announce(config: FinetuneConfig, model: PreTrainedModel, data: TuningData, parameters: int) -> None:
+def _announce(config: FinetuneConfig, data: TuningData, parameters: int, trained: int) -> None:
     chosen, optimizer = config.model, config.optimizer.optimizer
     what = (
         chosen.adapter
@@ -248,7 +250,7 @@ def _announce(config: FinetuneConfig, model: PreTrainedModel, data: TuningData, 
     formats = ", ".join(dict.fromkeys(part.format for part in data.parts))
     packed = f"{data.train.pieces:,} examples in " if data.train.packed else ""
     print(
-        f"{config.name}: {chosen.model}, {parameters:,} parameters; {what}, {report.trainable(model):,} trained, with "
+        f"{config.name}: {chosen.model}, {parameters:,} parameters; {what}, {trained:,} trained, with "
         f"{optimizer}\n{', '.join(config.data.dataset)} ({formats}): {packed}{len(data.train):,} blocks of at most "
         f"{config.data.block_size} tokens to train and {len(data.validation):,} to validate on",
         flush=True,
