@@ -167,7 +167,16 @@ def measured(name: str, folder: Path, base: dict[str, Path], data: Path, given: 
 
 
 def table(results: dict[str, Any]) -> str:
-    columns = ("run", "processes", "trained", "state, MiB", "loss before", "after", "killed after", "resumed from")
+    columns = (
+        "run",
+        "processes",
+        "trained",
+        "state of each, MiB",
+        "loss before",
+        "after",
+        "killed after",
+        "resumed from",
+    )
     columns += ("last training loss", "resumed", "same bits", "answers")
     lines = [
         f"{results['steps']} steps of {ROWS * BLOCK:,} tokens, on CPUs; torch {results['torch']}.",
@@ -196,7 +205,8 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of instruct.md and instruct.json")
     given = parser.parse_args()
     results: dict[str, Any] = {"steps": given.steps, "python": platform.python_version(), "torch": torch.__version__}
-    results["runs"] = []
+    file, results["runs"] = given.results / "instruct.json", []
+    held = json.loads(file.read_text()) if file.exists() else {}
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         conversations(folder / "chats.jsonl")
@@ -206,7 +216,10 @@ def main() -> int:
             own.mkdir()
             results["runs"].append(measured(name, own, base, folder / "chats.jsonl", given))
             print(json.dumps(results["runs"][-1]), flush=True)
-    (given.results / "instruct.json").write_text(json.dumps(results, indent=1) + "\n")
+    if held.get("steps") == given.steps:  # lines that were not run again
+        results["runs"] += [one for one in held["runs"] if one["name"] not in given.runs]
+        results["runs"].sort(key=lambda one: list(RUNS).index(one["name"]))
+    file.write_text(json.dumps(results, indent=1) + "\n")
     (given.results / "instruct.md").write_text(table(results) + "\n")
     print(table(results))
     return (

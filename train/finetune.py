@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from .build.adapter import check_adapter, layers_of, method_of, step_callbacks, 
 from .build.callbacks import EvaluateAt, LogLines
 from .build.optimizer import unused_keys
 from .build.packing_check import check_packing
-from .build.selected import build_selected, check_selection, freeze_others
+from .build.selected import build_selected, check_selection, freeze_others, selected_numbers
 from .build.tuned_model import (
     base_architecture,
     build_tuned,
@@ -98,19 +99,20 @@ def _finetune(config: FinetuneConfig, requests: StopRequests | None) -> dict[str
         changes = on_main(run, lambda: check_same_run(config, folder, data.identity, checkpoint))
 
     trainer = trainer_of(config, tokenizer, data, start)
+    selected = selected_numbers(trainer.model, config)
+    trained = report.trainable(trainer.model) if selected is None else selected
     trainer.changed_keys = {change.key for change in changes}
     if run.should_save:
         write_run_file(config, data.identity)
-        _announce(config, trainer.model, data, parameters)
+        _announce(config, data, parameters, trained)
         if checkpoint is not None:
             announce_checkpoint(config, start, trainer.changed_keys)
         record_start(output_dir, start, data.identity.now, changes)
-    return see_through(
-        trainer, requests, lambda: train(trainer, checkpoint), lambda speed: _finish(trainer, parameters, speed)
-    )
+    finish = partial(_finish, trainer, parameters, trained)
+    return see_through(trainer, requests, lambda: train(trainer, checkpoint), finish)
 
 
-def _finish(trainer: FinetuneTrainer, parameters: int, speed: float | None) -> dict[str, Any]:
+def _finish(trainer: FinetuneTrainer, parameters: int, trained: int, speed: float | None) -> dict[str, Any]:
     """The last evaluations, the saved model, metrics.json, loss.png and the table."""
     config, folder, data = trainer.config, trainer.config.run.folder, trainer.data
     loss, told = trainer.validation_loss(), trainer.results()
@@ -125,7 +127,7 @@ def _finish(trainer: FinetuneTrainer, parameters: int, speed: float | None) -> d
         "selection": config.model.selection,
         "optimizer": config.optimizer.optimizer,
         "parameters": parameters,
-        "trainable_parameters": report.trainable(model),
+        "trainable_parameters": trained,
         "steps": steps,
         "examples": steps * blocks * data.train.pieces // len(data.train),
         "tokens_per_second": None if speed is None else speed * tokens,
@@ -263,7 +265,7 @@ def _trainer_on(
     return trainer
 
 
-def _announce(config: FinetuneConfig, model: PreTrainedModel, data: TuningData, parameters: int) -> None:
+def _announce(config: FinetuneConfig, data: TuningData, parameters: int, trained: int) -> None:
     chosen, optimizer = config.model, config.optimizer.optimizer
     what = (
         chosen.adapter
@@ -273,7 +275,7 @@ def _announce(config: FinetuneConfig, model: PreTrainedModel, data: TuningData, 
     formats = ", ".join(dict.fromkeys(part.format for part in data.parts))
     packed = f"{data.train.pieces:,} examples in " if data.train.packed else ""
     print(
-        f"{config.name}: {chosen.model}, {parameters:,} parameters; {what}, {report.trainable(model):,} trained, with "
+        f"{config.name}: {chosen.model}, {parameters:,} parameters; {what}, {trained:,} trained, with "
         f"{optimizer}\n{', '.join(config.data.dataset)} ({formats}): {packed}{len(data.train):,} blocks of at most "
         f"{config.data.block_size} tokens to train and {len(data.validation):,} to validate on",
         flush=True,

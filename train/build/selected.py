@@ -75,6 +75,15 @@ def build_selected(model: nn.Module, config: FinetuneConfig) -> torch.optim.Opti
         raise BadInput(str(error)) from None
 
 
+def selected_numbers(model: nn.Module, config: FinetuneConfig) -> int | None:
+    """How many numbers are chosen, before an engine wraps ``model``; None where whole parameters are trained."""
+    chosen = config.model.selection
+    if chosen is None or not METHODS[chosen].masked:
+        return None
+    (group,) = _groups(model, config)
+    return sum(own.count(p) for p, own in group["selected"].items())
+
+
 def _groups(model: nn.Module, config: FinetuneConfig) -> Any:
     assert config.model.selection is not None
     given = dict(config.model.selection_args or {})

@@ -33,8 +33,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(name, short, tmp_path, 
         assert {key for key, share in moved.items() if share} == {key for key in moved if "down_proj" in key}
         channels = [(after[key] != before[key]).any(0) for key in moved if "down_proj" in key]
         assert abs(float(torch.stack(channels).float().mean()) - 0.25) < 0.05
+        assert told["trainable_parameters"] == 64 * sum(int(own.sum()) for own in channels), "columns, not matrices"
     elif name == "sara":
         assert 0.05 < sum(moved.values()) / len(moved) < 0.2
+        matrices = [key for key in moved if before[key].dim() == 2]
+        assert told["trainable_parameters"] == round(0.125 * sum(before[key].numel() for key in matrices))
     else:
         assert any(share == 0 for share in moved.values())
         assert any(share > 0.5 for share in moved.values())
