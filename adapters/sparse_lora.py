@@ -1,4 +1,4 @@
-"""SparseLoRA: in training with LoRA, an MLP computes only the channels that matter for its batch.  Khaki et al. 2025,
+"""SparseLoRA: in training with LoRA only the channels that matter for a batch are computed.  Khaki et al. 2025,
 arXiv:2506.16500.
 
     y = down(act(gate x) * (up x))                      f channels between;  each of the three a frozen W and a LoRA
@@ -8,56 +8,57 @@ arXiv:2506.16500.
               those tokens: rows S of gate and up, columns S of down; of their LoRA, rows of B and columns of A
               tokens with labels: all channels
     from ``start_step`` on, the paper's 5 percent of the steps;  in evaluation, and merged, it is LoRA
+    attention likewise, by another score: ``sparse_attention``
 
-Departures: attention stays dense, where the authors also skip channels of q, k, v and o; their scores of grouped
-queries take channels across heads, and tear rotary pairs. Tokens are told apart one by one, not by a batch's shortest
-prompt.
+Departures: channels of q and k are kept in the pairs that are rotated together, and for all heads of a group of grouped
+queries, where the authors' take channels across heads and tear pairs. Tokens are told apart one by one, not by the
+shortest prompt of a batch.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from ..validation import number, require, whole
-from .factors import svd_factors
+from .sparse_attention import PROJECTIONS, SparseAttention
+from .sparse_sides import Prediction, Side, check_side, merged
 
 SIDES = ("gate_proj", "up_proj", "down_proj")
 
 
 class SparseLora:
-    """Makes the gated MLPs of a model with LoRA compute some of their channels in training.
+    """Makes the gated MLPs and the attentions of a model with LoRA compute some of their channels in training.
 
     Args:
-        model: with LoRA of peft, on all three matrices of each MLP or on some.
-        sparsity: rho, the share of the channels that is left out; or one for some of the MLPs, by the ends of their
-            names, as ``{"layers.3.mlp": 0.9}``, the others being dense.
+        model: with LoRA of peft, on all of the matrices or on some.
+        sparsity: rho, the share of an MLP's channels that is left out; or one for some of the MLPs, by the ends of
+            their names, as ``{"layers.3.mlp": 0.9}``, the others being dense.
+        attention: likewise of the channels of q, k, v and o, as ``{"layers.3.self_attn": 0.75}``.
         rank: of what predicts which channels matter.
         start_step, end_step: steps of the optimizer from which and to which it does; None for no end.
 
     Attributes:
         steps: of the optimizer so far.
-        kept: channels that were computed in the last pass, by the names of the MLPs.
+        kept: channels that were computed in the last pass, by the names of the MLPs and of the attentions' matrices.
 
     Raises:
-        ValueError: for a value out of range, a model without gated MLPs, one whose MLPs have biases, or a name that no
-            MLP has.
+        ValueError: for a value out of range, a model without such parts or with other adapters than plain LoRA on them,
+            an attention that norms heads or does not rotate all of their channels, or a name that no part has.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
         >>> from gracile.adapters import SparseLora
         >>> from gracile.models import build_llama
         >>> model = get_peft_model(build_llama("2m"), LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"]))
-        >>> sparse = SparseLora(model, sparsity=0.5)
+        >>> sparse = SparseLora(model, sparsity=0.5, attention=0.25)
         >>> sparse.remove()  # LoRA again
     """
 
@@ -66,6 +67,7 @@ class SparseLora:
         model: nn.Module,
         sparsity: float | Mapping[str, float],
         *,
+        attention: float | Mapping[str, float] = 0.0,
         rank: int = 8,
         start_step: int = 0,
         end_step: int | None = None,
@@ -76,10 +78,17 @@ class SparseLora:
         self.start_step, self.end_step, self.steps = start_step, end_step, 0
         self.kept: dict[str, Tensor] = {}
         self._with_labels: Tensor | None = None
-        held = {name: module for name, module in model.named_modules() if all(hasattr(module, side) for side in SIDES)}
-        require(bool(held), "model must have MLPs with gate_proj, up_proj and down_proj", type(model).__name__)
-        shares = _shares(held, sparsity)
-        self._mlps = [_MLP(self, name, held[name], share, rank) for name, share in shares.items() if share]
+        mlps = _shares(model, SIDES, "sparsity", sparsity, "MLPs")
+        attentions = _shares(model, PROJECTIONS, "attention", attention, "attentions")
+        kinds: list[tuple[Any, dict[str, float]]] = [(_MLP, mlps), (SparseAttention, attentions)]
+        self._parts = [
+            kind(self, name, model.get_submodule(name), share, rank)
+            for kind, shares in kinds
+            for name, share in shares.items()
+            if share
+        ]
+        for part in self._parts:
+            part.attach()
         self._hook = model.register_forward_pre_hook(self._note_labels, with_kwargs=True)
         self._trained = {id(p) for p in model.parameters() if p.requires_grad}
         _held.add(self)
@@ -91,9 +100,9 @@ class SparseLora:
     def remove(self) -> None:
         """LoRA again."""
         self._hook.remove()
-        for mlp in self._mlps:
-            del mlp.module.forward
-        self._mlps.clear()
+        for part in self._parts:
+            part.remove()
+        self._parts.clear()
         _held.discard(self)
 
     def without_labels(self, x: Tensor) -> Tensor:
@@ -108,49 +117,27 @@ class SparseLora:
         self._with_labels = None if labels is None else labels != -100
 
 
-def _shares(held: Mapping[str, nn.Module], sparsity: float | Mapping[str, float]) -> dict[str, float]:
+def _shares(
+    model: nn.Module, sides: tuple[str, ...], key: str, given: float | Mapping[str, float], kind: str
+) -> dict[str, float]:
+    """The share of each module that has all ``sides``, by its name."""
     within = number("in [0, 1)")
-    if not isinstance(sparsity, Mapping):
-        within("sparsity", sparsity)
-        return dict.fromkeys(held, sparsity)
+    if not isinstance(given, Mapping):
+        within(key, given)
+        if not given:
+            return {}
+    held = [name for name, module in model.named_modules() if all(hasattr(module, side) for side in sides)]
+    named_sides = f"{', '.join(sides[:-1])} and {sides[-1]}"
+    require(bool(held), f"model must have {kind} with {named_sides}", type(model).__name__)
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(held, given)
     found: dict[str, float] = {}
-    for end, share in sparsity.items():
-        within(f"sparsity of {end}", share)
+    for end, share in given.items():
+        within(f"{key} of {end}", share)
         named = [name for name in held if name == end or name.endswith(f".{end}")]
-        require(bool(named), "sparsity must name MLPs of the model", end)
+        require(bool(named), f"{key} must name {kind} of the model", end)
         found |= dict.fromkeys(named, share)
     return found
-
-
-@dataclass
-class _Side:
-    """One matrix of an MLP: its weight and the factors of its LoRA, each with its scale."""
-
-    weight: Tensor
-    loras: list[tuple[Tensor, Tensor, float, nn.Module]]
-
-    @classmethod
-    def of(cls, module: Any) -> _Side:
-        base: Any = module.get_base_layer() if isinstance(module, LoraLinear) else module
-        active = [] if not isinstance(module, LoraLinear) or module.disable_adapters else module.active_adapters
-        loras = [
-            (module.lora_A[a].weight, module.lora_B[a].weight, module.scaling[a], module.lora_dropout[a])
-            for a in active
-            if a in module.lora_A
-        ]
-        return cls(base.weight, loras)
-
-    def rows(self, x: Tensor, S: Tensor) -> Tensor:
-        y = F.linear(x, self.weight[S])
-        for A, B, scale, dropout in self.loras:
-            y = y + scale * F.linear(F.linear(dropout(x).to(A.dtype), A), B[S]).to(y.dtype)
-        return y
-
-    def columns(self, x: Tensor, S: Tensor) -> Tensor:
-        y = F.linear(x, self.weight[:, S])
-        for A, B, scale, dropout in self.loras:
-            y = y + scale * F.linear(F.linear(dropout(x).to(A.dtype), A[:, S]), B).to(y.dtype)
-        return y
 
 
 class _MLP:
@@ -158,16 +145,18 @@ class _MLP:
 
     def __init__(self, owner: SparseLora, name: str, module: nn.Module, share: float, rank: int) -> None:
         self.owner, self.name, self.module = owner, name, module
-        bases: list[Any] = [getattr(getattr(module, side), "base_layer", getattr(module, side)) for side in SIDES]
-        if any(getattr(base, "bias", None) is not None for base in bases):
-            raise ValueError(f"model must have MLPs without biases, and {name} has some")
-        if any(not base.weight.is_floating_point() for base in bases):
-            raise ValueError(f"model must not be quantized, for rows of {name} are taken out of its weights")
-        self.channels = len(bases[0].weight)
-        self.count = max(1, round((1 - share) * self.channels))
-        self.predictors = [_predictor(base.weight, min(rank, *base.weight.shape)) for base in bases[:2]]
+        sides: list[Any] = [getattr(module, side) for side in SIDES]
+        for side, held in zip(SIDES, sides, strict=True):
+            check_side(held, f"{name}.{side}")
+        self.count = max(1, round((1 - share) * int(sides[0].out_features)))
+        self.predictions = [Prediction(held, rank) for held in sides[:2]]
         self._dense: Callable[[Tensor], Tensor] = module.forward
-        module.forward = self.forward
+
+    def attach(self) -> None:
+        self.module.forward = self.forward
+
+    def remove(self) -> None:
+        del self.module.forward
 
     @property
     def act(self) -> Callable[[Tensor], Tensor]:
@@ -182,24 +171,16 @@ class _MLP:
         if not len(tokens):
             return self._dense(x)
         S = self.owner.kept[self.name] = self.choose(tokens)
-        gate, up, down = (_Side.of(getattr(self.module, side)) for side in SIDES)
+        gate, up, down = (Side.of(getattr(self.module, side)) for side in SIDES)
         some = down.columns(self.act(gate.rows(tokens, S)) * up.rows(tokens, S), S)
-        if len(tokens) == sparse.numel():
-            return some.view_as(x)
-        y = x.new_empty(x.shape).to(some.dtype)
-        return y.masked_scatter(~sparse[..., None], self._dense(x[~sparse])).masked_scatter(sparse[..., None], some)
+        return merged(x, sparse, some, self._dense)
 
     @torch.no_grad()
     def choose(self, tokens: Tensor) -> Tensor:
         """S, ascending."""
-        gate, up = (F.linear(F.linear(tokens.float(), right), left) for left, right in self.predictors)
+        gate, up = (predicted(tokens) for predicted in self.predictions)
         scores = (self.act(gate) * up).norm(dim=0)
         return scores.topk(self.count).indices.sort().values
-
-
-def _predictor(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    U, S, V = svd_factors(weight, rank)
-    return U * S.sqrt(), S.sqrt()[:, None] * V
 
 
 class SparseLoraCallback(TrainerCallback):

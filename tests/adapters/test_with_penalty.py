@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from adapted import attached, ids, llama
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
@@ -271,9 +271,9 @@ def test_a_pass_without_labels_has_no_part_in_the_terms_of_tokens():
 
 
 def test_a_compiled_step_beside_a_model_with_adapters():
-    model = moved("sorsa")
-    sparse = adapters.SparseLora(model, 0.5)
-    held = [p for p in model.parameters() if p.requires_grad]
+    model, other = moved("sorsa"), get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    sparse = adapters.SparseLora(other, 0.5)
+    held = [p for one in (model, other) for p in one.parameters() if p.requires_grad]
     before = held[0].detach().clone()
     optimizer = torch.optim.AdamW(held, lr=0.1)
     model(input_ids=ids(), labels=ids()).loss.backward()
