@@ -53,7 +53,9 @@ def bare(base, tmp_path):
 # ---- planned is measured --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.thorough if name.startswith("hft") else ()) for name in WAYS]
+)
 def test_the_plan_is_what_is_measured(name, short, capsys):
     found = told(profile, capsys, short(**WAYS[name]), "--steps", "1")
     planned, measured = found["planned"], found["measured"]
@@ -102,8 +104,8 @@ def test_a_config_json_is_enough(bare, tmp_path, capsys):
     assert found["parameters"] == parameters
     adamw, galore = found["optimizers"]["adamw"], found["optimizers"]["galore_adamw"]
     assert adamw["held"]["moments"] > galore["held"]["moments"]
-    budget = told(memory, capsys, *saved, "--seq_len", "32", "--budget", "4MiB")["optimizers"]["adamw"]
-    assert budget["largest_micro_batch"]["checkpointed"] > budget["largest_micro_batch"]["plain"] > 4
+    budget = told(memory, capsys, *saved, "--seq_len", "32", "--budget", "2MiB")["optimizers"]["adamw"]
+    assert budget["largest_micro_batch"]["checkpointed"] > budget["largest_micro_batch"]["plain"] > 1
 
 
 def test_a_large_model_is_planned_and_split(tmp_path, capsys):
