@@ -1,7 +1,11 @@
 """Adapters split over processes. ``split_adapters.py`` runs there."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+TERMS = str(Path(__file__).with_name("terms_in_trainer.py"))
 FEW = [
     ("sorsa", "fsdp2"), ("pst", "zero2"), ("loraxs", "zero3"), ("balora", "ddp"), ("masktuning, gated", "ddp"),
     ("sorsa, own loss", "fsdp2"), ("balora, own loss", "zero2"),
@@ -46,3 +50,12 @@ def test_an_adapter_split_over_two_processes_is_that_of_one(pool):
 def test_so_is_every_one_in_every_layout(pool):
     cells = [*ALL, *OWN]
     check(cells, pool.call(2, "split_adapters:measure", cells, timeout=900))
+
+
+@pytest.mark.parametrize("engine", [[], pytest.param(["zero2"], marks=pytest.mark.thorough)], ids=["DDP", "ZeRO 2"])
+def test_terms_are_in_a_trainers_loss_once_a_step(engine, pool, tmp_path):
+    done = pool.run(2, TERMS, str(tmp_path / "told.json"), *engine)
+    assert done.returncode == 0, done.stdout[-3000:]
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert len(told) == 6
+    assert max(told.values()) < 1e-4, told
