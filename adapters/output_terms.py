@@ -18,15 +18,15 @@ def rows_of(logits: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def token_consistency(logits: Tensor, base: Tensor) -> Tensor:
-    """KL(p0 || p), the mean over tokens; ``logits`` and ``base`` tokens x vocabulary."""
+    """KL(p0 || p), the mean over tokens, 0 of none; ``logits`` and ``base`` tokens x vocabulary."""
     p, p0 = logits.log_softmax(-1), base.log_softmax(-1)
-    return torch.nn.functional.kl_div(p, p0, reduction="batchmean", log_target=True)
+    return torch.nn.functional.kl_div(p, p0, reduction="sum", log_target=True) / torch.sym_max(len(p), 1)
 
 
 def token_entropy(logits: Tensor) -> Tensor:
-    """H(p), the mean over tokens."""
+    """H(p), the mean over tokens, 0 of none."""
     logs = logits.log_softmax(-1)
-    return -(logs.exp() * logs).sum(-1).mean()
+    return -(logs.exp() * logs).sum() / torch.sym_max(len(logs), 1)
 
 
 def class_consistency(logits: Tensor, base: Tensor) -> Tensor:

@@ -86,8 +86,7 @@ class MaskTuningConfig(AdapterConfig):
 
     def distance_of_outputs(self, logits: Tensor, base: Tensor | None, labels: Tensor | None) -> Tensor | None:
         assert base is not None
-        rows = rows_of(logits, labels)
-        return token_consistency(rows, rows_of(base, labels)) if len(rows) else rows.sum()
+        return token_consistency(rows_of(logits, labels), rows_of(base, labels))
 
 
 @register(AdapterType.MASKTUNING, MaskTuningConfig)
