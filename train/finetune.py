@@ -284,7 +284,9 @@ def _announce(config: FinetuneConfig, data: TuningData, parameters: int, trained
         print(note)
     if data.classes and config.data.format == LABEL:
         print(f"classes: {', '.join(data.classes)}")
-    if config.left_out:
+    if "optimizer" in config.left_out:
+        print(f"{optimizer} trains it, without {', '.join(config.left_out)} of the recipe")
+    elif config.left_out:
         print(f"{optimizer} has its own {', '.join(config.left_out)}, not those of the recipe")
     idle = unused_keys(config, ("target_modules",) if config.has_adapter else ())
     if idle:

@@ -29,6 +29,8 @@ METHOD_KEYS = (
     "scale", "update_proj_gap", "proj_type", "subspace_method", "update_every", "drop_fraction", "t_end", "art_every",
     "optimizer_args", "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
+# Keys that choose what of a model is trained: AdamW trains it, where nothing else is said.
+PARTS = ("adapter", "adapter_from", "selection")
 # Keys of the Trainer that would be without effect here, and ours in their place.
 NOT_READ = {
     "optim": "optimizer, as in --optimizer galore_adamw",
@@ -237,8 +239,11 @@ def _by_newer_names(settings: dict[str, Any], kind: type[AnySettings]) -> dict[s
 
 
 def _of_another_optimizer(settings: dict[str, Any], argv: Sequence[str]) -> list[str]:
-    """The keys of a recipe that are its optimizer's own, where the command line names another one: that one's defaults
-    hold then."""
+    """The keys of a recipe that are its optimizer's own, where the command line names another one, whose defaults hold
+    then; or chooses a part of the model to train, where the recipe's optimizer is for all of it."""
+    given = keys_on_line(argv)
+    if "optimizer" not in given and any(key in PARTS and key not in settings for key in given):
+        return [key for key in ("optimizer", "rank", *METHOD_KEYS) if key in settings and key not in given]
     named = OneLineParser(add_help=False, allow_abbrev=False)
     named.add_argument("--optimizer")
     chosen = named.parse_known_args(list(argv))[0].optimizer

@@ -13,8 +13,9 @@ from gracile.train.config.arguments import (
     OptimizerArguments,
     RunArguments,
 )
+from gracile.train.config.finetune_arguments import FinetuneConfig
 from gracile.train.config.help_text import COMMON, HERE, usage
-from gracile.train.config.parser import NOT_READ, load_config
+from gracile.train.config.parser import NOT_READ, load_config, load_settings
 from gracile.train.errors import BadInput
 
 FILES = (p.name for p in resources.files("gracile.configs").iterdir() if p.name.endswith(".yaml"))
@@ -77,6 +78,16 @@ def test_another_optimizer_than_a_recipes_has_its_own_defaults(tmp_path, capsys)
     own = tmp_path / "own.yaml"
     own.write_text("model: 2m\noptimizer: galore_adamw\nscale: 0.25\nrank: 8\n")
     assert load_config([str(own), "--optimizer", "apollo_adamw", *out]).optimizer.scale == 0.25
+
+
+@pytest.mark.parametrize("part", [["--adapter", "lora"], ["--adapter_from=saved"], ["--selection", "s2ft"]])
+def test_a_part_of_a_model_is_trained_without_a_recipes_optimizer_for_all_of_it(part):
+    config = load_settings(FinetuneConfig, ["finetune_quickstart", *part])
+    assert (config.optimizer.optimizer, config.optimizer.rank) == ("adamw", 128)  # which has no effect
+    assert set(config.left_out) == {"optimizer", "rank", "update_proj_gap", "scale"}
+    chosen = load_settings(FinetuneConfig, ["finetune_quickstart", *part, "--optimizer", "galore_adamw"])
+    assert (chosen.optimizer.optimizer, chosen.optimizer.rank, chosen.left_out) == ("galore_adamw", 32, ())
+    assert load_settings(FinetuneConfig, ["finetune_quickstart"]).optimizer.rank == 32
 
 
 def test_betas_and_eps_that_are_not_given_are_the_optimizers_own(tmp_path):
