@@ -90,7 +90,18 @@ def check_adapter(config: FinetuneConfig) -> None:
         if key not in known:
             raise BadInput(f"adapter_args: {chosen.adapter} takes no {key!r}; {nearest(key, known - set(SAID_BY))}")
         _check_within(kind, key, given[key])
+    _check_engine(config, given)
     _check_beginning(config, kind, given)
+
+
+def _check_engine(config: FinetuneConfig, given: dict[str, Any]) -> None:
+    """Refuse what must see whole factors in the optimizer's step, where an engine has split them."""
+    if config.model.adapter == "allora" and config.run.deepspeed:
+        raise BadInput(
+            "adapter allora scales rows in the optimizer's step, and DeepSpeed steps flat copies; use FSDP2 or DDP"
+        )
+    if given.get("gradient_dropout") and (config.run.deepspeed or config.run.fsdp):
+        raise BadInput("adapter_args: gradient_dropout gates whole gradients, which DeepSpeed and FSDP split; use DDP")
 
 
 def _check_beginning(config: FinetuneConfig, kind: type[Any], given: dict[str, Any]) -> None:
@@ -100,8 +111,6 @@ def _check_beginning(config: FinetuneConfig, kind: type[Any], given: dict[str, A
             f"adapter_args: save_projection: false leaves out what {config.model.adapter} finds in gradients, without "
             "which its adapter does not load; leave it out"
         )
-    if given.get("gradient_dropout") and (config.run.deepspeed or config.run.fsdp):
-        raise BadInput("adapter_args: gradient_dropout gates whole gradients, which DeepSpeed and FSDP split; use DDP")
     beginning = given.get("init_lora_weights")
     if beginning not in OFF_THE_BASE:
         return

@@ -55,6 +55,7 @@ def test_what_is_calibrated_on(refused):
     said = refused(adapter="masktuning", adapter_args={"gradient_dropout": 2})
     assert "gradient_dropout must be a number in [0, 1], got 2" in said
     keys = {"adapter": "masktuning", "adapter_args": {"gradient_dropout": 1.0}}
+    assert "use FSDP2 or DDP" in refused(adapter="allora", deepspeed=str(CONFIGS / "zero2.json"))
     said = refused(**keys, deepspeed=str(CONFIGS / "zero2.json"))
     assert "gradient_dropout gates whole gradients, which DeepSpeed and FSDP split; use DDP" in said
 
