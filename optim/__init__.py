@@ -18,6 +18,7 @@ from .low_rank.ldadam import LDAdamW
 from .low_rank.q_galore import GaLoreAdamW8bit
 from .memory import state_bytes
 from .published_file import read_published
+from .released import release_gradients
 from .scale import SCALE
 from .schedules import JaggedCosineLR
 from .sparse.blast import BlockSparseAdamW
@@ -60,6 +61,7 @@ __all__ = [
     "load_full_state",
     "param_groups",
     "read_published",
+    "release_gradients",
     "state_bytes",
 ]
 

@@ -5,10 +5,14 @@ phases over what this process holds of each parameter.
     for some of these:      one at a time, all at once, or as many as are solved on different processes
         find                a new subspace or mask, where one is due
         update              each parameter moved: a direction from the gradient, written by the shard
+    after_each              what a moved parameter's gradient is still needed for
     after_step              what is done to several parameters together when all have moved
 
+Some may have moved before, each in the backward pass that made its gradient (``move_early``): the last phase is of all.
+
 A method says what it is by the public verbs of ``ShardedOptimizer``, and overrides nothing else: ``check_group`` and
-``check_shape``, ``state_specs`` and ``initialize``, ``find``, ``direction`` or ``update``, ``after_step``.
+``check_shape``, ``state_specs`` and ``initialize``, ``find``, ``direction`` or ``update``, ``after_each`` and
+``after_step``.
 """
 
 from __future__ import annotations
@@ -64,7 +68,7 @@ from .keywords import ACCEPTED, Accepted, check_keys, check_keywords, keyword_na
 from .rounding import widened, widened_weights
 from .rules import Rule, plain
 from .rules_8bit import is_for_codes, is_moved_in_place
-from .types import Group, ParamGroup, ParamStep, State
+from .types import Group, OpenStep, ParamGroup, ParamStep, State
 
 # Phases of a step, by the names that a listener gets.
 FIND, UPDATE, AFTER = "find", "update", "after"
@@ -113,6 +117,7 @@ class ShardedOptimizer(CapturableStep):
     phase_listener: PhaseListener | None = None
     _compiler: Any = None  # torch's callback, of a step that is compiled
     _is_unused = False  # whether the state is one that a blank step made, and nothing was loaded or trained since
+    _opened: OpenStep | None = None  # a step in which parameters have moved early
     _elsewhere: Sequence[State] = ()  # of parameters whose experts are all moved by other processes, in this step
     _wrapped_states: dict[Tensor, dict[str, Tensor]] | None = None  # in use since the last step, under a wrapper
 
@@ -192,8 +197,12 @@ class ShardedOptimizer(CapturableStep):
         """``update`` of parameters that are alike in group, clock and dtypes."""
         raise NotImplementedError
 
+    def after_each(self, work: list[ParamStep]) -> None:
+        """What is done to parameters that have moved, while their gradients are there. Collective."""
+
     def after_step(self, work: list[ParamStep]) -> None:
-        """What is done to several parameters together, when every one has moved. Collective."""
+        """What is done to several parameters together, when every one has moved; their gradients may be gone.
+        Collective."""
 
     # ---- groups -----------------------------------------------------------------------------------------------------
 
@@ -278,16 +287,24 @@ class ShardedOptimizer(CapturableStep):
             first = not self.state
             if first:
                 self._warn_without_matrices()
+            opened, self._opened = self._opened, None
+            moved = [] if opened is None else [item for items in opened.moved.values() for item in items]
             work = self._collect()
             self.check_captured(work)
             self._is_unused = first and self._is_blank(work)
             if not self._is_unused:
-                self.advance(work)
+                self.advance(work, moved)
             self.note_counts()
         return loss
 
-    def advance(self, work: list[ParamStep]) -> None:
-        """The phases of a step, for parameters that have state and a gradient. Collective."""
+    def advance(self, work: list[ParamStep], moved: Sequence[ParamStep] = ()) -> None:
+        """The phases of a step, for parameters that have state and a gradient, and the last for those too that have
+        ``moved`` in it. Collective."""
+        self._move(work)
+        with self.phase(AFTER):
+            self.after_step(sorted([*moved, *work], key=lambda item: item.shard.position) if moved else work)
+
+    def _move(self, work: list[ParamStep]) -> None:
         count_on_device(work)
         for portion in self.portions(work):
             self.find(portion)
@@ -299,7 +316,48 @@ class ShardedOptimizer(CapturableStep):
         for state in self._elsewhere:
             state["step"] += 1
         with self.phase(AFTER):
-            self.after_step(work)
+            self.after_each(work)
+
+    @torch.no_grad()
+    def move_early(self, parameter: Tensor) -> None:
+        """Move one parameter whose gradient is there, in the backward pass that made it: to the bit as ``step`` would,
+        which ends the step for all. Its gradient is not needed afterwards. Collective, where it is split."""
+        with torch.autocast(parameter.device.type, enabled=False):
+            if self._opened is None:
+                self._opened = self._open_step()
+            opened = self._opened
+            self._elsewhere = []
+            work = self._work_of(parameter, *opened.groups[parameter], opened.workspace)
+            complete_gradients([item.shard for item in work if isinstance(item.shard, MatrixShard)])
+            self._move(work)
+            for item in work:
+                item.shard.let_gradient_go()
+            opened.moved[parameter] = work
+
+    def has_moved_early(self, parameter: Tensor) -> bool:
+        """Whether a parameter has moved in a step that is not at its end."""
+        return self._opened is not None and parameter in self._opened.moved
+
+    def _open_step(self) -> OpenStep:
+        """A step that begins with parameters that move early. State is born for all, as what is found from several
+        together wants it."""
+        if not self.state:
+            self._warn_without_matrices()
+        self._take_over_states()
+        opened = OpenStep(Workspace(), {}, {})
+        for group in self.param_groups:
+            numbers = {**self.later_keys, **numbers_of_group(group)}
+            for p in group["params"]:
+                opened.groups[p] = group, numbers
+                if p not in self.state or self._is_unused:
+                    self._born(p, group, opened.workspace)
+        self._is_unused = False
+        return opened
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; a step of which parameters have moved in a backward pass that failed is over."""
+        self._opened = None
+        super().zero_grad(set_to_none)
 
     def _update_batch(self, found: Batch) -> None:
         batch = Batch([item.with_numbers() for item in found.items], found.way)
@@ -461,33 +519,47 @@ class ShardedOptimizer(CapturableStep):
     def _collect(self) -> list[ParamStep]:
         """State for every trainable parameter, work for those with a gradient."""
         self._take_over_states()
-        work, alone, workspace = [], [], Workspace()
+        work: list[ParamStep] = []
+        alone: list[ParamStep] = []
+        workspace = Workspace()
         self._elsewhere = []
         self.look_at_counters()
         for group in self.param_groups:
             numbers = {**self.later_keys, **numbers_of_group(group)}
             for p in group["params"]:
-                if not p.requires_grad and p.grad is None:
-                    continue
-                if p.grad is not None and p.grad.is_sparse:
-                    raise RuntimeError(f"{type(self).__name__} needs dense gradients; build nn.Embedding(sparse=False)")
-                for _, shard, state in self.shards_of(p, group, workspace):
-                    shard.maximize = group["maximize"]
-                    if "step" not in state or (self._is_unused and steps_of(state) == 0):
-                        state.update(self._new_state(shard, group))
-                    state, counter = self.with_host_clock(p, shard, numbers, state)
-                    if p.grad is None or 0 in shard.shape:
-                        continue
-                    parts = self.matrices_of(shard, numbers, state)
-                    items = [ParamStep(part, numbers, its, counter=counter) for part, its in parts]
-                    work += [item for item in items if not item.shard.alone]
-                    alone += [item for item in items if item.shard.alone]
-                    if not parts:
-                        self._elsewhere.append(state)
+                for item in self._work_of(p, group, numbers, workspace):
+                    (alone if item.shard.alone else work).append(item)
         if self._wrapped_states is not None:
             self._wrapped_states = dict(self.state)
         complete_gradients([item.shard for item in work if isinstance(item.shard, MatrixShard)])
         return work + alone  # in the end, for processes have different ones
+
+    def _work_of(self, p: Tensor, group: Group, numbers: Group, workspace: Workspace) -> list[ParamStep]:
+        """State for a parameter, if it is trained, and work if it has a gradient."""
+        if p.grad is not None and p.grad.is_sparse:
+            raise RuntimeError(f"{type(self).__name__} needs dense gradients; build nn.Embedding(sparse=False)")
+        work = []
+        for shard, held in self._born(p, group, workspace):
+            state, counter = self.with_host_clock(p, shard, numbers, held)
+            if p.grad is None or 0 in shard.shape:
+                continue
+            parts = self.matrices_of(shard, numbers, state)
+            work += [ParamStep(part, numbers, its, counter=counter) for part, its in parts]
+            if not parts:
+                self._elsewhere = [*self._elsewhere, state]
+        return work
+
+    def _born(self, p: Tensor, group: Group, workspace: Workspace) -> list[tuple[FullShard, State]]:
+        """What this process holds of a trained parameter, with state, new where there is none."""
+        if not p.requires_grad and p.grad is None:
+            return []
+        found = []
+        for _, shard, state in self.shards_of(p, group, workspace):
+            shard.maximize = group["maximize"]
+            if "step" not in state or (self._is_unused and steps_of(state) == 0):
+                state.update(self._new_state(shard, group))
+            found.append((shard, state))
+        return found
 
     def _take_over_states(self) -> None:
         """ZeroRedundancyOptimizer puts saved states in the place of ours, where others call ``load_state_dict``."""
@@ -515,7 +587,7 @@ class ShardedOptimizer(CapturableStep):
 
     def forget(self) -> None:
         super().forget()
-        self._is_unused = False
+        self._is_unused, self._opened = False, None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also reached by unpickling: groups pickled before a key existed get its default."""

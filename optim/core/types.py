@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..distributed import FullMatrix, FullShard
+from ..distributed import FullMatrix, FullShard, Workspace
 
 Group = dict[str, Any]
 State = MutableMapping[str, Tensor]
@@ -102,3 +102,12 @@ class ParamStep:
         grad = self.shard.gather_grad() if self._grad is None else self._grad
         self._grad = None
         return grad
+
+
+@dataclass
+class OpenStep:
+    """A step of which some parameters have moved, and that is not at its end."""
+
+    workspace: Workspace
+    groups: dict[Tensor, tuple[Group, Group]]  # of each parameter: its own, and with its numbers as a step reads them
+    moved: dict[Tensor, list[ParamStep]]

@@ -49,6 +49,9 @@ class Expert(FullMatrix):
     def held_gradient(self) -> Tensor | None:
         return self._gradient
 
+    def let_gradient_go(self) -> None:
+        self._gradient = None
+
     @property
     def processes(self) -> ProcessGroup:
         return ProcessGroup.alone() if self.alone else super().processes
@@ -82,6 +85,9 @@ class Experts(FullShard):
     @property
     def held_gradient(self) -> Tensor | None:
         return super().held_gradient if self._given is None else self._given
+
+    def let_gradient_go(self) -> None:
+        self._given = None
 
     @property
     def first_element(self) -> int:

@@ -30,6 +30,9 @@ class FlatShard(FullShard):
     def held_gradient(self) -> Tensor:
         return self._gradient
 
+    def let_gradient_go(self) -> None:
+        del self._gradient
+
     @property
     def first_element(self) -> int:
         return self.held.start

@@ -109,6 +109,9 @@ class FullShard:
         """``gradient`` as autograd left it."""
         return (self.parameter if self._narrow is None else self._narrow).grad
 
+    def let_gradient_go(self) -> None:
+        """Hold the gradient no longer, when its parameter has moved."""
+
     def gather_grad(self) -> Tensor:
         """The gradient as the rule or the method wants it: of a matrix, its lines. Collective; once a step."""
         return self.gradient

@@ -60,6 +60,10 @@ class MatrixShard(FullMatrix):
     def held_gradient(self) -> Tensor:
         return self._gradient
 
+    def let_gradient_go(self) -> None:
+        del self._gradient
+        self.completed = None
+
     @property
     def first_element(self) -> int:
         return self.held.start

@@ -98,6 +98,7 @@ class HyperSparseAdamW(MovedInLots):
         "warmup_steps": whole(0),
         "prune_at": whole(1, optional=True),
     }
+    _measured: Mapping[int, int] = {}  # of each group the step that its sums were last taken for
 
     def __init__(
         self,
@@ -129,13 +130,21 @@ class HyperSparseAdamW(MovedInLots):
             return specs
         return [*specs, StateSpec("sharpness", ()), StateSpec("quotient", ()), StateSpec("pruned", (), on_host=True)]
 
+    def forget(self) -> None:
+        super().forget()
+        self._measured = {}
+
     # ---- a step -------------------------------------------------------------------------------------------------
 
     def find(self, work: list[ParamStep]) -> None:
-        """s and the quotient of the sums, for groups that are due."""
+        """s and the quotient of the sums, for groups that are due: once, before the first of their weights moves."""
         for group in self._squeezed(work):
             after = self._steps(work, group) - group["warmup_steps"]
+            number = group["group_number"]
             if after >= 0 and every(group["quantile_every"], after) and not self.is_pruned(group):
+                if self._measured.get(number) == after:
+                    continue
+                self._measured = {**self._measured, number: after}
                 with self.phase(FIND):
                     self._measure(group)
 

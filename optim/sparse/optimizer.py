@@ -307,7 +307,7 @@ class SparseOptimizer(ShardedOptimizer):
             if self.is_for_matrices(item.group):
                 yield Masked(item.shard, self.settings(item.group), item.state)
 
-    def after_step(self, work: list[ParamStep]) -> None:
+    def after_each(self, work: list[ParamStep]) -> None:
         """Masks change, of all matrices together that are due; or are chosen anew, with state as at first."""
         due = [
             item

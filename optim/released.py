@@ -1,0 +1,201 @@
+"""Gradients that are freed in the backward pass which makes them, so that never more than one of them is there.
+
+    released = release_gradients(model, optimizer, keep="nothing")
+    loss.backward()      # each parameter moves when its gradient is there, and the gradient is freed
+    optimizer.step()     # what concerns several parameters together; the end of the step
+    optimizer.zero_grad()
+
+A hook of each parameter, which autograd calls when the gradient is complete and the layer's own input gradient was
+taken, asks the one optimizer to move this parameter: to the bit what ``step()`` does to it on a CPU. (An optimizer for
+each parameter, as published code has it, counts positions and budgets anew in each, and is another method.) In the
+place of each freed gradient lies a ``FreedGradient``, of no memory, which refuses whatever would read it: global
+clipping, GradScaler and a second backward pass in a step would without it work on nothing, and say nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from ..validation import one_of
+from .core.optimizer import ShardedOptimizer
+from .distributed import UnsupportedLayout, is_dtensor
+
+NOTHING = "nothing"
+KEEPS = (NOTHING,)
+VIEWS = (torch.ops.aten.detach.default, torch.ops.aten.view.default, torch.ops.aten.slice.Tensor)  # which read nothing
+READ = (
+    "a gradient was freed in the backward pass, when its parameter had moved, and {what} wants it: clipping by a "
+    "global norm, GradScaler and accumulation need all gradients; do without them (max_grad_norm=0, bf16 without a "
+    "scaler, one pass a step), or call remove() of what release_gradients returned"
+)
+TWICE = (
+    "the gradient of a parameter of shape {shape} came again before optimizer.step(), and the parameter has moved: "
+    "several passes a step need gradients that are kept; so does a layer in two reentrant checkpoints "
+    "(use_reentrant=False); after a pass that failed call optimizer.zero_grad()"
+)
+
+
+class FreedGradient(Tensor):
+    """Looks like the gradient that was there, holds no memory, and raises where it is read or added to."""
+
+    @staticmethod
+    def __new__(cls, like: Tensor, shape: Sequence[int] | None = None) -> FreedGradient:
+        made: FreedGradient = Tensor._make_wrapper_subclass(
+            cls, like.shape if shape is None else shape, dtype=like.dtype, device=like.device
+        )
+        return made
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"FreedGradient({tuple(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in VIEWS:
+            seen = func(torch.empty(args[0].shape, device="meta"), *args[1:], **(kwargs or {}))
+            return FreedGradient(args[0], seen.shape)
+        raise RuntimeError(READ.format(what=f"torch's {func._schema.name.removeprefix('aten::')}"))
+
+
+def _freed(p: Tensor) -> Tensor:
+    """What lies in the place of a parameter's gradient."""
+    if not is_dtensor(p):
+        return FreedGradient(p)
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(p, DTensor)
+    local = FreedGradient(p.to_local())
+    return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def is_freed(grad: Tensor | None) -> bool:
+    return isinstance(grad, FreedGradient) or isinstance(getattr(grad, "_local_tensor", None), FreedGradient)
+
+
+class ReleasedGradients:
+    """The hooks of a model and its optimizer; ``remove`` takes them away."""
+
+    def __init__(self, optimizer: ShardedOptimizer) -> None:
+        self.optimizer = optimizer
+        self.handles: list[RemovableHandle] = []
+        self.hooked: set[Tensor] = set()
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    self.hooked.add(p)
+                    self.handles.append(p.register_post_accumulate_grad_hook(self._move))
+        self.handles.append(optimizer.register_step_pre_hook(self._check))
+
+    def remove(self) -> None:
+        """Gradients stay again, until ``step`` has used them."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self._clear()
+
+    @torch.no_grad()
+    def _move(self, p: Tensor) -> None:
+        if self.optimizer.has_moved_early(p):
+            p.grad = None
+            raise RuntimeError(TWICE.format(shape=tuple(p.shape)))
+        self.optimizer.move_early(p)
+        p.grad = _freed(p)
+
+    def _check(self, *_: Any) -> None:
+        """Before the step's end."""
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and p not in self.hooked:
+                    raise UnsupportedLayout(
+                        "a parameter of the optimizer is another one than when release_gradients was called, so that "
+                        "its gradient was kept; call it after fully_shard, and after add_param_group"
+                    )
+        self._clear()
+
+    def _clear(self) -> None:
+        """Of what was freed nothing is left to be moved by."""
+        for p in self.hooked:
+            if is_freed(p.grad):
+                p.grad = None
+
+
+def release_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, keep: str = NOTHING) -> ReleasedGradients:
+    """Free each gradient in the backward pass that makes it. ``optimizer.step()`` is called as ever, after it.
+
+    Args:
+        model: what ``backward`` goes through; under FSDP2 after ``fully_shard``.
+        optimizer: of this package, for parameters of ``model``.
+        keep: ``nothing``: the parameter moves at once. To the bit the ordinary step on a CPU (but for experts with
+            exact vectors, in a step in which some wait for their first token). What concerns several parameters
+            together (pruning of a group, merges of factors) comes in ``step()``.
+
+    Returns:
+        What ``remove()`` ends it by.
+
+    Raises:
+        ValueError: for another ``keep``.
+        TypeError: for an optimizer of another package.
+        UnsupportedLayout: under DeepSpeed and DistributedDataParallel, which need whole gradients after the pass; in
+            several processes with whole parameters; with ``capturable``. Later, from ``step()``, where parameters
+            were replaced since.
+        RuntimeError: later, where something reads a gradient that was freed, as global clipping, GradScaler and a
+            second pass in one step do.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from gracile.optim import GaLoreAdamW, param_groups, release_gradients
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> optimizer = GaLoreAdamW(param_groups(model, rank=4, target_modules="all-linear"), lr=0.01)
+        >>> released = release_gradients(model, optimizer, keep="nothing")
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> model[0].weight.grad
+        FreedGradient((32, 64))
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+    """
+    one_of(*KEEPS)("keep", keep)
+    if not isinstance(optimizer, ShardedOptimizer):
+        raise TypeError(f"release_gradients needs an optimizer of gracile.optim, got {type(optimizer).__name__}")
+    for complaint in (_split_by_deepspeed, _summed_later, _captured):
+        reason = complaint(model, optimizer)
+        if reason is not None:
+            raise UnsupportedLayout(reason)
+    return ReleasedGradients(optimizer)
+
+
+def _parameters(optimizer: ShardedOptimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _split_by_deepspeed(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
+    of_engine = type(model).__module__.partition(".")[0] == "deepspeed"
+    if of_engine or any(hasattr(p, "ds_id") for p in [*model.parameters(), *_parameters(optimizer)]):
+        return "DeepSpeed owns the gradients of its parameters and needs them after the pass; use FSDP2, or one process"
+    return None
+
+
+def _summed_later(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
+    if isinstance(model, DistributedDataParallel):
+        return "DistributedDataParallel sums whole gradients after hooks have seen them; use FSDP2"
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several and not all(map(is_dtensor, _parameters(optimizer))):
+        return (
+            "several processes hold whole parameters, whose gradients are summed after hooks have seen them; use "
+            "FSDP2, and call release_gradients after fully_shard"
+        )
+    return None
+
+
+def _captured(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
+    if any(group["capturable"] for group in optimizer.param_groups):
+        return "capturable=True is for a step in a CUDA graph, of which nothing moves in a backward pass; leave it out"
+    return None

@@ -1,0 +1,67 @@
+"""FSDP2 with gradients that are freed in backward, beside an ordinary step, on the processes of a pool's job."""
+
+import cells
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from gracile.optim import release_gradients
+from gracile.optim.distributed import UnsupportedLayout
+from gracile.optim.released import is_freed
+
+STEPS = 12
+
+
+def split(cell):
+    net = cells.build(cell)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (net.tall, net.square):
+        fully_shard(module, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def trained(cell, released):
+    net = split(cell)
+    optimizer = cells.make_optimizer(net, cell)
+    if released:
+        release_gradients(net, optimizer, keep="nothing")
+    for step in range(STEPS):
+        net(*cells.share(step, 0)).backward()
+        if released:
+            assert all(is_freed(p.grad) for p in net.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.full_tensor().clone() if hasattr(p, "full_tensor") else p for name, p in net.named_parameters()}
+
+
+def compare(tasks):
+    """By cell the names of the parameters that differ, at rank 0."""
+    cells.start()
+    told = {}
+    for cell in tasks:
+        one, other = trained(cell, False), trained(cell, True)
+        told[str(sorted(cell.items()))] = [name for name in one if not torch.equal(one[name], other[name])]
+    return told
+
+
+def refusals():
+    """What is said to what cannot be released, at rank 0."""
+    cells.start()
+    cell = {"optimizer": "GaLoreAdamW"}
+    said = []
+    net = cells.build(cell)
+    for model in (torch.nn.parallel.DistributedDataParallel(net), net):  # as it is wrapped, and before fully_shard
+        try:
+            release_gradients(model, cells.make_optimizer(net, cell))
+        except UnsupportedLayout as error:
+            said.append(str(error))
+    net = split(cell)
+    release_gradients(net, cells.make_optimizer(net, cell))
+    net(*cells.share(0, 0)).backward()
+    for again in (lambda: torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0), net(*cells.share(1, 0)).backward):
+        try:
+            again()
+        except RuntimeError as error:
+            said.append(str(error))
+    return said

@@ -1,0 +1,280 @@
+"""Gradients that are freed in backward: each class as by an ordinary step, to the bit; one gradient at a time; and what
+wants more than one is refused."""
+
+import gc
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from catalogue import VARIANTS
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from gracile import optim
+from gracile.optim import release_gradients
+from gracile.optim.core.optimizer import ShardedOptimizer
+from gracile.optim.distributed import UnsupportedLayout
+from gracile.optim.released import FreedGradient
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+cells = pytest.importorskip("cells", reason="needs DeepSpeed, as the cells of the distributed matrix do")
+
+STEPS = 13  # three refreshes, three changes of masks, a pruning, a merge
+NAMES = [name for name, v in VARIANTS.items() if v.cells and issubclass(v.cls, ShardedOptimizer)]
+FIRST = {VARIANTS[name].state: name for name in reversed(NAMES)}.values()  # one of each kind of state
+WITH_EXPERTS = [  # but exact vectors, of which a stack of two is not a stack of three to the bit
+    name
+    for name in NAMES
+    if not (VARIANTS[name].layer or VARIANTS[name].jumps or name.startswith(("SCALE", "SRSTE", "Cast")))
+]
+
+
+def trained(name, released, experts=0):
+    cell = {"optimizer": name, "experts": experts}
+    net = cells.build(cell)
+    optimizer = cells.make_optimizer(net, cell, together=False)
+    if released:
+        release_gradients(net, optimizer, keep="nothing")
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t))
+    for step in range(STEPS):
+        net(*cells.batch(step, 0)).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return net, optimizer
+
+
+def state_of(optimizer):
+    return {(p, key): value for p, held in optimizer.state_dict()["state"].items() for key, value in held.items()}
+
+
+EACH = [pytest.param(name, 0, id=name, marks=() if name in FIRST else pytest.mark.thorough) for name in NAMES]
+EACH += [
+    pytest.param(name, 3, id=f"{name}, experts", marks=() if name == "GaLoreAdamW" else pytest.mark.thorough)
+    for name in WITH_EXPERTS
+]
+
+
+@pytest.mark.parametrize(("name", "experts"), EACH)
+def test_each_class_moves_as_by_an_ordinary_step(name, experts):
+    """With refreshes, mask changes, prunings and merges, and an expert that waits for its first token."""
+    ordinary, released = trained(name, False, experts), trained(name, True, experts)
+    for (key, one), other in zip(ordinary[0].named_parameters(), released[0].parameters(), strict=True):
+        assert torch.equal(one, other), key
+    one, other = map(state_of, (ordinary[1], released[1]))
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert torch.equal(value.nan_to_num(), other[key].nan_to_num()), key
+
+
+# ---- what is freed --------------------------------------------------------------------------------------------------
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24), nn.Tanh(), nn.Linear(24, 24))
+
+
+def galore(model, **keys):
+    return optim.GaLoreAdamW(optim.param_groups(model, rank=4, target_modules="all-linear", update_proj_gap=3), **keys)
+
+
+def loss_of(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(16, 24, generator=generator), torch.randint(24, (16,), generator=generator)
+    return cross_entropy(model(x), y)
+
+
+def test_one_gradient_is_there_at_a_time_and_none_afterwards():
+    model = small()
+    optimizer, alive, most = galore(model, lr=0.01), [], []
+    release_gradients(model, optimizer)
+    move = optimizer.move_early
+
+    def watched(p):
+        gc.collect()
+        most.append(1 + sum(other() is not None for other in alive))
+        alive.append(weakref.ref(p.grad))
+        move(p)
+
+    optimizer.move_early = watched
+    for seed in range(4):
+        loss_of(model, seed).backward()
+        assert all(repr(p.grad) == f"FreedGradient({tuple(p.shape)})" for p in model.parameters())
+        assert all(isinstance(p.grad, FreedGradient) and p.grad.shape == p.shape for p in model.parameters())
+        optimizer.step()
+        assert all(p.grad is None for p in model.parameters())
+    assert set(most) == {1}
+    assert len(most) == 4 * 6
+
+
+def test_a_parameter_without_a_gradient_has_state_and_stays():
+    model = small()
+    model.unused = nn.Linear(24, 24)
+    before = model.unused.weight.clone()
+    model.forward = lambda x: nn.Sequential(*list(model)[:5])(x)
+    optimizer = galore(model, lr=0.01)
+    release_gradients(model, optimizer)
+    loss_of(model).backward()
+    optimizer.step()
+    assert torch.equal(model.unused.weight, before)
+    assert {len(held) for held in optimizer.state.values()} == {3, 4}
+    assert len(optimizer.state) == 8
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    def run(released):
+        model = small()
+        parts = list(model)
+
+        def forward(x):
+            x = parts[0](x)
+            for part in parts[1:]:
+                x = checkpoint(part, x, use_reentrant=reentrant)
+            return x
+
+        optimizer = galore(model, lr=0.01)
+        if released:
+            release_gradients(model, optimizer)
+        for seed in range(5):
+            loss_of(forward, seed).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return list(model.parameters())
+
+    assert all(map(torch.equal, run(False), run(True)))
+
+
+def test_hooks_that_are_removed_leave_an_ordinary_optimizer():
+    one, other = small(), small()
+    optimizers = galore(one, lr=0.01), galore(other, lr=0.01)
+    released = release_gradients(other, optimizers[1])
+    for seed in range(6):
+        if seed == 3:
+            released.remove()
+        for model, optimizer in zip((one, other), optimizers, strict=True):
+            loss_of(model, seed).backward()
+            assert isinstance(model[0].weight.grad, FreedGradient) == (model is other and seed < 3)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+def test_state_is_saved_and_loaded_between_steps():
+    def run(at):
+        model = small()
+        optimizer = galore(model, lr=0.01)
+        release_gradients(model, optimizer)
+        for seed in range(7):
+            if seed == at:
+                saved, weights = optimizer.state_dict(), model.state_dict()
+                model = small(1)
+                model.load_state_dict(weights)
+                optimizer = galore(model, lr=0.01)
+                optimizer.load_state_dict(saved)
+                release_gradients(model, optimizer)
+            loss_of(model, seed).backward()
+            optimizer.step()
+        return list(model.parameters())
+
+    assert all(map(torch.equal, run(None), run(4)))
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def released_small():
+    model = small()
+    optimizer = galore(model, lr=0.01)
+    release_gradients(model, optimizer)
+    loss_of(model).backward()
+    return model, optimizer
+
+
+def test_clipping_by_the_norm_of_all_is_refused():
+    model, _ = released_small()
+    with pytest.raises(RuntimeError, match=r"freed in the backward pass.*max_grad_norm=0"):
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
+def test_a_grad_scaler_is_refused():
+    model = small()
+    optimizer = galore(model, lr=0.01)
+    release_gradients(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model)).backward()
+    with pytest.raises(RuntimeError, match="bf16 without a scaler"):
+        scaler.step(optimizer)
+
+
+def test_a_second_pass_in_one_step_is_refused_and_the_next_step_is_whole():
+    model, optimizer = released_small()
+    with pytest.raises(RuntimeError, match=r"one pass a step|several passes a step"):
+        loss_of(model, 1).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    loss_of(model, 2).backward()
+    optimizer.step()
+    assert {int(held["step"]) for held in optimizer.state.values()} == {2}
+
+
+def test_gradients_that_were_set_to_none_do_not_hide_a_second_pass():
+    model, _ = released_small()
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="came again before"):
+        loss_of(model, 1).backward()
+
+
+def test_a_layer_in_two_reentrant_checkpoints_is_refused():
+    model = small()
+    optimizer = galore(model, lr=0.01)
+    release_gradients(model, optimizer)
+    twice = model[4]
+    x = torch.randn(8, 24, requires_grad=True)
+    y = checkpoint(twice, checkpoint(twice, x, use_reentrant=True), use_reentrant=True)
+    with pytest.raises(RuntimeError, match=r"reentrant|one pass a step"):
+        y.square().sum().backward()
+
+
+def test_a_pass_that_fails_leaves_a_step_that_zero_grad_ends():
+    model = small()
+    optimizer = galore(model, lr=0.01)
+    release_gradients(model, optimizer)
+    handle = model[1].register_full_backward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss_of(model).backward()
+    handle.remove()
+    assert any(p.grad is not None for p in model.parameters())
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    loss_of(model, 1).backward()
+    optimizer.step()
+    assert {int(held["step"]) for held in optimizer.state.values()} == {1, 2}
+
+
+def test_what_cannot_be_released():
+    model = small()
+    optimizer = galore(model, lr=0.01)
+    with pytest.raises(ValueError, match="keep must be"):
+        release_gradients(model, optimizer, keep="all")
+    with pytest.raises(TypeError, match=r"needs an optimizer of gracile\.optim, got AdamW"):
+        release_gradients(model, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(UnsupportedLayout, match="capturable"):
+        release_gradients(model, galore(model, lr=0.01, capturable=True))
+    model[0].weight.ds_id = 0
+    with pytest.raises(UnsupportedLayout, match="DeepSpeed owns"):
+        release_gradients(model, optimizer)
+
+
+def test_parameters_that_come_later_are_refused_at_the_step():
+    model = small()
+    optimizer = galore(model, lr=0.01)
+    release_gradients(model, optimizer)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    loss_of(model).backward()
+    with pytest.raises(UnsupportedLayout, match="another one than when release_gradients was called"):
+        optimizer.step()
