@@ -8,8 +8,9 @@
 A hook of each parameter, which autograd calls when the gradient is complete and the layer's own input gradient was
 taken, asks the one optimizer to move this parameter: to the bit what ``step()`` does to it on a CPU. (An optimizer for
 each parameter, as published code has it, counts positions and budgets anew in each, and is another method.) In the
-place of each freed gradient lies a ``FreedGradient``, of no memory, which refuses whatever would read it: global
-clipping, GradScaler and a second backward pass in a step would without it work on nothing, and say nothing.
+place of each freed gradient lies a ``FreedGradient``, of no memory, which has its norm for the log and refuses whatever
+else would read it: global clipping, GradScaler and a second backward pass in a step would without it work on nothing,
+and say nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from .distributed import UnsupportedLayout, is_dtensor
 
 NOTHING = "nothing"
 KEEPS = (NOTHING,)
-VIEWS = (torch.ops.aten.detach.default, torch.ops.aten.view.default, torch.ops.aten.slice.Tensor)  # which read nothing
 READ = (
     "a gradient was freed in the backward pass, when its parameter had moved, and {what} wants it: clipping by a "
     "global norm, GradScaler and accumulation need all gradients; do without them (max_grad_norm=0, bf16 without a "
@@ -40,16 +40,25 @@ TWICE = (
     "several passes a step need gradients that are kept; so does a layer in two reentrant checkpoints "
     "(use_reentrant=False); after a pass that failed call optimizer.zero_grad()"
 )
+aten = torch.ops.aten
+VIEWS = (aten.detach.default, aten.view.default, aten.slice.Tensor)  # which read nothing
+SCALED = (aten.mul_.Tensor, aten.mul_.Scalar)
+SCALED_EACH = (aten._foreach_mul_.Tensor, aten._foreach_mul_.Scalar)
 
 
 class FreedGradient(Tensor):
-    """Looks like the gradient that was there, holds no memory, and raises where it is read or added to."""
+    """Looks like the gradient that was there and knows its norm, which is logged; holds no memory. Raises where it is
+    read or written to, but for a factor of one, by which clipping to a norm that is not reached multiplies."""
+
+    norm_then: Tensor
+    _one: tuple[Tensor, bool] | None = None  # the last factor, and whether it is one: asked of the device once for all
 
     @staticmethod
-    def __new__(cls, like: Tensor, shape: Sequence[int] | None = None) -> FreedGradient:
+    def __new__(cls, like: Tensor, norm: Tensor, shape: Sequence[int] | None = None) -> FreedGradient:
         made: FreedGradient = Tensor._make_wrapper_subclass(
             cls, like.shape if shape is None else shape, dtype=like.dtype, device=like.device
         )
+        made.norm_then = norm
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -59,20 +68,39 @@ class FreedGradient(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        own, rest = args[0], args[1:]
         if func in VIEWS:
-            seen = func(torch.empty(args[0].shape, device="meta"), *args[1:], **(kwargs or {}))
-            return FreedGradient(args[0], seen.shape)
+            seen = func(torch.empty(own.shape, device="meta"), *rest, **(kwargs or {}))
+            return FreedGradient(own, own.norm_then, seen.shape)
+        if func is aten.linalg_vector_norm.default and rest in ((), (2,)):
+            return own.norm_then
+        if func is aten._foreach_norm.Scalar and rest in ((), (2,)):
+            return [gradient.norm_then for gradient in own]
+        if func in SCALED and cls._is_one(rest[0]):
+            return own
+        if func in SCALED_EACH and cls._is_one(rest[0]):
+            return None
         raise RuntimeError(READ.format(what=f"torch's {func._schema.name.removeprefix('aten::')}"))
+
+    @classmethod
+    def _is_one(cls, factor: Any) -> bool:
+        if not isinstance(factor, Tensor):
+            return bool(factor == 1)
+        if cls._one is None or cls._one[0] is not factor:
+            cls._one = factor, bool(factor == 1)
+        return cls._one[1]
 
 
 def _freed(p: Tensor) -> Tensor:
     """What lies in the place of a parameter's gradient."""
+    assert p.grad is not None
     if not is_dtensor(p):
-        return FreedGradient(p)
+        return FreedGradient(p, torch.linalg.vector_norm(p.grad))
     from torch.distributed.tensor import DTensor
 
     assert isinstance(p, DTensor)
-    local = FreedGradient(p.to_local())
+    assert isinstance(p.grad, DTensor)
+    local = FreedGradient(p.to_local(), torch.linalg.vector_norm(p.grad.to_local()))
     return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
@@ -106,8 +134,9 @@ class ReleasedGradients:
         if self.optimizer.has_moved_early(p):
             p.grad = None
             raise RuntimeError(TWICE.format(shape=tuple(p.shape)))
+        freed = _freed(p)  # before a method may use up the gradient
         self.optimizer.move_early(p)
-        p.grad = _freed(p)
+        p.grad = freed
 
     def _check(self, *_: Any) -> None:
         """Before the step's end."""

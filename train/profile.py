@@ -20,7 +20,7 @@ from . import finetune, pretrain
 from .atomic_write import valid_json
 from .build.model import architecture, build_model, checkpoints_activations
 from .build.tuned_model import base_architecture
-from .config.arguments import AnySettings, Config
+from .config.arguments import ALL, AnySettings, Config
 from .config.finetune_arguments import FinetuneConfig
 from .config.output_files import check_output
 from .config.parser import OneLineParser
@@ -164,6 +164,11 @@ def profile(
     silent = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none"}
     fixed = {**silent, "max_steps": steps + 2, "output_dir": output_dir, "disable_tqdm": "true"}
     config = load_either([*arguments, *(f"--{key}={value}" for key, value in fixed.items())], command)
+    if config.optimizer.keep_gradients != ALL:
+        raise BadInput(
+            f"keep_gradients: {config.optimizer.keep_gradients} moves parameters in the backward pass, of which no step "
+            "is measured apart; profile with --keep_gradients all, and plan it by gracile memory"
+        )
     _leave_out_evaluations(config)
     planner = Planner(config, on_cpu=config.run.device.type == "cpu")
     deepspeed.prepare(config.run)

@@ -59,7 +59,11 @@ def refusals():
     net = split(cell)
     release_gradients(net, cells.make_optimizer(net, cell))
     net(*cells.share(0, 0)).backward()
-    for again in (lambda: torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0), net(*cells.share(1, 0)).backward):
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), torch.inf).full_tensor()
+    other = split(cell)
+    other(*cells.share(0, 0)).backward()
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(other.parameters(), torch.inf).full_tensor())
+    for again in (lambda: torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3), net(*cells.share(1, 0)).backward):
         try:
             again()
         except RuntimeError as error:

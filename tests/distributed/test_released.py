@@ -1,7 +1,11 @@
 """Gradients freed in backward under FSDP2: the bits of an ordinary step, and what is refused."""
 
+import json
+from pathlib import Path
+
 import pytest
 from catalogue import OVER_PROCESSES, VARIANTS
+from helpers import same, weights
 
 ALWAYS = ("GaLoreAdamW", "RigLAdamW", "FiraAdamW", "HyperSparseAdamW")
 WHOLE = [name for name in OVER_PROCESSES if not VARIANTS[name].layer]
@@ -28,3 +32,15 @@ def test_what_is_refused(pool):
     assert "call release_gradients after fully_shard" in of_whole
     assert "freed in the backward pass" in clipped
     assert "one pass a step" in again or "several passes a step" in again
+
+
+@pytest.mark.thorough
+def test_a_run_under_fsdp_has_the_bits_of_one_that_keeps_all(tiny, tmp_path, metrics, pool):
+    config = tiny(max_steps=8, gradient_accumulation_steps=1, max_grad_norm=0.0)
+    command = [str(Path(__file__).with_name("fsdp_on_cpu.py")), config, "--fsdp", "--fsdp_config"]
+    command.append(json.dumps({"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}))
+    for more in ([], ["--keep_gradients", "nothing", "--output_dir", str(tmp_path / "freed")]):
+        done = pool.run(2, *command, *more)
+        assert done.returncode == 0, done.stdout[-3000:]
+    assert metrics(tmp_path / "freed")["history"] == metrics(tmp_path / "run")["history"]
+    assert same(weights(tmp_path / "freed"), weights(tmp_path / "run"))

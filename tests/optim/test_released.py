@@ -195,10 +195,18 @@ def released_small():
     return model, optimizer
 
 
-def test_clipping_by_the_norm_of_all_is_refused():
+@pytest.mark.parametrize("foreach", [None, False])
+def test_the_norm_of_all_is_known_and_clipping_by_it_is_refused(foreach):
     model, _ = released_small()
+    other = small()
+    loss_of(other).backward()
+    expected = nn.utils.get_total_norm([p.grad for p in other.parameters()])
+    for most in (torch.inf, 1.01 * expected.item()):  # as a Trainer asks for its log
+        torch.testing.assert_close(nn.utils.clip_grad_norm_(model.parameters(), most, foreach=foreach), expected)
     with pytest.raises(RuntimeError, match=r"freed in the backward pass.*max_grad_norm=0"):
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5 * expected.item(), foreach=foreach)
+    with pytest.raises(RuntimeError, match="freed in the backward pass"):
+        nn.utils.clip_grad_value_(model.parameters(), 1.0)
 
 
 def test_a_grad_scaler_is_refused():

@@ -135,6 +135,9 @@ class DataArguments:
             self.dataset = [self.dataset]
 
 
+ALL, NOTHING = "all", "nothing"  # of keep_gradients
+
+
 @dataclass
 class MethodArguments:
     """How it is optimized, by any command that trains."""
@@ -179,6 +182,13 @@ class MethodArguments:
     optimizer_args: Keywords | None = field(
         default=None,
         metadata={"help": 'Further keywords of the optimizer, as a mapping: {"error_feedback": "8bit"}.'},
+    )
+    keep_gradients: str = field(
+        default=ALL,
+        metadata={
+            "help": "all: until the step has used them. nothing: each parameter moves in the backward pass, and its "
+            "gradient is freed at once, so that one is there at a time."
+        },
     )
 
 

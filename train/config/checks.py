@@ -15,11 +15,12 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import ParallelMode
 
 from ...optim import HyperSparseAdamW
+from ...optim.core.optimizer import ShardedOptimizer
 from ...registry import LAYERS, OPTIMIZERS, LayerEntry, OptimizerEntry
 from ...validation import is_whole, nearest
 from ..engines.layout import DEEPSPEED, Layout
 from ..errors import BadInput
-from .arguments import DTYPES, AnySettings, Config, Keywords, RunArguments
+from .arguments import ALL, DTYPES, NOTHING, AnySettings, Config, Keywords, RunArguments
 
 # Parameters of a layer's constructor that are not the configuration's to give.
 NOT_KEYWORDS = {"in_features", "out_features", "bias", "name", "placed", "model"}
@@ -66,6 +67,34 @@ def check_shared(config: AnySettings, at_least_one: Mapping[str, int]) -> None:
         raise BadInput(f"unknown dtype {config.model.dtype!r}; {nearest(config.model.dtype, DTYPES)}")
     if run.fsdp:
         _check_fsdp(run)
+    _check_kept_gradients(config)
+
+
+def _check_kept_gradients(config: AnySettings) -> None:
+    """Refuse to free gradients where something wants all of them."""
+    run, kept = config.run, config.optimizer.keep_gradients
+    if kept not in (ALL, NOTHING):
+        raise BadInput(f"keep_gradients must be {ALL} or {NOTHING}, got {kept!r}")
+    if kept == ALL:
+        return
+    frees = "keep_gradients: nothing frees each gradient in the backward pass"
+    if not issubclass(optimizer_entry(config.optimizer.optimizer).cls, ShardedOptimizer):
+        raise BadInput(f"{frees}, which {config.optimizer.optimizer} cannot; choose an optimizer of gracile")
+    if run.max_grad_norm:
+        raise BadInput(
+            f"{frees}, and max_grad_norm {run.max_grad_norm:g} clips by the norm of all; give --max_grad_norm 0"
+        )
+    if run.gradient_accumulation_steps > 1:
+        raise BadInput(
+            f"{frees}, and gradient_accumulation_steps {run.gradient_accumulation_steps} adds up several passes; give "
+            "--gradient_accumulation_steps 1 and a larger per_device_train_batch_size"
+        )
+    if run.fp16:
+        raise BadInput(f"{frees}, and fp16 scales them until all are there; give --bf16 true")
+    if run.deepspeed:
+        raise BadInput(f"{frees}, and DeepSpeed needs them after it; use FSDP2, or one process")
+    if run.world_size > 1 and not run.fsdp:
+        raise BadInput(f"{frees}, and DistributedDataParallel sums them after it; use FSDP2, or one process")
 
 
 def _check_run(run: RunArguments) -> None:

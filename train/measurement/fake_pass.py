@@ -155,6 +155,7 @@ class FakePass:
         make_batch: what it is given, by the number of examples and the tokens of each.
         autocast: the dtype of mixed precision, None without.
         accumulated: whether gradients of an earlier pass are there already.
+        freed: whether each gradient goes as soon as it is there.
     """
 
     def __init__(
@@ -164,8 +165,10 @@ class FakePass:
         *,
         autocast: torch.dtype | None = None,
         accumulated: bool = False,
+        freed: bool = False,
     ) -> None:
         self._mode, self._make_batch, self._autocast = FakeTensorMode(), make_batch, autocast
+        self._freed = freed
         with self._mode:
             self._model = make_model()
         if accumulated:
@@ -186,9 +189,19 @@ class FakePass:
             given = self._make_batch(*batch)
             before = [p.grad for p in parameters if p.grad is not None]
             ledger = Ledger([*parameters, *self._model.buffers(), *before, *given.values()])
+            largest = 0
+
+            def made(p: Tensor) -> None:
+                nonlocal largest
+                assert p.grad is not None
+                ledger.is_gradient(p.grad)
+                largest = max(largest, p.grad.nbytes)
+                if self._freed:
+                    p.grad = None
+
             for p in parameters:
                 if p.requires_grad:
-                    hooks.append(p.register_post_accumulate_grad_hook(lambda p: ledger.is_gradient(p.grad)))
+                    hooks.append(p.register_post_accumulate_grad_hook(made))
             with ledger, nullcontext() if "position_ids" in given else _one_document():
                 with torch.autocast("cpu", self._autocast) if self._autocast is not None else nullcontext():
                     loss = self._model(**given).loss
@@ -197,7 +210,7 @@ class FakePass:
         for hook in hooks:
             hook.remove()
         storages = [p.grad.untyped_storage() for p in parameters if p.grad is not None]
-        gradients = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+        gradients = sum({storage._cdata: storage.nbytes() for storage in storages}.values()) or largest
         return Pass(activations, ledger.at_peak, gradients)
 
 

@@ -37,17 +37,18 @@ def step_bytes(
     size: int = 1,
     dtype: torch.dtype | None = None,
     device: str = "meta",
+    early: bool = False,
 ) -> int:
     """The most that a step of ``optimizer``, built on parameters of the meta device, allocates and frees again.
 
     The arguments are those of ``ShardedOptimizer.planned_shards``; ``device`` is ``cpu``, or ``meta`` for a GPU, where
-    products are added in place. Of the classes of torch, which run fused here, it is nothing. A change of masks, whose
-    sizes only the weights tell, is not in it.
+    products are added in place; ``early``: each parameter moves by itself, in the backward pass. Of the classes of
+    torch, which run fused here, it is nothing. A change of masks, whose sizes only the weights tell, is not in it.
     """
     if not isinstance(optimizer, ShardedOptimizer):
         return 0
     steps = STEPS[1:] if optimizer.matrix_key == "sparsity" else STEPS
-    return max(_FakeStep(optimizer, cut, index, size, dtype, device).bytes_at(step) for step in steps)
+    return max(_FakeStep(optimizer, cut, index, size, dtype, device).bytes_at(step, early) for step in steps)
 
 
 class _FakeStep:
@@ -84,15 +85,22 @@ class _FakeStep:
             for part, its in self.optimizer.matrices_of(shard, group, state)
         ]
 
-    def bytes_at(self, step: int) -> int:
+    def bytes_at(self, step: int, early: bool) -> int:
         """Of the step that comes after ``step`` others."""
         for item in self.work:
             item.state["step"].fill_(step)
         ledger = Ledger(self.known)
         with torch.no_grad(), self.mode, ledger, _Answers(), _stand_ins():
-            complete_gradients([item.shard for item in self.work if isinstance(item.shard, MatrixShard)])
-            self.optimizer.advance(self.work)
+            for work in self._by_parameter() if early else [self.work]:
+                complete_gradients([item.shard for item in work if isinstance(item.shard, MatrixShard)])
+                self.optimizer.advance(work)
         return ledger.at_peak.bytes
+
+    def _by_parameter(self) -> list[list[ParamStep]]:
+        found: dict[int, list[ParamStep]] = {}
+        for item in self.work:
+            found.setdefault(item.shard.position, []).append(item)
+        return list(found.values())
 
 
 def _some_of_each(shards: list[tuple[FullShard, Group]]) -> Iterator[tuple[FullShard, Group]]:

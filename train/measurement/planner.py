@@ -15,7 +15,7 @@ from ...optim.distributed import as_one_buffer, each_alone, flat_length
 from ...optim.memory import bytes_by_kind, dtype_of_moments, planned_state
 from ..build.model import checkpoint_activations
 from ..build.trainee import trainee_of
-from ..config.arguments import AnySettings, RunArguments
+from ..config.arguments import ALL, AnySettings, RunArguments
 from ..engines.division import Division
 from ..errors import BadInput
 from .fake_model import on_cpu
@@ -137,6 +137,8 @@ class Planner:
         held = fixed | passing | {GRADIENTS: kept, ACTIVATIONS: one.activations, STEP: step}
         in_the_pass = fixed | passing | {GRADIENTS: kept if throughout else moment.gradients}
         in_the_step = fixed | {GRADIENTS: kept, STEP: step}
+        if self._frees:  # a parameter may move when most is there
+            in_the_pass[STEP] = step
         at_peak = max(in_the_pass, in_the_step, key=lambda held: sum(held.values()))
         held, at_peak, offloaded = ({kind: part.get(kind, 0) for kind in KINDS} for part in (held, at_peak, offloaded))
         return Plan(held, at_peak, offloaded, moments)
@@ -180,6 +182,10 @@ class Planner:
         return self.config.run.gradient_accumulation_steps > 1
 
     @property
+    def _frees(self) -> bool:
+        return self.config.optimizer.keep_gradients != ALL
+
+    @property
     def _own_model(self) -> PreTrainedModel:
         return self._model(self.trainee.variant(self.config.optimizer.optimizer))
 
@@ -192,7 +198,11 @@ class Planner:
         if checkpointing:
             checkpoint_activations(model, self.config.run)
         return FakePass(
-            lambda: on_cpu(model.train()), self.trainee.batch, autocast=self.autocast, accumulated=self._accumulates
+            lambda: on_cpu(model.train()),
+            self.trainee.batch,
+            autocast=self.autocast,
+            accumulated=self._accumulates,
+            freed=self._frees,
         )
 
     def _run_fake_pass(self, batch: tuple[int, int], checkpointing: bool, variant: str | None) -> Pass:
@@ -250,7 +260,7 @@ class Planner:
         division = self.division
         if division.stage == 0:
             held = planned_state(built)
-            step = cache(partial(step_bytes, built, device=self.steps_on))
+            step = cache(partial(step_bytes, built, device=self.steps_on, early=self._frees))
             return _Fixed(dict(bytes_by_kind(held)), dtype_of_moments(held), step)
         cut = each_alone if division.stage == 3 else as_one_buffer
         count = division.processes

@@ -43,6 +43,7 @@ AROUND = {
     "activation_checkpointing", "activation_checkpointing_kwargs", "torch_empty_cache_steps", "skip_memory_metrics",
     "deepspeed", "fsdp", "fsdp_config", "use_cpu", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb",
     "ddp_find_unused_parameters", "ddp_broadcast_buffers", "ddp_static_graph", "local_rank", "trust_remote_code",
+    "keep_gradients",
 }  # fmt: skip
 NOT_LAMBDAS = {"reduce_lr_on_plateau", "greedy"}  # their rate follows from losses, not from the step
 

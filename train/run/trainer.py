@@ -19,13 +19,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ...models.convert import merge
 from ...models.layers import FactoredLinear
+from ...optim import release_gradients
 from ...optim.distributed import UnsupportedLayout
 from ..atomic_write import valid_json, write_atomically
 from ..build.callbacks import ScheduleCallback
 from ..build.layers import merges, schedule_of
 from ..build.model import untrained
 from ..build.optimizer import build_optimizer, jagged_schedule
-from ..config.arguments import AnySettings, Config, RunArguments
+from ..config.arguments import ALL, AnySettings, Config, RunArguments
 from ..data.stream import BlockStream
 from ..engines import layout as layouts
 from ..engines.deepspeed import safe_classes
@@ -223,6 +224,7 @@ class RunTrainer(Trainer):
         if resume_from_checkpoint is None or not self.weights_are_loaded:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             self._honour_changes()
+            self._free_gradients()
             return prepared
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         checkpoint = Path(resume_from_checkpoint)
@@ -233,7 +235,15 @@ class RunTrainer(Trainer):
         for group, lr in zip(self.given_optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr  # a scheduler sets it at its next step only
         self._honour_changes()
+        self._free_gradients()
         return prepared
+
+    def _free_gradients(self) -> None:
+        """When an engine has split the model: hooks of parameters that it replaces would be lost."""
+        kept = self.config.optimizer.keep_gradients
+        if kept != ALL:
+            assert self.given_optimizer is not None
+            release_gradients(self.model_wrapped, self.given_optimizer, keep=kept)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         """How often is logged, evaluated and saved is the configuration's, and not that of the checkpoint."""

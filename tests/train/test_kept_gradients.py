@@ -1,0 +1,69 @@
+"""``keep_gradients: nothing`` of the command: the run of ``all`` to the bit, planned, resumed, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+from helpers import interrupt, same, weights
+
+from gracile.train.config.parser import load_config
+from gracile.train.measurement.kinds import GRADIENTS, STEP
+from gracile.train.measurement.planner import Planner
+from gracile.train.pretrain import main
+from gracile.train.profile import main as profile
+from gracile.train.run import checkpoints
+
+ZERO2 = str(Path(__file__).parents[2] / "configs" / "deepspeed" / "zero2.json")
+ALONE = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["galore_adamw", "rigl_adamw", pytest.param("relora_adamw", marks=pytest.mark.thorough)]
+)
+def test_a_run_has_the_bits_of_one_that_keeps_all_and_goes_on_with_either(optimizer, tiny, tmp_path, metrics):
+    more = {"relora_adamw": {"layer": "relora"}, "rigl_adamw": {"sparsity": 0.8}}.get(optimizer, {})
+    config = tiny(optimizer=optimizer, **ALONE, **more)
+    assert main([config]) == 0
+    freed = ["--keep_gradients", "nothing"]
+    assert main([config, *freed, "--output_dir", str(tmp_path / "freed")]) == 0
+    one, other = metrics(tmp_path / "run"), metrics(tmp_path / "freed")
+    assert other["history"] == one["history"]  # norms of gradients among it
+    assert "grad_norm" in one["history"][1]
+    assert same(weights(tmp_path / "freed"), weights(tmp_path / "run"))
+    first = checkpoints.checkpoints(tmp_path / "run")[-1].name
+    broken = interrupt(tmp_path / "run", tmp_path / "again", keep=first)
+    assert main([config, *freed, "--output_dir", str(broken), "--resume_from_checkpoint", "true"]) == 0
+    assert metrics(broken)["history"] == one["history"]
+    assert same(weights(broken), weights(tmp_path / "run"))
+
+
+def test_the_plan_has_the_largest_gradient_alone(tiny):
+    plans = []
+    for kept in ("all", "nothing"):
+        config = load_config([tiny(**ALONE), "--keep_gradients", kept])
+        planner = Planner(config)
+        plans.append(planner.plan(config.optimizer.optimizer, 2, checkpointing=False))
+        sizes = [p.numel() * 4 for p in planner._own_model.parameters()]
+    assert plans[0].held[GRADIENTS] == sum(sizes)
+    assert plans[1].held[GRADIENTS] == max(sizes)
+    assert plans[1].at_peak[STEP] == plans[1].held[STEP] > 0
+
+
+def test_it_is_planned_and_not_measured(tiny, capsys):
+    assert profile([tiny(keep_gradients="nothing", **ALONE), "--steps", "1"]) == 2
+    assert "profile with --keep_gradients all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_grad_norm": 1.0}, "max_grad_norm 1 clips by the norm of all; give --max_grad_norm 0"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 2 adds up several passes"),
+        ({"optimizer": "adamw"}, "which adamw cannot; choose an optimizer of gracile"),
+        ({"deepspeed": ZERO2}, "DeepSpeed needs them after it; use FSDP2, or one process"),
+        ({"keep_gradients": "some"}, "keep_gradients must be all or nothing, got 'some'"),
+    ],
+)
+def test_what_wants_all_gradients_is_refused(changes, said, tiny, tmp_path, capsys):
+    assert main([tiny(**{"keep_gradients": "nothing", **ALONE, **changes})]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
