@@ -166,8 +166,8 @@ def profile(
     config = load_either([*arguments, *(f"--{key}={value}" for key, value in fixed.items())], command)
     if config.optimizer.keep_gradients != ALL:
         raise BadInput(
-            f"keep_gradients: {config.optimizer.keep_gradients} moves parameters in the backward pass, of which no step "
-            "is measured apart; profile with --keep_gradients all, and plan it by gracile memory"
+            f"keep_gradients: {config.optimizer.keep_gradients} moves parameters in the backward pass, of which no "
+            "step is measured apart; profile with --keep_gradients all, and plan it by gracile memory"
         )
     _leave_out_evaluations(config)
     planner = Planner(config, on_cpu=config.run.device.type == "cpu")
