@@ -1,4 +1,4 @@
-"""Gradients that are freed in the backward pass which makes them, so that never more than one of them is there.
+"""Gradients that are freed in the backward pass which makes them.
 
     released = release_gradients(model, optimizer, keep="nothing")
     loss.backward()      # each parameter moves when its gradient is there, and the gradient is freed
@@ -11,6 +11,11 @@ each parameter, as published code has it, counts positions and budgets anew in e
 place of each freed gradient lies a ``FreedGradient``, of no memory, which has its norm for the log and refuses whatever
 else would read it: global clipping, GradScaler and a second backward pass in a step would without it work on nothing,
 and say nothing.
+
+    released = release_gradients(model, optimizer, keep="coordinates")
+
+keeps what a matrix moves by, G P, and frees G, but in steps in which it needs a new P. Parameters move in ``step()``, so
+that passes add up, clipping and ``GradScaler`` scale what is kept (``ProjectedGradient``), and a step can be skipped.
 """
 
 from __future__ import annotations
@@ -26,10 +31,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ..validation import one_of
 from .core.optimizer import ShardedOptimizer
+from .core.projected_gradient import ProjectedGradient
+from .core.types import Group
 from .distributed import UnsupportedLayout, is_dtensor
 
-NOTHING = "nothing"
-KEEPS = (NOTHING,)
+COORDINATES, NOTHING = "coordinates", "nothing"
+KEEPS = (COORDINATES, NOTHING)
 READ = (
     "a gradient was freed in the backward pass, when its parameter had moved, and {what} wants it: clipping by a "
     "global norm, GradScaler and accumulation need all gradients; do without them (max_grad_norm=0, bf16 without a "
@@ -111,15 +118,15 @@ def is_freed(grad: Tensor | None) -> bool:
 class ReleasedGradients:
     """The hooks of a model and its optimizer; ``remove`` takes them away."""
 
-    def __init__(self, optimizer: ShardedOptimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: ShardedOptimizer, keep: str) -> None:
+        self.optimizer, hook = optimizer, self._move if keep == NOTHING else self._project
         self.handles: list[RemovableHandle] = []
-        self.hooked: set[Tensor] = set()
+        self.groups: dict[Tensor, Group] = {}
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if p.requires_grad:
-                    self.hooked.add(p)
-                    self.handles.append(p.register_post_accumulate_grad_hook(self._move))
+                    self.groups[p] = group
+                    self.handles.append(p.register_post_accumulate_grad_hook(hook))
         self.handles.append(optimizer.register_step_pre_hook(self._check))
 
     def remove(self) -> None:
@@ -138,11 +145,21 @@ class ReleasedGradients:
         self.optimizer.move_early(p)
         p.grad = freed
 
+    @torch.no_grad()
+    def _project(self, p: Tensor) -> None:
+        if isinstance(p.grad, ProjectedGradient):  # to which the pass was added
+            return
+        assert p.grad is not None
+        with torch.autocast(p.device.type, enabled=False):
+            reduce = self.optimizer.reduction_of(p, self.groups[p])
+            if reduce is not None:
+                p.grad = ProjectedGradient.of(p.grad, reduce)
+
     def _check(self, *_: Any) -> None:
         """Before the step's end."""
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                if p.requires_grad and p not in self.hooked:
+                if p.requires_grad and p not in self.groups:
                     raise UnsupportedLayout(
                         "a parameter of the optimizer is another one than when release_gradients was called, so that "
                         "its gradient was kept; call it after fully_shard, and after add_param_group"
@@ -151,20 +168,23 @@ class ReleasedGradients:
 
     def _clear(self) -> None:
         """Of what was freed nothing is left to be moved by."""
-        for p in self.hooked:
+        for p in self.groups:
             if is_freed(p.grad):
                 p.grad = None
 
 
-def release_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, keep: str = NOTHING) -> ReleasedGradients:
+def release_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, keep: str = COORDINATES) -> ReleasedGradients:
     """Free each gradient in the backward pass that makes it. ``optimizer.step()`` is called as ever, after it.
 
     Args:
         model: what ``backward`` goes through; under FSDP2 after ``fully_shard``.
         optimizer: of this package, for parameters of ``model``.
-        keep: ``nothing``: the parameter moves at once. To the bit the ordinary step on a CPU (but for experts with
-            exact vectors, in a step in which some wait for their first token). What concerns several parameters
-            together (pruning of a group, merges of factors) comes in ``step()``.
+        keep: ``coordinates``: of a matrix with a subspace G P, between its refreshes; of others all. For classes whose
+            rule needs no more (GaLore's, 8-bit ones too), on one process. Passes add up, clipping and ``GradScaler``
+            work; the norm is exact after one pass, and after several to some percent (1, where it was measured). ``nothing``: the parameter moves at once, of every class, on one process
+            and under FSDP2. What concerns several parameters together (pruning of a group, merges of factors) comes in
+            ``step()``. Both to the bit of the ordinary step on a CPU, coordinates to rounding where passes are added or
+            scaled, and experts with exact vectors likewise in a step in which some wait for their first token.
 
     Returns:
         What ``remove()`` ends it by.
@@ -173,10 +193,10 @@ def release_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, keep: 
         ValueError: for another ``keep``.
         TypeError: for an optimizer of another package.
         UnsupportedLayout: under DeepSpeed and DistributedDataParallel, which need whole gradients after the pass; in
-            several processes with whole parameters; with ``capturable``. Later, from ``step()``, where parameters
-            were replaced since.
-        RuntimeError: later, where something reads a gradient that was freed, as global clipping, GradScaler and a
-            second pass in one step do.
+            several processes with whole parameters; with ``capturable``; of coordinates, for a class that needs more,
+            and under FSDP2. Later, from ``step()``, where parameters were replaced since.
+        RuntimeError: later, where something reads a gradient that was freed, as with ``nothing`` global clipping,
+            GradScaler and a second pass in one step do.
 
     Example:
         >>> import torch
@@ -194,11 +214,12 @@ def release_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, keep: 
     one_of(*KEEPS)("keep", keep)
     if not isinstance(optimizer, ShardedOptimizer):
         raise TypeError(f"release_gradients needs an optimizer of gracile.optim, got {type(optimizer).__name__}")
-    for complaint in (_split_by_deepspeed, _summed_later, _captured):
+    complaints = [_split_by_deepspeed, _summed_later, _captured]
+    for complaint in [*complaints, *([_needs_all, _split] if keep == COORDINATES else [])]:
         reason = complaint(model, optimizer)
         if reason is not None:
             raise UnsupportedLayout(reason)
-    return ReleasedGradients(optimizer)
+    return ReleasedGradients(optimizer, keep)
 
 
 def _parameters(optimizer: ShardedOptimizer) -> list[Tensor]:
@@ -227,4 +248,16 @@ def _summed_later(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
 def _captured(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
     if any(group["capturable"] for group in optimizer.param_groups):
         return "capturable=True is for a step in a CUDA graph, of which nothing moves in a backward pass; leave it out"
+    return None
+
+
+def _needs_all(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
+    if optimizer.keeps_coordinates:
+        return None
+    return f"{type(optimizer).__name__} needs more of a gradient than its coordinates; give keep='nothing'"
+
+
+def _split(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
+    if any(map(is_dtensor, _parameters(optimizer))):
+        return "coordinates are kept of whole gradients, which FSDP2 has split; give keep='nothing'"
     return None

@@ -65,6 +65,7 @@ from .clock import steps_of
 from .compiled import Graphs, compiler_in_use, is_traced
 from .group_checks import COMMON_CHECKS, check_declared, check_rounding, check_tensors, parameters_in
 from .keywords import ACCEPTED, Accepted, check_keys, check_keywords, keyword_names
+from .projected_gradient import Kept, ProjectedGradient
 from .rounding import widened, widened_weights
 from .rules import Rule, plain
 from .rules_8bit import is_for_codes, is_moved_in_place
@@ -99,6 +100,7 @@ class ShardedOptimizer(CapturableStep):
         spends_coordinates: whether ``direction`` does not look at the coordinates of a matrix again, once the rule had
             them, and they are no gradient.
         writes_by_shards: whether ``update`` writes weights by verbs of their shard alone.
+        keeps_coordinates: whether a matrix moves by the coordinates of its gradient alone, between refreshes.
         together: what of a model must be stepped together, for a message; None where each parameter may be by itself.
         phase_listener: None, or what is called with the name of each phase and returns a context manager for it; set
             it to see where the time of a step goes. ``find`` comes only where a subspace or a mask is due, also inside
@@ -114,6 +116,7 @@ class ShardedOptimizer(CapturableStep):
     only_read: ClassVar[tuple[str, ...]] = ()
     spends_coordinates: ClassVar[bool] = False
     writes_by_shards: ClassVar[bool] = True
+    keeps_coordinates: ClassVar[bool] = False
     phase_listener: PhaseListener | None = None
     _compiler: Any = None  # torch's callback, of a step that is compiled
     _is_unused = False  # whether the state is one that a blank step made, and nothing was loaded or trained since
@@ -334,6 +337,11 @@ class ShardedOptimizer(CapturableStep):
                 item.shard.let_gradient_go()
             opened.moved[parameter] = work
 
+    @torch.no_grad()
+    def reduction_of(self, parameter: Tensor, group: Group) -> Callable[[Tensor], Kept] | None:
+        """What the gradient of a parameter may be reduced to before ``step``; None where that wants all of it."""
+        return None
+
     def has_moved_early(self, parameter: Tensor) -> bool:
         """Whether a parameter has moved in a step that is not at its end."""
         return self._opened is not None and parameter in self._opened.moved
@@ -357,6 +365,10 @@ class ShardedOptimizer(CapturableStep):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; a step of which parameters have moved in a backward pass that failed is over."""
         self._opened = None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if isinstance(p.grad, ProjectedGradient):
+                    p.grad = None  # the next may be wanted whole
         super().zero_grad(set_to_none)
 
     def _update_batch(self, found: Batch) -> None:
@@ -398,6 +410,8 @@ class ShardedOptimizer(CapturableStep):
         they are, or, in a stack, through a codec."""
         shard = item.shard
         costly = launches_cost(shard.device)
+        if isinstance(shard.held_gradient, ProjectedGradient):  # of which no stack is made
+            return BY_ITSELF
         if item.group["stochastic_rounding"] or not (costly or is_born_small(shard)):
             return BY_ITSELF
         numbers = self.stack_numbers(item) if stacks else 0

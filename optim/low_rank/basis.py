@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.projected_gradient import Kept, ProjectedGradient
 from ..distributed import LowRankUpdate, ProjectionSide
 
 AT_ONCE = 2**22  # elements of a gradient that are made wider at a time
@@ -19,6 +20,8 @@ class Basis:
 
     def project(self, gradient: Tensor) -> Tensor:
         P = self.columns
+        if isinstance(gradient, ProjectedGradient):
+            return gradient.kept.coordinates
         if gradient.dtype != P.dtype and gradient.numel() > AT_ONCE:
             return self._project_in_parts(gradient)
         G = gradient.to(P.dtype)
@@ -35,6 +38,13 @@ class Basis:
         for part, own in zip(torch.split(gradient, lines, axis), torch.split(coordinates, lines, axis), strict=True):
             own.copy_(self.project(part.to(P.dtype)))
         return coordinates
+
+    def reduce(self, gradient: Tensor, directions: Tensor) -> Kept:
+        """The coordinates of a gradient, and what is outside of them times ``directions`` (side x columns)."""
+        P, Z = self.columns, directions.to(self.columns.dtype)
+        R, G = self.project(gradient), gradient.to(P.dtype)
+        outside = G @ Z - R @ (P.mT @ Z) if self.side.right else Z.mT @ G - (Z.mT @ P) @ R
+        return Kept(R, outside)
 
     def lift(self, coordinates: Tensor) -> LowRankUpdate:
         P = self.columns

@@ -49,6 +49,7 @@ class GaLore(LowRankOptimizer):
     accepted: ClassVar[Mapping[str, Accepted]] = {**ACCEPTED, **OF_Q_GALORE}
 
     captures = True
+    keeps_coordinates = True
     moves_together = True
     stack_copies = 1
     few_kernels = True

@@ -104,6 +104,7 @@ class GaLorePlusAdamW(GaLore):
     few_kernels = False
     spends_coordinates = False
     subspace_methods = ("randomized", *GaLore.subspace_methods)
+    keeps_coordinates = False  # its residual is of all of the gradient
     checks: ClassVar[Mapping[str, Check]] = {
         "num_heads": whole(1, optional=True),
         "residual_fraction": number("in [0, 1]"),

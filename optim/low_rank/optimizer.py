@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from ..core.batches import Direction, is_born_small, is_stacked_at, launches_cos
 from ..core.capture import NEVER
 from ..core.clock import steps_of
 from ..core.optimizer import FIND, ShardedOptimizer
+from ..core.projected_gradient import Kept, ProjectedGradient
 from ..core.types import Group, ParamStep, State
 from ..distributed import (
     PROJ_TYPES,
@@ -35,6 +36,7 @@ from ..distributed import (
     ParamRef,
     PendingSolve,
     ProjectionSide,
+    Workspace,
     has_subspace,
     is_dtensor,
     stack_of,
@@ -51,6 +53,7 @@ from .singular import (
     orthogonal_iteration,
 )
 
+OUTSIDE = 4  # columns that tell how large what is outside of a subspace is: to some percent
 LARGEST = 1.01  # no entry of a unit vector is larger, but for rounding in bf16; NaN is not as small
 FOUND_AT_ONCE = 2**23  # elements of bases that a GPU finds together: 160 MiB for what it makes of them, in fp64
 
@@ -244,6 +247,26 @@ class LowRankOptimizer(ShardedOptimizer):
         """What the products are summed in that a subspace is found by, or the gradient's dtype if that is wider."""
         return torch.float32
 
+    @torch.no_grad()
+    def reduction_of(self, parameter: Tensor, group: Group) -> Callable[[Tensor], Kept] | None:
+        if not self.keeps_coordinates:
+            return None
+        for shard, state in self._born(parameter, group, Workspace()):
+            if not has_subspace(shard) or shard.split:
+                return None
+            item = ParamStep(shard, group, state)
+            self._first_gradients.recall([item] if self.waits_for_gradient(group) else [])
+            if not self._is_due_now(item):
+                return partial(self._reduced, shard=shard, group=group, state=state)
+        return None
+
+    def _reduced(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Kept:
+        """P anew for each gradient, for an unpacked one is not kept; the same directions for all passes of a step."""
+        chance = torch.Generator(G.device).manual_seed(1009 * shard.position + steps_of(state))
+        size = shard.side.basis_shape[0], OUTSIDE
+        Z = torch.randn(size, generator=chance, device=G.device)
+        return self.basis(shard, group, state).reduce(G, Z)
+
     def moves_by_direction(self, shard: FullShard, group: Group) -> bool:
         if not has_subspace(shard):
             return super().moves_by_direction(shard, group)
@@ -334,6 +357,11 @@ class LowRankOptimizer(ShardedOptimizer):
         yield from waiting.values()
 
     def _refresh(self, due: list[ParamStep]) -> None:
+        if any(isinstance(item.shard.held_gradient, ProjectedGradient) for item in due):
+            raise RuntimeError(
+                "a matrix is due for a new subspace of whose gradient coordinates were kept: its group or its state "
+                "has changed between the backward pass and step(); change them after step()"
+            )
         found = [self.find_basis(item.gather_grad(), item.matrix, item.group, item.state) for item in due]
         for pending in found:
             if isinstance(pending, PendingSolve):

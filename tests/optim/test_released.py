@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from gracile import optim
 from gracile.optim import release_gradients
 from gracile.optim.core.optimizer import ShardedOptimizer
-from gracile.optim.distributed import UnsupportedLayout
+from gracile.optim.core.projected_gradient import ProjectedGradient
+from gracile.optim.distributed import ProjectionSide, UnsupportedLayout
+from gracile.optim.low_rank.basis import Basis
 from gracile.optim.released import FreedGradient
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
@@ -91,7 +93,7 @@ def loss_of(model, seed=0):
 def test_one_gradient_is_there_at_a_time_and_none_afterwards():
     model = small()
     optimizer, alive, most = galore(model, lr=0.01), [], []
-    release_gradients(model, optimizer)
+    release_gradients(model, optimizer, keep="nothing")
     move = optimizer.move_early
 
     def watched(p):
@@ -117,7 +119,7 @@ def test_a_parameter_without_a_gradient_has_state_and_stays():
     before = model.unused.weight.clone()
     model.forward = lambda x: nn.Sequential(*list(model)[:5])(x)
     optimizer = galore(model, lr=0.01)
-    release_gradients(model, optimizer)
+    release_gradients(model, optimizer, keep="nothing")
     loss_of(model).backward()
     optimizer.step()
     assert torch.equal(model.unused.weight, before)
@@ -139,7 +141,7 @@ def test_activation_checkpointing(reentrant):
 
         optimizer = galore(model, lr=0.01)
         if released:
-            release_gradients(model, optimizer)
+            release_gradients(model, optimizer, keep="nothing")
         for seed in range(5):
             loss_of(forward, seed).backward()
             optimizer.step()
@@ -152,7 +154,7 @@ def test_activation_checkpointing(reentrant):
 def test_hooks_that_are_removed_leave_an_ordinary_optimizer():
     one, other = small(), small()
     optimizers = galore(one, lr=0.01), galore(other, lr=0.01)
-    released = release_gradients(other, optimizers[1])
+    released = release_gradients(other, optimizers[1], keep="nothing")
     for seed in range(6):
         if seed == 3:
             released.remove()
@@ -168,7 +170,7 @@ def test_state_is_saved_and_loaded_between_steps():
     def run(at):
         model = small()
         optimizer = galore(model, lr=0.01)
-        release_gradients(model, optimizer)
+        release_gradients(model, optimizer, keep="nothing")
         for seed in range(7):
             if seed == at:
                 saved, weights = optimizer.state_dict(), model.state_dict()
@@ -176,12 +178,139 @@ def test_state_is_saved_and_loaded_between_steps():
                 model.load_state_dict(weights)
                 optimizer = galore(model, lr=0.01)
                 optimizer.load_state_dict(saved)
-                release_gradients(model, optimizer)
+                release_gradients(model, optimizer, keep="nothing")
             loss_of(model, seed).backward()
             optimizer.step()
         return list(model.parameters())
 
     assert all(map(torch.equal, run(None), run(4)))
+
+
+# ---- coordinates ----------------------------------------------------------------------------------------------------
+
+PROJECTED = [name for name in NAMES if VARIANTS[name].cls.keeps_coordinates]
+
+
+def reduced(name, keep, passes=1, clip=0.0, experts=0):
+    """Weights after some steps, and the norm of each step's gradient."""
+    net = cells.build({"optimizer": name, "experts": experts})
+    optimizer = cells.make_optimizer(net, {"optimizer": name}, together=False)
+    if keep:
+        release_gradients(net, optimizer, keep=keep)
+    norms = []
+    for step in range(STEPS):
+        for micro in range(passes):
+            (net(*cells.batch(step, micro)) / passes).backward()
+        if clip:
+            norms.append(nn.utils.clip_grad_norm_(net.parameters(), clip))
+        optimizer.step()
+        optimizer.zero_grad()
+    return list(net.parameters()), norms
+
+
+def apart(one, other):
+    return max(
+        (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(a)).item() for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", PROJECTED)
+def test_a_matrix_moves_by_the_coordinates_that_were_kept(name):
+    """To the bit after one pass; after several, and clipped, to rounding."""
+    assert len(PROJECTED) == 6
+    for experts in (0, 3):
+        one, other = (reduced(name, keep, experts=experts)[0] for keep in (None, "coordinates"))
+        assert all(map(torch.equal, one, other))
+    one, other = (reduced(name, keep, passes=4)[0] for keep in (None, "coordinates"))
+    assert apart(one, other) <= 1e-6
+    (one, norms), (other, known) = (reduced(name, keep, clip=0.05) for keep in (None, "coordinates"))
+    assert apart(one, other) <= 1e-6
+    torch.testing.assert_close(torch.stack(known), torch.stack(norms), rtol=1e-5, atol=0)
+
+
+def test_the_norm_over_several_passes_is_known_to_some_percent():
+    (one, norms), (other, known) = (reduced("GaLoreAdamW", keep, 4, 0.05) for keep in (None, "coordinates"))
+    errors = torch.stack(known) / torch.stack(norms) - 1
+    assert 0 < errors.abs().max() < 0.06
+    assert apart(one, other) < 0.01
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
+def test_what_is_outside_of_a_subspace_is_told_by_four_columns(shape):
+    """Without a bias: the mean over many draws is the norm."""
+    torch.manual_seed(0)
+    P = torch.linalg.qr(torch.randn(60, 6))[0]
+    G = torch.randn(shape, dtype=torch.float64).float()
+    basis = Basis(P, ProjectionSide.of(shape, 6, "std"))
+    exact = torch.linalg.vector_norm(G)
+    told = torch.stack([basis.reduce(G, torch.randn(60, 4)).norm() for _ in range(200)]) / exact
+    assert abs(told.square().mean() - 1) < 0.02
+    assert 0.01 < told.std() < 0.1
+    both = [basis.reduce(part, Z) for Z in [torch.randn(60, 4)] for part in (G, 2 * G, 3 * G)]  # linear in the gradient
+    for a, b, sums in zip(*both, strict=True):
+        torch.testing.assert_close(a + b, sums, rtol=1e-4, atol=1e-4)
+
+
+def test_between_refreshes_only_coordinates_are_there():
+    model = small()
+    optimizer = galore(model, lr=0.01)
+    release_gradients(model, optimizer)
+    for seed in range(4):
+        for _ in range(2):
+            loss_of(model, seed).backward()
+        for p in model.parameters():
+            assert isinstance(p.grad, ProjectedGradient) == (p.dim() == 2 and seed % 3 > 0)
+        if seed % 3:
+            assert "coordinates (40, 4)" in repr(model[0].weight.grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=seed < 2)
+
+
+@pytest.mark.parametrize("bad", [1, 3])
+def test_a_scaler_skips_a_step_with_an_overflow_whole(bad):
+    """In a step between refreshes, and in one with a refresh."""
+
+    def run(keep):
+        model = small()
+        optimizer = galore(model, lr=0.01)
+        if keep:
+            release_gradients(model, optimizer, keep=keep)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
+        for seed in range(7):
+            loss = loss_of(model, seed) * (torch.inf if seed == bad else 1.0)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert {int(held["step"]) for held in optimizer.state.values()} == {6}
+        return list(model.parameters())
+
+    assert apart(run(None), run("coordinates")) < 1e-6
+
+
+def test_what_wants_more_than_coordinates_is_refused():
+    model = small()
+    for kind in (optim.FiraAdamW, optim.GaLorePlusAdamW, optim.LDAdamW):
+        optimizer = kind(optim.param_groups(model, rank=4, target_modules="all-linear"), lr=0.01)
+        with pytest.raises(UnsupportedLayout, match=f"{kind.__name__} needs more of a gradient.*keep='nothing'"):
+            release_gradients(model, optimizer)
+    optimizer = galore(model, lr=0.01)
+    released = release_gradients(model, optimizer)
+    for seed in range(2):
+        loss_of(model, seed).backward()
+        if seed == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r"coordinates are kept, and torch's clamp.* wants all"):
+        nn.utils.clip_grad_value_(model.parameters(), 1.0)
+    with pytest.raises(RuntimeError, match="set_to_none=True"):
+        model.zero_grad(set_to_none=False)
+    optimizer.param_groups[0]["update_proj_gap"] = 1
+    with pytest.raises(RuntimeError, match=r"its group or its state has changed.*change them after step\(\)"):
+        optimizer.step()
+    released.remove()
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -190,7 +319,7 @@ def test_state_is_saved_and_loaded_between_steps():
 def released_small():
     model = small()
     optimizer = galore(model, lr=0.01)
-    release_gradients(model, optimizer)
+    release_gradients(model, optimizer, keep="nothing")
     loss_of(model).backward()
     return model, optimizer
 
@@ -212,7 +341,7 @@ def test_the_norm_of_all_is_known_and_clipping_by_it_is_refused(foreach):
 def test_a_grad_scaler_is_refused():
     model = small()
     optimizer = galore(model, lr=0.01)
-    release_gradients(model, optimizer)
+    release_gradients(model, optimizer, keep="nothing")
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(loss_of(model)).backward()
     with pytest.raises(RuntimeError, match="bf16 without a scaler"):
@@ -240,7 +369,7 @@ def test_gradients_that_were_set_to_none_do_not_hide_a_second_pass():
 def test_a_layer_in_two_reentrant_checkpoints_is_refused():
     model = small()
     optimizer = galore(model, lr=0.01)
-    release_gradients(model, optimizer)
+    release_gradients(model, optimizer, keep="nothing")
     twice = model[4]
     x = torch.randn(8, 24, requires_grad=True)
     y = checkpoint(twice, checkpoint(twice, x, use_reentrant=True), use_reentrant=True)
@@ -251,7 +380,7 @@ def test_a_layer_in_two_reentrant_checkpoints_is_refused():
 def test_a_pass_that_fails_leaves_a_step_that_zero_grad_ends():
     model = small()
     optimizer = galore(model, lr=0.01)
-    release_gradients(model, optimizer)
+    release_gradients(model, optimizer, keep="nothing")
     handle = model[1].register_full_backward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         loss_of(model).backward()
@@ -275,13 +404,13 @@ def test_what_cannot_be_released():
         release_gradients(model, galore(model, lr=0.01, capturable=True))
     model[0].weight.ds_id = 0
     with pytest.raises(UnsupportedLayout, match="DeepSpeed owns"):
-        release_gradients(model, optimizer)
+        release_gradients(model, optimizer, keep="nothing")
 
 
 def test_parameters_that_come_later_are_refused_at_the_step():
     model = small()
     optimizer = galore(model, lr=0.01)
-    release_gradients(model, optimizer)
+    release_gradients(model, optimizer, keep="nothing")
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
     loss_of(model).backward()
     with pytest.raises(UnsupportedLayout, match="another one than when release_gradients was called"):

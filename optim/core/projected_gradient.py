@@ -1,0 +1,116 @@
+"""A gradient of which the coordinates are kept, in the place of the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+VIEWS = (aten.detach.default,)
+ADDED = (aten.add_.Tensor, aten.add.Tensor)
+SCALED = (aten.mul_.Tensor, aten.mul_.Scalar)
+SCALED_EACH = (aten._foreach_mul_.Tensor, aten._foreach_mul_.Scalar)
+UNSCALED = aten._amp_foreach_non_finite_check_and_unscale_.default
+
+
+class Kept(NamedTuple):
+    """What is kept of a gradient, all of it linear in it.
+
+    ``coordinates``: G P (right) or P^T G. ``outside``: what they leave, G - G P P^T, times some random columns, whose
+    squares tell how large it is.
+    """
+
+    coordinates: Tensor
+    outside: Tensor
+
+    def norm(self) -> Tensor:
+        inside, outside = map(torch.linalg.vector_norm, self)
+        columns = min(self.outside.shape)
+        return torch.hypot(inside.float(), outside.float() / columns**0.5).to(inside.dtype)
+
+
+class ProjectedGradient(Tensor):
+    """Looks like the gradient. Another pass adds to it, which is projected as it is added; clipping and ``GradScaler``
+    scale it. Its norm is exact after one pass, and after several as exact as ``Kept.norm``. Whatever else would read
+    it raises."""
+
+    kept: Kept
+    one_norm: Tensor | None  # of the gradient of one pass
+    reduce: Callable[[Tensor], Kept]
+
+    @staticmethod
+    def __new__(
+        cls, like: Tensor, kept: Kept, one_norm: Tensor | None, reduce: Callable[[Tensor], Kept]
+    ) -> ProjectedGradient:
+        made: ProjectedGradient = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        made.kept, made.one_norm, made.reduce = kept, one_norm, reduce
+        return made
+
+    @classmethod
+    def of(cls, G: Tensor, reduce: Callable[[Tensor], Kept]) -> ProjectedGradient:
+        return cls(G, reduce(G), torch.linalg.vector_norm(G), reduce)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"ProjectedGradient({tuple(self.shape)}, coordinates {tuple(self.kept.coordinates.shape)})"
+
+    def total_norm(self) -> Tensor:
+        return self.kept.norm() if self.one_norm is None else self.one_norm
+
+    def scale_(self, factor: Any) -> None:
+        held = [*self.kept] if self.one_norm is None else [*self.kept, self.one_norm]
+        for tensor in held:
+            tensor.mul_(factor)
+
+    def add_pass_(self, gradient: Tensor, alpha: Any = 1) -> None:
+        for held, more in zip(self.kept, self.reduce(gradient), strict=True):
+            held.add_(more, alpha=alpha)
+        self.one_norm = None
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        own, rest, keywords = args[0], args[1:], kwargs or {}
+        if func in VIEWS:
+            return own
+        if func is aten.neg.default:
+            return cls(own, Kept(*(-held for held in own.kept)), own.one_norm, own.reduce)
+        if func in ADDED and isinstance(own, ProjectedGradient) and not isinstance(rest[0], ProjectedGradient):
+            own.add_pass_(rest[0], keywords.get("alpha", 1))
+            return own
+        if func is aten.linalg_vector_norm.default and rest in ((), (2,)):
+            return own.total_norm()
+        if func is aten._foreach_norm.Scalar and rest in ((), (2,)):
+            return [_norm(gradient) for gradient in own]
+        if func in SCALED:
+            own.scale_(rest[0])
+            return own
+        if func in SCALED_EACH:
+            for gradient in own:
+                gradient.scale_(rest[0]) if isinstance(gradient, ProjectedGradient) else gradient.mul_(rest[0])
+            return None
+        if func is UNSCALED:
+            _unscale(own, *rest)
+            return None
+        raise RuntimeError(
+            f"of a gradient its coordinates are kept, and torch's {func._schema.name.removeprefix('aten::')} wants all "
+            "of it; give zero_grad its set_to_none=True, or call remove() of what release_gradients returned"
+        )
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    return gradient.total_norm() if isinstance(gradient, ProjectedGradient) else torch.linalg.vector_norm(gradient)
+
+
+def _unscale(gradients: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+    """``GradScaler``'s: what is kept is not finite where the gradient was not, and a norm is where that could be."""
+    whole = [gradient for gradient in gradients if not isinstance(gradient, ProjectedGradient)]
+    if whole:
+        torch._amp_foreach_non_finite_check_and_unscale_(whole, found_inf, inv_scale)
+    for gradient in gradients:
+        if isinstance(gradient, ProjectedGradient):
+            held = [*gradient.kept] if gradient.one_norm is None else [*gradient.kept, gradient.one_norm]
+            torch._amp_foreach_non_finite_check_and_unscale_(held, found_inf, inv_scale)
