@@ -14,8 +14,9 @@ and say nothing.
 
     released = release_gradients(model, optimizer, keep="coordinates")
 
-keeps what a matrix moves by, G P, and frees G, but in steps in which it needs a new P. Parameters move in ``step()``, so
-that passes add up, clipping and ``GradScaler`` scale what is kept (``ProjectedGradient``), and a step can be skipped.
+keeps what a matrix moves by, G P, and frees G, but in steps in which it needs a new P (with ``passes=1`` then too).
+Parameters move in ``step()``, so that passes add up, clipping and ``GradScaler`` scale what is kept
+(``ProjectedGradient``), and a step can be skipped.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from ..validation import one_of
+from ..validation import one_of, require
 from .core.optimizer import ShardedOptimizer
 from .core.projected_gradient import ProjectedGradient
 from .core.types import Group
@@ -46,6 +47,10 @@ TWICE = (
     "the gradient of a parameter of shape {shape} came again before optimizer.step(), and the parameter has moved: "
     "several passes a step need gradients that are kept; so does a layer in two reentrant checkpoints "
     "(use_reentrant=False); after a pass that failed call optimizer.zero_grad()"
+)
+MORE_PASSES = (
+    "a second backward pass came before optimizer.step(), where release_gradients was told passes=1; leave passes out "
+    "to add several up"
 )
 aten = torch.ops.aten
 VIEWS = (aten.detach.default, aten.view.default, aten.slice.Tensor)  # which read nothing
@@ -118,7 +123,8 @@ def is_freed(grad: Tensor | None) -> bool:
 class ReleasedGradients:
     """The hooks of a model and its optimizer; ``remove`` takes them away."""
 
-    def __init__(self, optimizer: ShardedOptimizer, keep: str) -> None:
+    def __init__(self, optimizer: ShardedOptimizer, keep: str, passes: int | None = None) -> None:
+        self.passes = passes
         self.optimizer, hook = optimizer, self._move if keep == NOTHING else self._project
         self.handles: list[RemovableHandle] = []
         self.groups: dict[Tensor, Group] = {}
@@ -148,10 +154,12 @@ class ReleasedGradients:
     @torch.no_grad()
     def _project(self, p: Tensor) -> None:
         if isinstance(p.grad, ProjectedGradient):  # to which the pass was added
+            if self.passes is not None:
+                raise RuntimeError(MORE_PASSES)
             return
         assert p.grad is not None
         with torch.autocast(p.device.type, enabled=False):
-            reduce = self.optimizer.reduction_of(p, self.groups[p])
+            reduce = self.optimizer.reduction_of(p, self.groups[p], refresh=self.passes is not None)
             if reduce is not None:
                 p.grad = ProjectedGradient.of(p.grad, reduce)
 
@@ -173,7 +181,9 @@ class ReleasedGradients:
                 p.grad = None
 
 
-def release_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, keep: str = COORDINATES) -> ReleasedGradients:
+def release_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, keep: str = COORDINATES, *, passes: int | None = None
+) -> ReleasedGradients:
     """Free each gradient in the backward pass that makes it. ``optimizer.step()`` is called as ever, after it.
 
     Args:
@@ -181,16 +191,20 @@ def release_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, keep: 
         optimizer: of this package, for parameters of ``model``.
         keep: ``coordinates``: of a matrix with a subspace G P, between its refreshes; of others all. For classes whose
             rule needs no more (GaLore's, 8-bit ones too), on one process. Passes add up, clipping and ``GradScaler``
-            work; the norm is exact after one pass, and after several to some percent (1, where it was measured). ``nothing``: the parameter moves at once, of every class, on one process
-            and under FSDP2. What concerns several parameters together (pruning of a group, merges of factors) comes in
-            ``step()``. Both to the bit of the ordinary step on a CPU, coordinates to rounding where passes are added or
-            scaled, and experts with exact vectors likewise in a step in which some wait for their first token.
+            work; the norm is exact after one pass, and after several to some percent (1, where it was measured).
+            ``nothing``: the parameter moves at once, of every class, on one process and under FSDP2. What concerns
+            several parameters together (pruning of a group, merges of factors) comes in ``step()``. Both to the bit of
+            the ordinary step on a CPU, coordinates to rounding where passes are added or scaled, and experts with exact
+            vectors likewise in a step in which some wait for their first token.
+        passes: 1, where each step has one backward pass: then new subspaces too are found in it, and of all gradients
+            with a subspace one is there at a time. None keeps those that a subspace is due from until all passes have
+            added up. With ``nothing`` there is one pass anyhow.
 
     Returns:
         What ``remove()`` ends it by.
 
     Raises:
-        ValueError: for another ``keep``.
+        ValueError: for another ``keep``, or ``passes`` that are not 1.
         TypeError: for an optimizer of another package.
         UnsupportedLayout: under DeepSpeed and DistributedDataParallel, which need whole gradients after the pass; in
             several processes with whole parameters; with ``capturable``; of coordinates, for a class that needs more,
@@ -212,6 +226,7 @@ def release_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, keep: 
         >>> optimizer.zero_grad()
     """
     one_of(*KEEPS)("keep", keep)
+    require(passes in (None, 1), "passes must be 1, or None for as many as there are", passes)
     if not isinstance(optimizer, ShardedOptimizer):
         raise TypeError(f"release_gradients needs an optimizer of gracile.optim, got {type(optimizer).__name__}")
     complaints = [_split_by_deepspeed, _summed_later, _captured]
@@ -219,7 +234,7 @@ def release_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, keep: 
         reason = complaint(model, optimizer)
         if reason is not None:
             raise UnsupportedLayout(reason)
-    return ReleasedGradients(optimizer, keep)
+    return ReleasedGradients(optimizer, keep, passes)
 
 
 def _parameters(optimizer: ShardedOptimizer) -> list[Tensor]:
@@ -261,3 +276,18 @@ def _split(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
     if any(map(is_dtensor, _parameters(optimizer))):
         return "coordinates are kept of whole gradients, which FSDP2 has split; give keep='nothing'"
     return None
+
+
+def kept_bytes(optimizer: torch.optim.Optimizer, keep: str) -> int:
+    """Bytes of the gradients that are there when a pass is over, in steps of one pass (``passes=1``)."""
+    ours = optimizer if isinstance(optimizer, ShardedOptimizer) else None
+    total = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not p.requires_grad or (ours is not None and keep == NOTHING):
+                continue
+            reduced = (
+                ours is not None and keep == COORDINATES and ours.keeps_coordinates and ours.is_for_matrices(group)
+            )
+            total += p.element_size() * (ours.reduced_size(p, group) if ours is not None and reduced else p.numel())
+    return total

@@ -338,9 +338,14 @@ class ShardedOptimizer(CapturableStep):
             opened.moved[parameter] = work
 
     @torch.no_grad()
-    def reduction_of(self, parameter: Tensor, group: Group) -> Callable[[Tensor], Kept] | None:
-        """What the gradient of a parameter may be reduced to before ``step``; None where that wants all of it."""
+    def reduction_of(self, parameter: Tensor, group: Group, refresh: bool) -> Callable[[Tensor], Kept] | None:
+        """What the gradient of a parameter may be reduced to before ``step``; None where that wants all of it.
+        ``refresh``: what is due of it is found now, for all of the gradient is there."""
         return None
+
+    def reduced_size(self, parameter: Tensor, group: Group) -> int:
+        """How many numbers are kept of a gradient by ``reduction_of``."""
+        return parameter.numel()
 
     def has_moved_early(self, parameter: Tensor) -> bool:
         """Whether a parameter has moved in a step that is not at its end."""

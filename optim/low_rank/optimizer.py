@@ -94,11 +94,12 @@ class LowRankOptimizer(ShardedOptimizer):
         "scale": finite(),
         "shard_basis": _optional_flag,
     }
+    _found_early: dict[int, Tensor]  # by position: whether the columns are usable that were found in the backward pass
     _warned_non_finite = False  # a class attribute: torch's __getstate__ keeps no others through pickle
 
     def __init__(self, params: ParamsT, arguments: Group) -> None:
         super().__init__(params, arguments)
-        self._first_gradients = FirstGradients()
+        self._first_gradients, self._found_early = FirstGradients(), {}
 
     @classmethod
     def is_matrix(cls, shape: tuple[int, ...]) -> bool:
@@ -209,10 +210,11 @@ class LowRankOptimizer(ShardedOptimizer):
     def forget(self) -> None:
         super().forget()
         self._first_gradients.forget()
+        self._found_early.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._first_gradients = FirstGradients()
+        self._first_gradients, self._found_early = FirstGradients(), {}
 
     # ---- what methods use -------------------------------------------------------------------------------------------
 
@@ -248,7 +250,7 @@ class LowRankOptimizer(ShardedOptimizer):
         return torch.float32
 
     @torch.no_grad()
-    def reduction_of(self, parameter: Tensor, group: Group) -> Callable[[Tensor], Kept] | None:
+    def reduction_of(self, parameter: Tensor, group: Group, refresh: bool) -> Callable[[Tensor], Kept] | None:
         if not self.keeps_coordinates:
             return None
         for shard, state in self._born(parameter, group, Workspace()):
@@ -256,9 +258,26 @@ class LowRankOptimizer(ShardedOptimizer):
                 return None
             item = ParamStep(shard, group, state)
             self._first_gradients.recall([item] if self.waits_for_gradient(group) else [])
-            if not self._is_due_now(item):
-                return partial(self._reduced, shard=shard, group=group, state=state)
+            item.is_due = self._is_due_now(item)
+            if item.is_due and not refresh:
+                return None
+            if item.is_due:
+                self.find([item])
+                assert item.usable is not None
+                self._found_early[shard.position] = item.usable
+            return partial(self._reduced, shard=shard, group=group, state=state)
         return None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._found_early.clear()
+        super().zero_grad(set_to_none)
+
+    def reduced_size(self, parameter: Tensor, group: Group) -> int:
+        """How many numbers are kept of a gradient by ``reduction_of``."""
+        if parameter.dim() != 2:
+            return parameter.numel()
+        side = self.projection_side((parameter.shape[0], parameter.shape[1]), group)
+        return math.prod(side.projected_shape) + side.lines * OUTSIDE
 
     def _reduced(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Kept:
         """P anew for each gradient, for an unpacked one is not kept; the same directions for all passes of a step."""
@@ -293,7 +312,8 @@ class LowRankOptimizer(ShardedOptimizer):
         portion: list[ParamStep] = []
         due: list[ParamStep] = []
         for item in work:
-            item.is_due = has_subspace(item.shard) and self._is_due_now(item)
+            item.usable = self._found_early.pop(item.shard.position, None)
+            item.is_due = item.usable is None and has_subspace(item.shard) and self._is_due_now(item)
             if item.is_due and due and not self._fits(item, due):
                 yield portion
                 portion, due = [], []

@@ -2,6 +2,7 @@
 wants more than one is refused."""
 
 import gc
+import itertools
 import sys
 import weakref
 from pathlib import Path
@@ -19,7 +20,7 @@ from gracile.optim.core.optimizer import ShardedOptimizer
 from gracile.optim.core.projected_gradient import ProjectedGradient
 from gracile.optim.distributed import ProjectionSide, UnsupportedLayout
 from gracile.optim.low_rank.basis import Basis
-from gracile.optim.released import FreedGradient
+from gracile.optim.released import FreedGradient, kept_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 cells = pytest.importorskip("cells", reason="needs DeepSpeed, as the cells of the distributed matrix do")
@@ -191,12 +192,12 @@ def test_state_is_saved_and_loaded_between_steps():
 PROJECTED = [name for name in NAMES if VARIANTS[name].cls.keeps_coordinates]
 
 
-def reduced(name, keep, passes=1, clip=0.0, experts=0):
+def reduced(name, keep, passes=1, clip=0.0, experts=0, told=None):
     """Weights after some steps, and the norm of each step's gradient."""
     net = cells.build({"optimizer": name, "experts": experts})
     optimizer = cells.make_optimizer(net, {"optimizer": name}, together=False)
     if keep:
-        release_gradients(net, optimizer, keep=keep)
+        release_gradients(net, optimizer, keep=keep, passes=told)
     norms = []
     for step in range(STEPS):
         for micro in range(passes):
@@ -218,14 +219,15 @@ def apart(one, other):
 def test_a_matrix_moves_by_the_coordinates_that_were_kept(name):
     """To the bit after one pass; after several, and clipped, to rounding."""
     assert len(PROJECTED) == 6
-    for experts in (0, 3):
-        one, other = (reduced(name, keep, experts=experts)[0] for keep in (None, "coordinates"))
+    for experts, told in ((0, None), (3, None), (0, 1)):
+        one, other = (reduced(name, keep, experts=experts, told=told)[0] for keep in (None, "coordinates"))
         assert all(map(torch.equal, one, other))
     one, other = (reduced(name, keep, passes=4)[0] for keep in (None, "coordinates"))
     assert apart(one, other) <= 1e-6
-    (one, norms), (other, known) = (reduced(name, keep, clip=0.05) for keep in (None, "coordinates"))
-    assert apart(one, other) <= 1e-6
-    torch.testing.assert_close(torch.stack(known), torch.stack(norms), rtol=1e-5, atol=0)
+    for told in (None, 1):
+        (one, norms), (other, known) = (reduced(name, keep, clip=0.05, told=told) for keep in (None, "coordinates"))
+        assert apart(one, other) <= 1e-5
+        torch.testing.assert_close(torch.stack(known), torch.stack(norms), rtol=1e-5, atol=0)
 
 
 def test_the_norm_over_several_passes_is_known_to_some_percent():
@@ -264,6 +266,29 @@ def test_between_refreshes_only_coordinates_are_there():
             assert "coordinates (40, 4)" in repr(model[0].weight.grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=seed < 2)
+
+
+def test_with_one_pass_a_step_no_whole_gradient_of_a_matrix_stays():
+    """Nor in a step with a refresh, whose subspace is found in the pass."""
+    model = small()
+    optimizer = galore(model, lr=0.01)
+    release_gradients(model, optimizer, passes=1)
+    bases = []
+    for seed in range(7):
+        loss_of(model, seed).backward()
+        assert all(isinstance(p.grad, ProjectedGradient) == (p.dim() == 2) for p in model.parameters())
+        held = [[*p.grad.kept] if p.dim() == 2 else [p.grad] for p in model.parameters()]
+        optimizer.step()
+        bases.append(optimizer.state[model[0].weight]["basis"].clone())
+        optimizer.zero_grad()
+    assert kept_bytes(optimizer, "coordinates") == sum(tensor.nbytes for each in held for tensor in each)
+    assert kept_bytes(optimizer, "nothing") == 0
+    assert [not torch.equal(a, b) for a, b in itertools.pairwise(bases)] == [seed % 3 == 0 for seed in range(1, 7)]
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="passes=1; leave passes out"):
+        loss_of(model).backward()
+    with pytest.raises(ValueError, match="passes must be 1"):
+        release_gradients(model, optimizer, passes=2)
 
 
 @pytest.mark.parametrize("bad", [1, 3])

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import interrupt, same, weights
 
+from gracile.optim.released import kept_bytes
 from gracile.train.config.parser import load_config
 from gracile.train.measurement.kinds import GRADIENTS, STEP
 from gracile.train.measurement.planner import Planner
@@ -36,9 +38,26 @@ def test_a_run_has_the_bits_of_one_that_keeps_all_and_goes_on_with_either(optimi
     assert same(weights(broken), weights(tmp_path / "run"))
 
 
+@pytest.mark.parametrize(("passes", "clip"), [(1, 0.0), (1, 0.3), (2, 0.0)])
+def test_a_run_that_keeps_coordinates_is_that_of_one_that_keeps_all(passes, clip, tiny, tmp_path, metrics):
+    """To the bit where nothing is added or scaled."""
+    config = tiny(gradient_accumulation_steps=passes, max_grad_norm=clip)
+    assert main([config]) == 0
+    assert main([config, "--keep_gradients", "coordinates", "--output_dir", str(tmp_path / "kept")]) == 0
+    one, other = weights(tmp_path / "run"), weights(tmp_path / "kept")
+    if passes == 1 and not clip:
+        assert same(one, other)
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5)
+    histories = [metrics(tmp_path / run)["history"] for run in ("run", "kept")]
+    norms = [[entry["grad_norm"] for entry in history if "grad_norm" in entry] for history in histories]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4 if passes == 1 else 0.06)
+    assert len(norms[0]) > 2
+
+
 def test_the_plan_has_the_largest_gradient_alone(tiny):
     plans = []
-    for kept in ("all", "nothing"):
+    for kept in ("all", "nothing", "coordinates"):
         config = load_config([tiny(**ALONE), "--keep_gradients", kept])
         planner = Planner(config)
         plans.append(planner.plan(config.optimizer.optimizer, 2, checkpointing=False))
@@ -46,6 +65,10 @@ def test_the_plan_has_the_largest_gradient_alone(tiny):
     assert plans[0].held[GRADIENTS] == sum(sizes)
     assert plans[1].held[GRADIENTS] == max(sizes)
     assert plans[1].at_peak[STEP] == plans[1].held[STEP] > 0
+    reduced = planner.trainee.optimizer(planner._own_model, "galore_adamw")
+    assert plans[2].held[GRADIENTS] == kept_bytes(reduced, "coordinates") + max(sizes) < sum(sizes)
+    waits = Planner(load_config([tiny(gradient_accumulation_steps=2), "--keep_gradients", "coordinates"]))
+    assert waits.plan("galore_adamw", 2, checkpointing=False).held[GRADIENTS] == sum(sizes)  # at a refresh
 
 
 def test_it_is_planned_and_not_measured(tiny, capsys):
@@ -60,7 +83,11 @@ def test_it_is_planned_and_not_measured(tiny, capsys):
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 2 adds up several passes"),
         ({"optimizer": "adamw"}, "which adamw cannot; choose an optimizer of gracile"),
         ({"deepspeed": ZERO2}, "DeepSpeed needs them after it; use FSDP2, or one process"),
-        ({"keep_gradients": "some"}, "keep_gradients must be all or nothing, got 'some'"),
+        ({"keep_gradients": "some"}, "keep_gradients must be one of all, coordinates, nothing, got 'some'"),
+        (
+            {"keep_gradients": "coordinates", "optimizer": "fira_adamw"},
+            "fira_adamw needs more of them than coordinates; give --keep_gradients nothing",
+        ),
     ],
 )
 def test_what_wants_all_gradients_is_refused(changes, said, tiny, tmp_path, capsys):

@@ -135,7 +135,7 @@ class DataArguments:
             self.dataset = [self.dataset]
 
 
-ALL, NOTHING = "all", "nothing"  # of keep_gradients
+ALL, COORDINATES, NOTHING = "all", "coordinates", "nothing"  # of keep_gradients
 
 
 @dataclass
@@ -186,8 +186,8 @@ class MethodArguments:
     keep_gradients: str = field(
         default=ALL,
         metadata={
-            "help": "all: until the step has used them. nothing: each parameter moves in the backward pass, and its "
-            "gradient is freed at once, so that one is there at a time."
+            "help": "all: until the step has used them. coordinates: of a matrix with a subspace (GaLore's) its "
+            "coordinates. nothing: each parameter moves in the backward pass, and its gradient is freed at once."
         },
     )
 

@@ -20,8 +20,9 @@ from ...registry import LAYERS, OPTIMIZERS, LayerEntry, OptimizerEntry
 from ...validation import is_whole, nearest
 from ..engines.layout import DEEPSPEED, Layout
 from ..errors import BadInput
-from .arguments import ALL, DTYPES, NOTHING, AnySettings, Config, Keywords, RunArguments
+from .arguments import ALL, COORDINATES, DTYPES, NOTHING, AnySettings, Config, Keywords, RunArguments
 
+KEPT = (ALL, COORDINATES, NOTHING)
 # Parameters of a layer's constructor that are not the configuration's to give.
 NOT_KEYWORDS = {"in_features", "out_features", "bias", "name", "placed", "model"}
 
@@ -73,13 +74,29 @@ def check_shared(config: AnySettings, at_least_one: Mapping[str, int]) -> None:
 def _check_kept_gradients(config: AnySettings) -> None:
     """Refuse to free gradients where something wants all of them."""
     run, kept = config.run, config.optimizer.keep_gradients
-    if kept not in (ALL, NOTHING):
-        raise BadInput(f"keep_gradients must be {ALL} or {NOTHING}, got {kept!r}")
+    if kept not in KEPT:
+        raise BadInput(f"keep_gradients must be one of {', '.join(KEPT)}, got {kept!r}; {nearest(kept, KEPT)}")
     if kept == ALL:
         return
-    frees = "keep_gradients: nothing frees each gradient in the backward pass"
-    if not issubclass(optimizer_entry(config.optimizer.optimizer).cls, ShardedOptimizer):
-        raise BadInput(f"{frees}, which {config.optimizer.optimizer} cannot; choose an optimizer of gracile")
+    frees = f"keep_gradients: {kept} frees gradients in the backward pass"
+    name = config.optimizer.optimizer
+    kind = optimizer_entry(name).cls
+    if not issubclass(kind, ShardedOptimizer):
+        raise BadInput(f"{frees}, which {name} cannot; choose an optimizer of gracile")
+    if kept == COORDINATES and not kind.keeps_coordinates:
+        raise BadInput(f"{frees}, and {name} needs more of them than coordinates; give --keep_gradients {NOTHING}")
+    if kept == NOTHING:
+        _check_nothing_kept(run, frees)
+    if run.deepspeed:
+        raise BadInput(f"{frees}, and DeepSpeed needs them after it; use FSDP2, or one process")
+    if run.fsdp and kept == COORDINATES:
+        raise BadInput(f"{frees}, and FSDP splits them before; give --keep_gradients {NOTHING}")
+    if run.world_size > 1 and not run.fsdp:
+        raise BadInput(f"{frees}, and DistributedDataParallel sums them after it; use FSDP2, or one process")
+
+
+def _check_nothing_kept(run: RunArguments, frees: str) -> None:
+    """Refuse what wants the gradients of a whole step."""
     if run.max_grad_norm:
         raise BadInput(
             f"{frees}, and max_grad_norm {run.max_grad_norm:g} clips by the norm of all; give --max_grad_norm 0"
@@ -91,10 +108,6 @@ def _check_kept_gradients(config: AnySettings) -> None:
         )
     if run.fp16:
         raise BadInput(f"{frees}, and fp16 scales them until all are there; give --bf16 true")
-    if run.deepspeed:
-        raise BadInput(f"{frees}, and DeepSpeed needs them after it; use FSDP2, or one process")
-    if run.world_size > 1 and not run.fsdp:
-        raise BadInput(f"{frees}, and DistributedDataParallel sums them after it; use FSDP2, or one process")
 
 
 def _check_run(run: RunArguments) -> None:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...optim.core.optimizer import ShardedOptimizer
 from ...optim.distributed import as_one_buffer, each_alone, flat_length
 from ...optim.memory import bytes_by_kind, dtype_of_moments, planned_state
+from ...optim.released import kept_bytes
 from ..build.model import checkpoint_activations
 from ..build.trainee import trainee_of
-from ..config.arguments import ALL, AnySettings, RunArguments
+from ..config.arguments import ALL, COORDINATES, NOTHING, AnySettings, RunArguments
+from ..config.checks import optimizer_entry
 from ..engines.division import Division
 from ..errors import BadInput
 from .fake_model import on_cpu
@@ -119,7 +122,9 @@ class Planner:
         model, (state, moments, taken) = self._model(variant), self._fixed(optimizer)
         step = taken()
         fixed = dict(state)
-        one = self._pass((micro_batch, tokens or self.config.data.block_size), checkpointing, variant)
+        keep = self._kept_by(optimizer)
+        size = micro_batch, tokens or self.config.data.block_size
+        one = self._pass(size, checkpointing, variant, keep == NOTHING)
         kept = one.gradients
         if self.division.stage >= 2:  # DeepSpeed averages in fp32, unless its configuration says bf16
             width = self.dtype.itemsize if self.config.run.bf16 else 4
@@ -137,8 +142,13 @@ class Planner:
         held = fixed | passing | {GRADIENTS: kept, ACTIVATIONS: one.activations, STEP: step}
         in_the_pass = fixed | passing | {GRADIENTS: kept if throughout else moment.gradients}
         in_the_step = fixed | {GRADIENTS: kept, STEP: step}
-        if self._frees:  # a parameter may move when most is there
+        if keep != ALL:  # a subspace may be found, or a parameter move, when most is there
             in_the_pass[STEP] = step
+        if keep == COORDINATES:  # and the largest gradient, which is being reduced
+            kept = self._reduced_gradients(optimizer)
+            largest = max((p.nbytes for p in model.parameters() if p.requires_grad), default=0)
+            held[GRADIENTS] = in_the_pass[GRADIENTS] = kept + largest
+            in_the_step[GRADIENTS] = kept
         at_peak = max(in_the_pass, in_the_step, key=lambda held: sum(held.values()))
         held, at_peak, offloaded = ({kind: part.get(kind, 0) for kind in KINDS} for part in (held, at_peak, offloaded))
         return Plan(held, at_peak, offloaded, moments)
@@ -181,9 +191,15 @@ class Planner:
     def _accumulates(self) -> bool:
         return self.config.run.gradient_accumulation_steps > 1
 
-    @property
-    def _frees(self) -> bool:
-        return self.config.optimizer.keep_gradients != ALL
+    def _kept_by(self, optimizer: str) -> str:
+        """What is kept of gradients with an optimizer: all, where it can do no other, or waits for several passes."""
+        keep, kind = self.config.optimizer.keep_gradients, optimizer_entry(_trained_as(optimizer)).cls
+        able = issubclass(kind, ShardedOptimizer) and (keep == NOTHING or kind.keeps_coordinates)
+        return keep if able and not (keep == COORDINATES and self._accumulates) else ALL
+
+    def _reduced_gradients(self, optimizer: str) -> int:
+        model = self._model(self.trainee.variant(optimizer))
+        return kept_bytes(self.trainee.optimizer(model, optimizer), COORDINATES)
 
     @property
     def _own_model(self) -> PreTrainedModel:
@@ -192,7 +208,7 @@ class Planner:
     def _untrained(self, variant: str | None) -> PreTrainedModel:
         return self.trainee.model(variant, self.dtype)
 
-    def _make_fake_pass(self, checkpointing: bool, variant: str | None) -> FakePass:
+    def _make_fake_pass(self, checkpointing: bool, variant: str | None, freed: bool) -> FakePass:
         model = self._untrained(variant)
         model.config.use_cache = self.config.run.use_cache  # as the Trainer does
         if checkpointing:
@@ -202,14 +218,14 @@ class Planner:
             self.trainee.batch,
             autocast=self.autocast,
             accumulated=self._accumulates,
-            freed=self._frees,
+            freed=freed,
         )
 
-    def _run_fake_pass(self, batch: tuple[int, int], checkpointing: bool, variant: str | None) -> Pass:
+    def _run_fake_pass(self, batch: tuple[int, int], checkpointing: bool, variant: str | None, freed: bool) -> Pass:
         if batch[0] * batch[1] > MOST_TOKENS:
             raise BadInput(f"a pass over {batch[0]} x {batch[1]} tokens is too large to be planned")
         try:
-            return self._fake_pass(checkpointing, variant).of(batch)
+            return self._fake_pass(checkpointing, variant, freed).of(batch)
         except (AssertionError, IndexError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise BadInput(
@@ -260,7 +276,7 @@ class Planner:
         division = self.division
         if division.stage == 0:
             held = planned_state(built)
-            step = cache(partial(step_bytes, built, device=self.steps_on, early=self._frees))
+            step = cache(partial(step_bytes, built, device=self.steps_on, early=self._kept_by(optimizer) == NOTHING))
             return _Fixed(dict(bytes_by_kind(held)), dtype_of_moments(held), step)
         cut = each_alone if division.stage == 3 else as_one_buffer
         count = division.processes

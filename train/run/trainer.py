@@ -243,7 +243,8 @@ class RunTrainer(Trainer):
         kept = self.config.optimizer.keep_gradients
         if kept != ALL:
             assert self.given_optimizer is not None
-            release_gradients(self.model_wrapped, self.given_optimizer, keep=kept)
+            passes = 1 if self.args.gradient_accumulation_steps == 1 else None
+            release_gradients(self.model_wrapped, self.given_optimizer, keep=kept, passes=passes)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         """How often is logged, evaluated and saved is the configuration's, and not that of the checkpoint."""
