@@ -356,7 +356,7 @@ class ShardedOptimizer(CapturableStep):
         together wants it."""
         if not self.state:
             self._warn_without_matrices()
-        self._take_over_states()
+        self._take_over_states()  # before states are born
         opened = OpenStep(Workspace(), {}, {})
         for group in self.param_groups:
             numbers = {**self.later_keys, **numbers_of_group(group)}
