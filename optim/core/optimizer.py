@@ -303,11 +303,13 @@ class ShardedOptimizer(CapturableStep):
     def advance(self, work: list[ParamStep], moved: Sequence[ParamStep] = ()) -> None:
         """The phases of a step, for parameters that have state and a gradient, and the last for those too that have
         ``moved`` in it. Collective."""
-        self._move(work)
+        self.move(work)
         with self.phase(AFTER):
+            self.after_each(work)
             self.after_step(sorted([*moved, *work], key=lambda item: item.shard.position) if moved else work)
 
-    def _move(self, work: list[ParamStep]) -> None:
+    def move(self, work: list[ParamStep]) -> None:
+        """The phases that each of some parameters goes through. Collective."""
         count_on_device(work)
         for portion in self.portions(work):
             self.find(portion)
@@ -318,8 +320,6 @@ class ShardedOptimizer(CapturableStep):
                     self._update_batch(batch)
         for state in self._elsewhere:
             state["step"] += 1
-        with self.phase(AFTER):
-            self.after_each(work)
 
     @torch.no_grad()
     def move_early(self, parameter: Tensor) -> None:
@@ -332,7 +332,9 @@ class ShardedOptimizer(CapturableStep):
             self._elsewhere = []
             work = self._work_of(parameter, *opened.groups[parameter], opened.workspace)
             complete_gradients([item.shard for item in work if isinstance(item.shard, MatrixShard)])
-            self._move(work)
+            self.move(work)
+            with self.phase(AFTER):
+                self.after_each(work)
             for item in work:
                 item.shard.let_gradient_go()
             opened.moved[parameter] = work

@@ -126,12 +126,12 @@ class SSTAdamW(FactoredOptimizer):
     ) -> None:
         super().__init__(params, locals())
 
-    def _move(self, work: list[ParamStep]) -> None:
+    def move(self, work: list[ParamStep]) -> None:
         undecayed: dict[int, Group] = {}
         for item in work:
             if self.part_of(item.shard) in VECTORS:
                 item.group = undecayed.setdefault(id(item.group), {**item.group, "weight_decay": 0.0})
-        super()._move(work)
+        super().move(work)
 
     def direction(self, G: Tensor, shard: FullShard, group: Group, state: State) -> Direction:
         name, t = self.part_of(shard), steps_of(state)

@@ -17,7 +17,7 @@ found from a random start, and its basis turned to that of the old one, so that 
 Weights stay in the parameter's dtype: Q-GaLore's int8 weights are a layer, not an optimizer.
 
 Departures from Q-GaLore's code: codes are packed, two 4-bit ones in a byte, and a group stores its minimum rather
-than a clamped zero point, which cannot reach groups far from zero; a P that is packed is iterated for in fp64, so that
+than a clamped zero point, which cannot reach groups far from zero; a P in 4 bits is iterated for in fp64, so that
 its codes do not depend on how processes share out the sums; c compares the whole subspace, not the signed
 cosine of the first vectors, which is -1 for an unchanged subspace whose sign flipped, and is corrected for chance;
 the next refresh comes T_l after the last one instead of whenever T_l divides t; the five c are forgotten after a
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ...fp64 import widest
+from ...fp64 import fp64_device
 from ...validation import Check, flag, is_whole, number, require, whole
 from ..core.clock import steps_of
 from ..core.keywords import ACCEPTED, OF_8_BITS, Accepted
@@ -187,7 +187,8 @@ class GaLoreAdamW8bit(GaLore):
 
     def sums_of_subspace(self, shard: FullMatrix, group: Group) -> torch.dtype:
         # a last bit moves a code of 4 bits by a fifteenth of all; with fp64 it is the same code in every layout
-        return widest(shard.device) if group["quant"] else super().sums_of_subspace(shard, group)
+        coarse = group["quant"] and group["quant_n_bit"] == 4
+        return torch.float64 if coarse else super().sums_of_subspace(shard, group)
 
     def store_basis(self, columns: Tensor, usable: Tensor, shard: FullMatrix, group: Group, state: State) -> None:
         if group["cos_threshold"] is not None:
@@ -245,9 +246,11 @@ def _set_next_refresh(overlap: Tensor, group: Group, state: State) -> None:
 
 def _turned_to(P: Tensor, Q: Tensor, sums: torch.dtype) -> Tensor:
     """The basis of the span of Q that comes from projecting P onto it."""
-    wide = Q.to(torch.promote_types(Q.dtype, sums))
-    previous = P.to(wide.dtype)
-    return orthonormalized(wide @ (wide.t() @ previous), previous, rounding_error(Q.dtype)).to(Q.dtype)
+    at = fp64_device(Q.device) if sums == torch.float64 else Q.device
+    wide = Q.to(at).to(torch.promote_types(Q.dtype, sums))
+    previous = P.to(at).to(wide.dtype)
+    turned = orthonormalized(wide @ (wide.t() @ previous), previous, rounding_error(Q.dtype))
+    return turned.to(Q.dtype).to(Q.device)
 
 
 def _in_groups(columns: Tensor, size: int) -> Tensor:

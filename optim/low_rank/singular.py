@@ -105,8 +105,16 @@ def orthogonal_iteration(
     in ``sums``, or the gradient's dtype where that is wider: in fp64 the order of the sums, as processes share them
     out, does not move the columns.
     """
+    if not _computes(sums, gradient.device):
+        held = None if previous is None else previous.cpu()
+        return orthogonal_iteration(gradient.cpu(), side, held, total, seed, sums).to(gradient.device)
     lines = gradient if side.right else gradient.t()
     return iterated(lambda Q: total(_gram_times(lines, Q)), side, previous, gradient.new_empty(0), seed, sums)
+
+
+def _computes(sums: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has numbers of a dtype."""
+    return sums != torch.float64 or has_fp64(device)
 
 
 def iterated(
@@ -177,6 +185,9 @@ def orthogonal_iterations(pending: Sequence[PendingIteration]) -> Tensor:
     """``orthogonal_iteration`` of several matrices that are alike (matrices x side x r), all orthonormalized together,
     where each launch costs."""
     side, like = pending[0].side, pending[0].gradient
+    if not _computes(pending[0].sums, like.device):
+        alone = [orthogonal_iteration(one.gradient, side, one.previous, sums=one.sums) for one in pending]
+        return torch.stack(alone)
     wide, error = torch.promote_types(like.dtype, pending[0].sums), rounding_error(like.dtype)
     Q = _stacked_previous(pending, wide)
     warm = Q is not None

@@ -53,11 +53,11 @@ def refusals():
     net = cells.build(cell)
     for model in (torch.nn.parallel.DistributedDataParallel(net), net):  # as it is wrapped, and before fully_shard
         try:
-            release_gradients(model, cells.make_optimizer(net, cell))
+            release_gradients(model, cells.make_optimizer(net, cell), keep="nothing")
         except UnsupportedLayout as error:
             said.append(str(error))
     net = split(cell)
-    release_gradients(net, cells.make_optimizer(net, cell))
+    release_gradients(net, cells.make_optimizer(net, cell), keep="nothing")
     net(*cells.share(0, 0)).backward()
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), torch.inf).full_tensor()
     other = split(cell)

@@ -208,7 +208,7 @@ class Planner:
     def _untrained(self, variant: str | None) -> PreTrainedModel:
         return self.trainee.model(variant, self.dtype)
 
-    def _make_fake_pass(self, checkpointing: bool, variant: str | None, freed: bool) -> FakePass:
+    def _make_fake_pass(self, checkpointing: bool, variant: str | None, freed: bool = False) -> FakePass:
         model = self._untrained(variant)
         model.config.use_cache = self.config.run.use_cache  # as the Trainer does
         if checkpointing:
@@ -221,7 +221,9 @@ class Planner:
             freed=freed,
         )
 
-    def _run_fake_pass(self, batch: tuple[int, int], checkpointing: bool, variant: str | None, freed: bool) -> Pass:
+    def _run_fake_pass(
+        self, batch: tuple[int, int], checkpointing: bool, variant: str | None, freed: bool = False
+    ) -> Pass:
         if batch[0] * batch[1] > MOST_TOKENS:
             raise BadInput(f"a pass over {batch[0]} x {batch[1]} tokens is too large to be planned")
         try:

@@ -43,8 +43,8 @@ AROUND = {
     "activation_checkpointing", "activation_checkpointing_kwargs", "torch_empty_cache_steps", "skip_memory_metrics",
     "deepspeed", "fsdp", "fsdp_config", "use_cpu", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb",
     "ddp_find_unused_parameters", "ddp_broadcast_buffers", "ddp_static_graph", "local_rank", "trust_remote_code",
-    "keep_gradients",
 }  # fmt: skip
+OWN_AROUND = {"keep_gradients"}  # the same of our keys
 NOT_LAMBDAS = {"reduce_lr_on_plateau", "greedy"}  # their rate follows from losses, not from the step
 
 
@@ -96,7 +96,7 @@ def _effect(key: str, config: AnySettings, step: int) -> str | None:
         return f"from step {step + 1} on"
     if key in DATA:
         return "the same data under another name"
-    return f"from step {step + 1} on; no step computes anything else" if key in AROUND else None
+    return f"from step {step + 1} on; no step computes anything else" if key in AROUND | OWN_AROUND else None
 
 
 def _size_of(saved: Mapping[str, Any], config: AnySettings, checkpoint: Path) -> str:
