@@ -280,14 +280,13 @@ def _split(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
 
 def kept_bytes(optimizer: torch.optim.Optimizer, keep: str) -> int:
     """Bytes of the gradients that are there when a pass is over, in steps of one pass (``passes=1``)."""
-    ours = optimizer if isinstance(optimizer, ShardedOptimizer) else None
+    trained = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if not isinstance(optimizer, ShardedOptimizer):
+        return sum(p.nbytes for p, _ in trained)
+    if keep == NOTHING:
+        return 0
     total = 0
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if not p.requires_grad or (ours is not None and keep == NOTHING):
-                continue
-            reduced = (
-                ours is not None and keep == COORDINATES and ours.keeps_coordinates and ours.is_for_matrices(group)
-            )
-            total += p.element_size() * (ours.reduced_size(p, group) if ours is not None and reduced else p.numel())
+    for p, group in trained:
+        reduced = keep == COORDINATES and optimizer.keeps_coordinates and optimizer.is_for_matrices(group)
+        total += p.element_size() * (optimizer.reduced_size(p, group) if reduced else p.numel())
     return total
