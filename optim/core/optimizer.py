@@ -157,7 +157,8 @@ class ShardedOptimizer(CapturableStep):
     def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
         """Move one parameter, or a stack of alike matrices, of which ``G`` is the gathered gradient. Its counter has
         counted this step. Collective."""
-        rule, spend = self._rule_for(shard, group, state), self.spends_coordinates and has_subspace(shard)
+        rule, kept = self._rule_for(shard, group, state), isinstance(G, ProjectedGradient)
+        spend = self.spends_coordinates and has_subspace(shard) and not kept  # which would be a gradient no longer
         with self._dequantized(shard, group, state) if rule is self.rule else nullcontext(state) as wide:
             direction, correction = found_alone(self.direction(G, shard, group, wide), rule, group, shard, spend)
         shard.write(direction, group["lr"] * correction, decay_of(group), self.rule.decay_first)

@@ -379,8 +379,9 @@ class LowRankOptimizer(ShardedOptimizer):
     def _refresh(self, due: list[ParamStep]) -> None:
         if any(isinstance(item.shard.held_gradient, ProjectedGradient) for item in due):
             raise RuntimeError(
-                "a matrix is due for a new subspace of whose gradient coordinates were kept: its group or its state "
-                "has changed between the backward pass and step(); change them after step()"
+                "a matrix is due for a new subspace of whose gradient coordinates were kept: zero_grad() was not "
+                "called after the last step, or its group or its state has changed since the backward pass; change "
+                "them after step()"
             )
         found = [self.find_basis(item.gather_grad(), item.matrix, item.group, item.state) for item in due]
         for pending in found:

@@ -83,7 +83,13 @@ def test_killed_it_goes_on_to_the_same_bits_and_answers(processes, more, setting
 )
 @pytest.mark.parametrize(
     "settings",
-    [pytest.param({**LORA, "adapter_args": {"r": 4}}, id="lora"), pytest.param(GALORE, id="galore", marks=thorough)],
+    [
+        pytest.param({**LORA, "adapter_args": {"r": 4}}, id="lora"),
+        pytest.param(GALORE, id="galore", marks=thorough),
+        pytest.param(
+            {"adapter": "lora", "adapter_args": {"r": 4, "init_lora_weights": "corda"}}, id="corda", marks=thorough
+        ),
+    ],
 )
 def test_two_processes_train_the_run_of_one(settings, more, tmp_path, metrics, pool):
     """The loss is one over the tokens of both, whose rows carry different numbers of them."""

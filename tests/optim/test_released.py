@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gracile import optim
 from gracile.optim import release_gradients
+from gracile.optim.core import batches
 from gracile.optim.core.optimizer import ShardedOptimizer
 from gracile.optim.core.projected_gradient import ProjectedGradient
 from gracile.optim.distributed import ProjectionSide, UnsupportedLayout
@@ -251,6 +252,64 @@ def test_what_is_outside_of_a_subspace_is_told_by_four_columns(shape):
     both = [basis.reduce(part, Z) for Z in [torch.randn(60, 4)] for part in (G, 2 * G, 3 * G)]  # linear in the gradient
     for a, b, sums in zip(*both, strict=True):
         torch.testing.assert_close(a + b, sums, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_leaves_what_is_kept_as_it_is(monkeypatch):
+    """As an ordinary step leaves gradients: without zero_grad the next pass adds to them. Large coordinates on a GPU
+    may be used up; here all may."""
+    monkeypatch.setattr(batches, "is_asked_in_spans", lambda *_: True)
+
+    def run(keep):
+        model = small()
+        optimizer = galore(model, lr=0.01)
+        if keep:
+            release_gradients(model, optimizer, keep=keep)
+        for seed in range(3):
+            loss_of(model, seed).backward()
+            optimizer.step()
+            if seed == 0:
+                optimizer.zero_grad()
+        return list(model.parameters())
+
+    assert apart(run(None), run("coordinates")) < 1e-6
+
+
+@pytest.mark.parametrize("keep", ["coordinates", "nothing"])
+def test_bf16_weights_are_rounded_by_the_same_chance(keep):
+    def run(keep):
+        model = small().bfloat16()
+        optimizer = galore(model, lr=0.01, stochastic_rounding=True, state_dtype=torch.bfloat16)
+        if keep:
+            release_gradients(model, optimizer, keep=keep)
+        for seed in range(7):
+            x, y = torch.randn(16, 24, generator=torch.Generator().manual_seed(seed)), torch.arange(16)
+            cross_entropy(model(x.bfloat16()).float(), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return list(model.parameters())
+
+    assert all(map(torch.equal, run(None), run(keep)))
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+@pytest.mark.parametrize("keep", ["coordinates", "nothing"])
+def test_gradients_of_zeros_and_of_one_number_move_as_ever(keep, fill):
+    """At the first refresh and later: the matrix waits for a gradient, or keeps its subspace."""
+
+    def run(keep):
+        W = nn.Parameter(torch.linspace(-1, 1, 24 * 40).view(24, 40))
+        optimizer = optim.GaLoreAdamW([{"params": [W], "rank": 4, "update_proj_gap": 3}], lr=0.01)
+        if keep:
+            release_gradients(nn.ParameterList([W]), optimizer, keep=keep)
+        chance = torch.Generator().manual_seed(0)
+        for step in range(8):
+            G = torch.randn(24, 40, generator=chance) if step in (2, 5) else torch.full((24, 40), fill)
+            (W * G).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [W, *optimizer.state[W].values()]
+
+    assert all(map(torch.equal, run(None), run(keep)))
 
 
 def test_between_refreshes_only_coordinates_are_there():
