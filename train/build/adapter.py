@@ -195,10 +195,23 @@ def _told(config: FinetuneConfig) -> Iterator[None]:
 
 
 def _saved(adapter: str) -> tuple[str, dict[str, Any]]:
-    """A saved adapter as peft is asked for it."""
+    """A saved adapter as peft is asked for it.
+
+    Raises:
+        ValueError: for one that is not beside the base as it is: peft loads LoRA-GA's without a word.
+    """
+    import peft
+
     methods()
     saved = source_of("adapter_from", adapter)
-    return saved.name, {} if saved.on_hub else {"local_files_only": True}
+    local: dict[str, Any] = {} if saved.on_hub else {"local_files_only": True}
+    beginning = getattr(peft.PeftConfig.from_pretrained(saved.name, **local), "init_lora_weights", None)
+    if beginning in OFF_THE_BASE:
+        raise ValueError(
+            f"it began with init_lora_weights {beginning}, whose first factors are taken off the base and are not in it; "
+            "give adapter/ of the run, which is one for the base as it is"
+        )
+    return saved.name, local
 
 
 def _configured(model: PreTrainedModel, config: FinetuneConfig) -> Any:

@@ -52,6 +52,18 @@ def test_a_run_is_that_of_its_beginning_and_is_saved_for_the_base(beginning, rsl
     assert same(weights(broken), weights(whole))
 
 
+@pytest.mark.parametrize("beginning", ["corda", "lora_ga"])
+def test_an_adapter_without_its_first_factors_is_no_start(beginning, short, tmp_path, capsys):
+    """Of a checkpoint: peft loads LoRA-GA's onto a base that still has what was taken off."""
+    assert main([short(**lora(beginning), calibration_examples=8, max_steps=3)]) == 0
+    held = checkpoints.checkpoints(tmp_path / "run")[-1]
+    more = short(adapter_from=str(held), max_steps=1)
+    assert main([more, "--output_dir", str(tmp_path / "more")]) == 2
+    assert f"it began with init_lora_weights {beginning}" in capsys.readouterr().err
+    good = short(adapter_from=str(tmp_path / "run" / "adapter"), max_steps=1)
+    assert main([good, "--output_dir", str(tmp_path / "good")]) == 0
+
+
 def test_factors_begin_with_what_the_data_says(short, tmp_path, base):
     """Other examples, other factors; and ranks that EVA shares out over the layers."""
     found = []
