@@ -208,8 +208,8 @@ def _saved(adapter: str) -> tuple[str, dict[str, Any]]:
     beginning = getattr(peft.PeftConfig.from_pretrained(saved.name, **local), "init_lora_weights", None)
     if beginning in OFF_THE_BASE:
         raise ValueError(
-            f"it began with init_lora_weights {beginning}, whose first factors are taken off the base and are not in it; "
-            "give adapter/ of the run, which is one for the base as it is"
+            f"it began with init_lora_weights {beginning}, whose first factors are taken off the base and are not in "
+            "it; give adapter/ of the run, which is one for the base as it is"
         )
     return saved.name, local
 
