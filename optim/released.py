@@ -116,6 +116,11 @@ def _freed(p: Tensor) -> Tensor:
     return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
+def _local(p: Any) -> Tensor:
+    held: Tensor = p.to_local() if is_dtensor(p) else p
+    return held
+
+
 def is_freed(grad: Tensor | None) -> bool:
     return isinstance(grad, FreedGradient) or isinstance(getattr(grad, "_local_tensor", None), FreedGradient)
 
@@ -124,7 +129,7 @@ class ReleasedGradients:
     """The hooks of a model and its optimizer; ``remove`` takes them away."""
 
     def __init__(self, optimizer: ShardedOptimizer, keep: str, passes: int | None = None) -> None:
-        self.passes = passes
+        self.keep, self.passes = keep, passes
         self.optimizer, hook = optimizer, self._move if keep == NOTHING else self._project
         self.handles: list[RemovableHandle] = []
         self.groups: dict[Tensor, Group] = {}
@@ -141,6 +146,14 @@ class ReleasedGradients:
             handle.remove()
         self.handles.clear()
         self._clear()
+
+    @property
+    def most_bytes(self) -> int:
+        """Of the gradients that this process has at the same time, at most; all of them in a step that finds subspaces
+        of what several passes have added up."""
+        if self.keep == COORDINATES and self.passes is None:
+            return sum(_local(p).nbytes for p in self.groups)
+        return kept_bytes(self.optimizer, self.keep) + max((_local(p).nbytes for p in self.groups), default=0)
 
     @torch.no_grad()
     def _move(self, p: Tensor) -> None:

@@ -134,7 +134,7 @@ def _finish(trainer: FinetuneTrainer, parameters: int, trained: int, speed: floa
         "validation_loss": loss,
         "validation_perplexity": report.perplexity(loss),
         **told,
-        **report.memory(model, trainer.optimizer, trainer.layout),
+        **report.memory(model, trainer.optimizer, trainer.layout, trainer.released),
         "history": report.history_of(trainer.state),
     }
     if config.run.should_save:

@@ -129,7 +129,7 @@ def _finish(config: Config, trainer: PretrainTrainer, output_dir: Path, speed: f
         "tokens_per_second": None if speed is None else speed * tokens_per_step,
         "validation_loss": loss,
         "validation_perplexity": report.perplexity(loss),
-        **report.memory(model, trainer.optimizer, trainer.layout),
+        **report.memory(model, trainer.optimizer, trainer.layout, trainer.released),
         "history": report.history_of(trainer.state),
     }
     if config.run.should_save:

@@ -82,12 +82,13 @@ class FaithfulLoading(torch.optim.Optimizer):
         finally:
             hook.remove()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], assign: bool = False) -> None:
         """As ``torch.optim.Optimizer.load_state_dict``, but every tensor keeps its own dtype and is a copy.
 
         torch casts state to the parameter's dtype, which would round fp32 moments of bf16 parameters, and shares
         tensors with ``state_dict``. Raises ValueError, before anything is changed, where the state is not one of
-        this optimizer for parameters of these shapes.
+        this optimizer for parameters of these shapes. With ``assign``, a word of ``nn.Module.load_state_dict``, tensors
+        that are where they belong are kept and not copied, for a state that was read to be loaded and nothing else.
 
         The classes that galore-torch, apollo-torch and fira publish too take their ``state_dict()`` as it is, and go on
         with their arithmetic; ``gracile.optim.read_published`` reads it from a file.
@@ -111,7 +112,7 @@ class FaithfulLoading(torch.optim.Optimizer):
             owners = [(p, group) for group in self.param_groups for p in group["params"]]
             for number, state in saved_state.items():
                 p, group = owners[number]
-                self.state[p] = self.taken_over(p, group, state)
+                self.state[p] = self.taken_over(p, group, state, assign)
             self.forget()
 
         before = self.register_load_state_dict_pre_hook(withhold)  # runs after the user's own
@@ -122,11 +123,14 @@ class FaithfulLoading(torch.optim.Optimizer):
             before.remove()
             after.remove()
 
-    def taken_over(self, p: Tensor, group: dict[str, Any], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What this process holds of a parameter's saved state, where it belongs and sharing nothing with it."""
+    def taken_over(
+        self, p: Tensor, group: dict[str, Any], saved: Mapping[str, Tensor], assign: bool = False
+    ) -> dict[str, Tensor]:
+        """What this process holds of a parameter's saved state, where it belongs and sharing nothing with it, or with
+        ``assign`` whole tensors of it."""
         on_host = self.host_keys(p, group)
         return {
-            key: value.to("cpu" if key in on_host else p.device, copy=True)
+            key: value.to("cpu" if key in on_host else p.device, copy=not (assign and _is_whole(value)))
             for key, value in self.loaded_state(p, group, saved).items()
         }
 
@@ -161,6 +165,11 @@ class FaithfulLoading(torch.optim.Optimizer):
                     "model that saved it"
                 )
         return checked
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor has its memory for itself."""
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _sizes(groups: list[dict[str, Any]]) -> list[int]:

@@ -287,6 +287,24 @@ def test_the_loaded_optimizer_and_the_dict_share_nothing():
         assert all(torch.equal(saved["state"][number][k], v) for k, v in state.items())
 
 
+def test_a_state_that_is_assigned_is_not_copied_and_goes_on_to_the_bit():
+    source = optimizer_for(*parameters())
+    advance(source, 0, 7)
+    saved = copy.deepcopy(source.state_dict())
+    big = torch.zeros(2, *saved["state"][0]["exp_avg"].shape)
+    big[1] = saved["state"][0]["exp_avg"]
+    saved["state"][0]["exp_avg"] = big[1]  # of which only a part would be used
+    places = {(i, key): value.data_ptr() for i, state in saved["state"].items() for key, value in state.items()}
+    target = optimizer_for(*clones(held_by(source)))
+    target.load_state_dict(saved, assign=True)
+    held = [target.state[p] for p in held_by(target)]
+    shared = {place for place, at in places.items() if held[place[0]][place[1]].data_ptr() == at}
+    assert places.keys() - shared == {(0, "exp_avg")}
+    advance(source, 7, 12)
+    advance(target, 7, 12)
+    assert_identical(target, source)
+
+
 def test_two_optimizers_loaded_from_one_dict_go_their_own_ways():
     source = optimizer_for(*parameters())
     advance(source, 0, 7)

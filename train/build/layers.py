@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,6 +16,7 @@ from ...registry import LAYERS, OPTIMIZERS
 from ..config.arguments import Config
 from ..config.checks import accepted_keywords, optimizer_entry
 from ..errors import BadInput
+from . import loading
 
 
 def check_saved(model: nn.Module, config: Config) -> None:
@@ -105,10 +105,7 @@ def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     Raises:
         BadInput: where they are not of these layers.
     """
-    held = {
-        key: value for file in sorted(checkpoint.glob("model*.safetensors")) for key, value in load_file(file).items()
-    }
-    missing, unexpected = model.load_state_dict(held, strict=False)
+    missing, unexpected = loading.load_weights(model, checkpoint)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     strange = [*unexpected, *(name for name in missing if name not in tied)]
     if strange:

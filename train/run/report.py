@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerState
 
 from ...optim.memory import adamw_state_bytes, state_bytes
+from ...optim.released import ReleasedGradients
 from ..atomic_write import non_finite, valid_json, write_atomically
 from ..engines.layout import Layout
 from ..measurement.measure import peak_memory
@@ -28,13 +29,19 @@ def trainable(model: nn.Module) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
-def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None, layout: Layout) -> dict[str, int]:
-    """Bytes of this process. Weights and state are counted from the tensors; gradients, and the state of AdamW to
-    compare with, are computed."""
+def memory(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    layout: Layout,
+    released: ReleasedGradients | None = None,
+) -> dict[str, int]:
+    """Bytes of this process. Weights and state are counted from the tensors; gradients, which may be ``released`` in
+    the backward pass, and the state of AdamW to compare with, are computed."""
     trainable = [_split_from(p) for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.nbytes for p in trainable) // layout.gradient_parts
     return {
         "weight_bytes": sum(_held(p).nbytes for p in [*model.parameters(), *_saved_buffers(model)]),
-        "gradient_bytes": sum(p.nbytes for p in trainable) // layout.gradient_parts,
+        "gradient_bytes": gradients if released is None else released.most_bytes,
         "optimizer_state_bytes": 0 if optimizer is None else state_bytes(optimizer),
         "adamw_state_bytes": adamw_state_bytes(trainable) // layout.state_parts,
         "peak_memory_bytes": peak_memory(),

@@ -15,13 +15,15 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from ...models.convert import merge
 from ...models.layers import FactoredLinear
 from ...optim import release_gradients
-from ...optim.distributed import UnsupportedLayout
+from ...optim.distributed import UnsupportedLayout, is_dtensor
+from ...optim.released import ReleasedGradients
 from ..atomic_write import valid_json, write_atomically
+from ..build import loading
 from ..build.callbacks import ScheduleCallback
 from ..build.layers import merges, schedule_of
 from ..build.model import untrained
@@ -34,6 +36,7 @@ from ..errors import BadInput, CannotLoad, RunStopped
 from . import art, changes, checkpoints, distillation, faults
 
 UNLOGGED = "unlogged.json"
+LOOKED_AT = 2**24  # weights that are looked at together before they are saved
 COUNTERS = ("last_epoch", "_step_count", "_last_lr", "optimizer")  # of a scheduler: what a step changes
 
 
@@ -46,6 +49,7 @@ class RunTrainer(Trainer):
     def __init__(self, *, config: AnySettings, layout: layouts.Layout, weights_are_loaded: bool, **kwargs: Any) -> None:
         self.config, self.layout, self.weights_are_loaded = config, layout, weights_are_loaded
         self.given_optimizer: torch.optim.Optimizer | None = None  # before an engine wrapped it
+        self.released: ReleasedGradients | None = None
         super().__init__(**kwargs)
         self._first_bad_step = torch.full((), -1, dtype=torch.long, device=self.args.device)
         self._resumed_from: Path | None = None
@@ -107,7 +111,7 @@ class RunTrainer(Trainer):
 
     def _refuse_broken_weights(self) -> None:
         """Never save non-finite weights: an update can make them after a finite loss."""
-        broken = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+        broken = [name for name, p in self.model.named_parameters() if not _is_finite(p)]
         if broken:
             step = self.state.global_step
             raise RunStopped(f"after step {step} {broken[0]} holds non-finite values; {self._what_stays()}")
@@ -206,9 +210,28 @@ class RunTrainer(Trainer):
             self._tr_loss += losses[here] if same else sum(losses) / len(losses)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self.weights_are_loaded:
-            with self._loading(resume_from_checkpoint):
+        if self.weights_are_loaded:
+            return
+        checkpoint = Path(resume_from_checkpoint)
+        with self._loading(checkpoint):
+            if self._is_split() or not loading.has_weights(checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                found = loading.load_weights(self.model if model is None else model, checkpoint)
+                self._issue_warnings_after_load(found)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        saved = None if checkpoint is None else Path(checkpoint) / OPTIMIZER_NAME
+        if self._is_split() or saved is None or not saved.is_file():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.given_optimizer is not None
+        assert self.lr_scheduler is not None
+        loading.load_optimizer(self.given_optimizer, saved)
+        self.lr_scheduler.load_state_dict(torch.load(saved.with_name(SCHEDULER_NAME), weights_only=True))
+
+    def _is_split(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with self._loading(checkpoint):
@@ -231,7 +254,7 @@ class RunTrainer(Trainer):
         assert self.given_optimizer is not None
         assert self.lr_scheduler is not None
         layouts.load_resharded(checkpoint, self.given_optimizer)
-        self.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))
         for group, lr in zip(self.given_optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr  # a scheduler sets it at its next step only
         self._honour_changes()
@@ -244,7 +267,7 @@ class RunTrainer(Trainer):
         if kept != ALL:
             assert self.given_optimizer is not None
             passes = 1 if self.args.gradient_accumulation_steps == 1 else None
-            release_gradients(self.model_wrapped, self.given_optimizer, keep=kept, passes=passes)
+            self.released = release_gradients(self.model_wrapped, self.given_optimizer, keep=kept, passes=passes)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         """How often is logged, evaluated and saved is the configuration's, and not that of the checkpoint."""
@@ -295,14 +318,22 @@ class RunTrainer(Trainer):
 
     def _load_finished(self, checkpoint: Path) -> None:
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # loads into a model that is split already
+        if self._is_split():  # loads into a model that is split already
             self._prepare_for_training(self.state.max_steps, None, str(checkpoint))
             return
         self._load_from_checkpoint(str(checkpoint))
         optimizer = self.create_optimizer()
-        saved = checkpoint / "optimizer.pt"
+        saved = checkpoint / OPTIMIZER_NAME
         if saved.is_file():
-            optimizer.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
+            loading.load_optimizer(optimizer, saved)
+
+
+def _is_finite(weights: torch.Tensor) -> bool:
+    """Of all elements; some at a time where all are here, for what is compared is copied."""
+    flat = weights.detach()
+    if not is_dtensor(flat) and flat.is_contiguous():
+        return all(bool(torch.isfinite(part).all()) for part in flat.view(-1).split(LOOKED_AT))
+    return bool(torch.isfinite(flat).all())
 
 
 class _TakeUpUnlogged(TrainerCallback):
