@@ -21,7 +21,8 @@ Parameters move in ``step()``, so that passes add up, clipping and ``GradScaler`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,9 +36,18 @@ from .core.optimizer import ShardedOptimizer
 from .core.projected_gradient import ProjectedGradient
 from .core.types import Group
 from .distributed import UnsupportedLayout, is_dtensor
+from .exchange import Exchange, in_lots
+from .kept_out_of_ddp import (
+    COORDINATES,
+    KEEPS,
+    NEEDS_ALL,
+    NOTHING,
+    check_agreement,
+    end_guard,
+    left_to_exchange,
+    refused_of_ddp,
+)
 
-COORDINATES, NOTHING = "coordinates", "nothing"
-KEEPS = (COORDINATES, NOTHING)
 READ = (
     "a gradient was freed in the backward pass, when its parameter had moved, and {what} wants it: clipping by a "
     "global norm, GradScaler and accumulation need all gradients; do without them (max_grad_norm=0, bf16 without a "
@@ -51,6 +61,10 @@ TWICE = (
 MORE_PASSES = (
     "a second backward pass came before optimizer.step(), where release_gradients was told passes=1; leave passes out "
     "to add several up"
+)
+NO_SYNC = (
+    "a pass under no_sync() adds to what later passes bring, and with keep='nothing' each parameter moves in the pass; "
+    "give keep='coordinates', or one pass a step"
 )
 aten = torch.ops.aten
 VIEWS = (aten.detach.default, aten.view.default, aten.slice.Tensor)  # which read nothing
@@ -123,23 +137,44 @@ def is_freed(grad: Tensor | None) -> bool:
 class ReleasedGradients:
     """The hooks of a model and its optimizer; ``remove`` takes them away."""
 
-    def __init__(self, optimizer: ShardedOptimizer, keep: str, passes: int | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: ShardedOptimizer,
+        keep: str,
+        passes: int | None = None,
+        ddp: DistributedDataParallel | None = None,
+    ) -> None:
         self.passes = passes
         self.optimizer, hook = optimizer, self._move if keep == NOTHING else self._project
         self.handles: list[RemovableHandle] = []
         self.groups: dict[Tensor, Group] = {}
         for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.requires_grad:
-                    self.groups[p] = group
-                    self.handles.append(p.register_post_accumulate_grad_hook(hook))
+            self.groups |= {p: group for p in group["params"] if p.requires_grad}
+        self.exchange = None if ddp is None else self._exchange(ddp, keep)
+        for p in self.groups if self.exchange is None else self.exchange.lot_of:
+            self.handles.append(p.register_post_accumulate_grad_hook(hook))
         self.handles.append(optimizer.register_step_pre_hook(self._check))
+        if self.exchange is not None:
+            self.handles.append(optimizer.register_step_post_hook(self.exchange.after_step))
+
+    def _exchange(self, ddp: DistributedDataParallel, keep: str) -> Exchange:
+        parameters = reversed(left_to_exchange(ddp, self.optimizer).values())  # about as a pass comes to them
+        lots = in_lots(parameters, partial(self._nbytes, keep))
+        if keep == NOTHING:
+            return Exchange(ddp, lots, torch.zeros_like, self._move_now, NO_SYNC)
+        return Exchange(ddp, lots, self._no_coordinates, self._have_coordinates, None)
+
+    def _nbytes(self, keep: str, p: Tensor) -> int:
+        reduced = keep == COORDINATES and self.optimizer.is_for_matrices(self.groups[p])
+        return p.element_size() * (self.optimizer.reduced_size(p, self.groups[p]) if reduced else p.numel())
 
     def remove(self) -> None:
         """Gradients stay again, until ``step`` has used them."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        if self.exchange is not None:
+            self.exchange.remove()
         self._clear()
 
     @torch.no_grad()
@@ -147,6 +182,12 @@ class ReleasedGradients:
         if self.optimizer.has_moved_early(p):
             p.grad = None
             raise RuntimeError(TWICE.format(shape=tuple(p.shape)))
+        if self.exchange is None:
+            self._move_now(p)
+        else:
+            self.exchange.give(p)
+
+    def _move_now(self, p: Tensor) -> None:
         freed = _freed(p)  # before a method may use up the gradient
         self.optimizer.move_early(p)
         p.grad = freed
@@ -156,12 +197,38 @@ class ReleasedGradients:
         if isinstance(p.grad, ProjectedGradient):  # to which the pass was added
             if self.passes is not None:
                 raise RuntimeError(MORE_PASSES)
+            if self.exchange is not None:
+                self.exchange.give(p)
             return
+        if self.exchange is not None:
+            self._reduce(p, refresh=False)
+            self.exchange.give(p)
+        else:
+            self._reduce(p, refresh=self.passes is not None)
+
+    def _reduce(self, p: Tensor, refresh: bool) -> None:
+        """``refresh``: what there is is the gradient of a whole step."""
         assert p.grad is not None
         with torch.autocast(p.device.type, enabled=False):
-            reduce = self.optimizer.reduction_of(p, self.groups[p], refresh=self.passes is not None)
-            if reduce is not None:
-                p.grad = ProjectedGradient.of(p.grad, reduce)
+            reduce = self.optimizer.reduction_of(p, self.groups[p], refresh)
+            if reduce is None:
+                return
+            one_pass = self.exchange is None or refresh  # and of one process
+            p.grad = ProjectedGradient.of(p.grad, reduce) if one_pass else ProjectedGradient.of_part(p.grad, reduce)
+
+    # ---- under DistributedDataParallel
+
+    def _no_coordinates(self, p: Tensor) -> Tensor:
+        """Of a parameter that no pass of this process has used."""
+        held, p.grad = p.grad, torch.zeros_like(p)
+        self._reduce(p, refresh=False)
+        blank, p.grad = p.grad, held
+        return blank
+
+    def _have_coordinates(self, p: Tensor) -> None:
+        """The sum over processes is there; where a subspace is due, it is that of whole gradients."""
+        if self.passes is not None and not isinstance(p.grad, ProjectedGradient):
+            self._reduce(p, refresh=True)
 
     def _check(self, *_: Any) -> None:
         """Before the step's end."""
@@ -172,6 +239,8 @@ class ReleasedGradients:
                         "a parameter of the optimizer is another one than when release_gradients was called, so that "
                         "its gradient was kept; call it after fully_shard, and after add_param_group"
                     )
+        if self.exchange is not None:
+            self.exchange.before_step()
         self._clear()
 
     def _clear(self) -> None:
@@ -229,12 +298,18 @@ def release_gradients(
     require(passes in (None, 1), "passes must be 1, or None for as many as there are", passes)
     if not isinstance(optimizer, ShardedOptimizer):
         raise TypeError(f"release_gradients needs an optimizer of gracile.optim, got {type(optimizer).__name__}")
-    complaints = [_split_by_deepspeed, _summed_later, _captured]
+    end_guard(optimizer)
+    complaints: list[Callable[..., str | None]] = [_split_by_deepspeed, _summed_later, _captured]
+    ddp = model if isinstance(model, DistributedDataParallel) else None
+    if ddp is not None:
+        order = {name: tuple(p.shape) for name, p in left_to_exchange(ddp, optimizer).items()}
+        check_agreement(ddp, {"keep": keep, "passes": passes, "exchanged parameters": order})
+        complaints.append(partial(refused_of_ddp, keep=keep))
     for complaint in [*complaints, *([_needs_all, _split] if keep == COORDINATES else [])]:
         reason = complaint(model, optimizer)
         if reason is not None:
             raise UnsupportedLayout(reason)
-    return ReleasedGradients(optimizer, keep, passes)
+    return ReleasedGradients(optimizer, keep, passes, ddp)
 
 
 def _parameters(optimizer: ShardedOptimizer) -> list[Tensor]:
@@ -250,12 +325,15 @@ def _split_by_deepspeed(model: nn.Module, optimizer: ShardedOptimizer) -> str | 
 
 def _summed_later(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
     if isinstance(model, DistributedDataParallel):
-        return "DistributedDataParallel sums whole gradients after hooks have seen them; use FSDP2"
+        return None
+    if isinstance(getattr(model, "_orig_mod", None), DistributedDataParallel):
+        return "one compiled graph of DistributedDataParallel hands all gradients over at its end; compile its layers"
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several and not all(map(is_dtensor, _parameters(optimizer))):
         return (
-            "several processes hold whole parameters, whose gradients are summed after hooks have seen them; use "
-            "FSDP2, and call release_gradients after fully_shard"
+            "several processes hold whole parameters, and this model does not sum their gradients; give "
+            "release_gradients what DistributedDataParallel made of it, after keep_out_of_ddp(model, optimizer), or "
+            "call it after fully_shard"
         )
     return None
 
@@ -269,7 +347,7 @@ def _captured(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
 def _needs_all(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
     if optimizer.keeps_coordinates:
         return None
-    return f"{type(optimizer).__name__} needs more of a gradient than its coordinates; give keep='nothing'"
+    return NEEDS_ALL.format(name=type(optimizer).__name__)
 
 
 def _split(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
