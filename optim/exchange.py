@@ -45,6 +45,7 @@ class Exchange:
         lots: the parameters in the order in which they are sent, some at a time.
         blank: the gradient, or what is kept of it, of a parameter that was not used here: zeros.
         arrived: called with each parameter that has the mean for a gradient, in the order of ``lots``.
+        dropped: called when a pass that failed has been ended, of which some parameters may have arrived.
         refused_pass: what is said to a pass that is not to be summed (``no_sync``); None where such may come before
             the one that is.
     """
@@ -55,13 +56,14 @@ class Exchange:
         lots: Sequence[Sequence[Tensor]],
         blank: Callable[[Tensor], Tensor],
         arrived: Callable[[Tensor], None],
+        dropped: Callable[[], None],
         refused_pass: str | None,
     ) -> None:
-        self.lots, self.blank, self.arrived, self.refused_pass = lots, blank, arrived, refused_pass
+        self.lots, self.blank, self.arrived = lots, blank, arrived
+        self.dropped, self.refused_pass = dropped, refused_pass
         self.lot_of = {p: number for number, lot in enumerate(lots) for p in lot}
-        members = dist.get_process_group_ranks(ddp.process_group)
-        self.group = dist.new_group(members, use_local_synchronization=True)
-        self.on_way: deque[tuple[Sequence[Tensor], Message]] = deque()
+        self.group = dist.new_group()  # of a name of its own, also after one that was destroyed
+        self.on_way: deque[tuple[Sequence[Tensor], list[Tensor], Message]] = deque()
         self.synced: bool | None = None  # whether the passes that are under way are to be summed; None: not told
         self.is_open = False  # a round of all lots
         self.is_done = False  # since the last step
@@ -69,7 +71,7 @@ class Exchange:
         self.ddp = ddp
         self.handles = [ddp.register_forward_pre_hook(self._before), ddp.register_forward_hook(self._after)]
         for p in self.lot_of:
-            _make_alike(p, members[0], self.group)
+            _make_alike(p, self.group)
 
     def give(self, p: Tensor) -> None:
         """A pass has left ``p`` its gradient."""
@@ -157,16 +159,20 @@ class Exchange:
 
     @torch.no_grad()
     def _abandon(self) -> None:
-        """The end of a round that a pass left which failed. The others may wait for it: where they have not failed,
-        they get no numbers."""
-        for lot in self.lots[self.sent :]:
+        """The end of a round that a pass left which failed. Other processes may wait for its lots, and get no numbers
+        where they have not failed. What has arrived at one of them is taken by all: it may have moved there."""
+        received, sent = self.sent - len(self.on_way), self.sent
+        of_all = torch.tensor(received, device=self.lots[0][0].device)
+        for lot in self.lots[sent:]:
             parts = [_sent_of(self.blank(p)).fill_(torch.nan) for p in lot]
-            self.on_way.append((lot, Message(parts, [True] * len(lot), self.group)))
+            self.on_way.append((lot, parts, Message(parts, [True] * len(lot), self.group)))
+        dist.all_reduce(of_all, dist.ReduceOp.MAX, group=self.group)
+        for _ in range(int(of_all) - received):
+            self._receive()
         while self.on_way:
-            self.on_way.popleft()[1].wait()
-        for p in self.lot_of:
-            p.grad = None
+            self.on_way.popleft()[2].wait()
         self.is_open = False
+        self.dropped()
 
     # ---- lots -------------------------------------------------------------------------------------------------------
 
@@ -175,20 +181,18 @@ class Exchange:
             self._receive()
         lot = self.lots[self.sent]
         used = [p.grad is not None for p in lot]
-        for p in lot:
-            if p.grad is None:
-                p.grad = self.blank(p)
-        self.on_way.append((lot, Message([_sent_of(p.grad) for p in lot], used, self.group)))
+        gradients = [self.blank(p) if p.grad is None else p.grad for p in lot]
+        self.on_way.append((lot, gradients, Message(list(map(_sent_of, gradients)), used, self.group)))
         self.sent += 1
 
     def _receive(self) -> None:
-        lot, message = self.on_way.popleft()
-        for p, used in zip(lot, message.wait(), strict=True):
-            if not used:
-                p.grad = None  # by no process
+        lot, gradients, message = self.on_way.popleft()
+        for p, gradient, used in zip(lot, gradients, message.wait(), strict=True):
+            if not used:  # by any process
                 continue
-            if isinstance(p.grad, ProjectedGradient):
-                p.grad.complete = self.sum_outsides
+            p.grad = gradient
+            if isinstance(gradient, ProjectedGradient):
+                gradient.complete = self.sum_outsides
             self.arrived(p)
 
 
@@ -237,10 +241,10 @@ def _sent_of(gradient: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _make_alike(p: Tensor, first: int, group: Any) -> None:
+def _make_alike(p: Tensor, group: Any) -> None:
     """The weights of the first process on all, as DDP has them of what it sums."""
     whole = p.detach().contiguous()
-    dist.broadcast(whole, first, group=group)
+    dist.broadcast(whole, 0, group=group)
     if whole.data_ptr() != p.data_ptr():
         p.copy_(whole)
 

@@ -161,8 +161,9 @@ class ReleasedGradients:
         parameters = reversed(left_to_exchange(ddp, self.optimizer).values())  # about as a pass comes to them
         lots = in_lots(parameters, partial(self._nbytes, keep))
         if keep == NOTHING:
-            return Exchange(ddp, lots, torch.zeros_like, self._move_now, NO_SYNC)
-        return Exchange(ddp, lots, self._no_coordinates, self._have_coordinates, None)
+            return Exchange(ddp, lots, torch.zeros_like, self._move_now, self.optimizer.zero_grad, NO_SYNC)
+        blank, arrived = self._no_coordinates, self._have_coordinates
+        return Exchange(ddp, lots, blank, arrived, self.optimizer.zero_grad, None)
 
     def _nbytes(self, keep: str, p: Tensor) -> int:
         reduced = keep == COORDINATES and self.optimizer.is_for_matrices(self.groups[p])
