@@ -320,7 +320,7 @@ def _parameters(optimizer: ShardedOptimizer) -> list[Tensor]:
 def _split_by_deepspeed(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
     of_engine = type(model).__module__.partition(".")[0] == "deepspeed"
     if of_engine or any(hasattr(p, "ds_id") for p in [*model.parameters(), *_parameters(optimizer)]):
-        return "DeepSpeed owns the gradients of its parameters and needs them after the pass; use FSDP2, or one process"
+        return "DeepSpeed owns the gradients of its parameters: use DistributedDataParallel or FSDP2, or one process"
     return None
 
 

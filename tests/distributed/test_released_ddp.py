@@ -2,7 +2,9 @@
 refused."""
 
 import pytest
+import torch
 from catalogue import OVER_PROCESSES, VARIANTS
+from helpers import same, weights
 
 SOME = ("GaLoreAdamW", "GaLoreAdamW8bit", "RigLAdamW", "FiraAdamW", "HyperSparseAdamW", "ReLoRAAdamW")
 REDUCED = [name for name in OVER_PROCESSES if VARIANTS[name].cls.keeps_coordinates]
@@ -103,3 +105,35 @@ def test_what_is_refused(pool):
     assert said.keys() == expected.keys()
     for key, part in expected.items():
         assert part in said[key], said[key]
+
+
+@pytest.mark.parametrize(
+    ("keep", "passes", "clip"),
+    [
+        (NOTHING, 1, 0.0),
+        (COORDINATES, 2, 1.0),
+        pytest.param(COORDINATES, 1, 0.0, marks=pytest.mark.thorough),
+        pytest.param(COORDINATES, 1, 1.0, marks=pytest.mark.thorough),
+    ],
+)
+def test_a_run_of_the_command_is_that_of_one_that_keeps_all_and_goes_on(
+    keep, passes, clip, tiny, tmp_path, metrics, pool
+):
+    command = ["-m", "gracile.train.pretrain"]
+    command.append(tiny(max_steps=8, gradient_accumulation_steps=passes, max_grad_norm=clip, save_steps=5))
+    kept = ["--keep_gradients", keep, "--output_dir", str(tmp_path / "kept")]
+    for more in ([], kept):
+        done = pool.run(2, *command, *more)
+        assert done.returncode == 0, done.stdout[-3000:]
+    ordinary, freed = (metrics(tmp_path / run)["history"] for run in ("run", "kept"))
+    if keep == NOTHING:
+        assert [entry["loss"] for entry in freed if "loss" in entry] == [e["loss"] for e in ordinary if "loss" in e]
+        assert same(weights(tmp_path / "kept"), weights(tmp_path / "run"))
+    one, other = ([entry["grad_norm"] for entry in told if "grad_norm" in entry] for told in (ordinary, freed))
+    assert other == pytest.approx(one, rel=1e-5 if keep == NOTHING else 0.06)
+    for key, value in weights(tmp_path / "run").items():
+        difference = torch.linalg.vector_norm(weights(tmp_path / "kept")[key] - value)
+        assert difference <= (0.03 if clip else 1e-4) * torch.linalg.vector_norm(value), key
+    again = pool.run(2, *command, *kept, "--resume_from_checkpoint", str(tmp_path / "kept" / "checkpoint-5"))
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert metrics(tmp_path / "kept")["history"] == freed

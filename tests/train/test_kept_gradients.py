@@ -82,7 +82,7 @@ def test_it_is_planned_and_not_measured(tiny, capsys):
         ({"max_grad_norm": 1.0}, "max_grad_norm 1 clips by the norm of all; give --max_grad_norm 0"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 2 adds up several passes"),
         ({"optimizer": "adamw"}, "which adamw cannot; choose an optimizer of gracile"),
-        ({"deepspeed": ZERO2}, "DeepSpeed needs them after it; use FSDP2, or one process"),
+        ({"deepspeed": ZERO2}, "DeepSpeed owns them; use DistributedDataParallel or FSDP2, or one process"),
         ({"keep_gradients": "some"}, "keep_gradients must be one of all, coordinates, nothing, got 'some'"),
         (
             {"keep_gradients": "coordinates", "optimizer": "fira_adamw"},
