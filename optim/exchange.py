@@ -28,13 +28,13 @@ from .core.projected_gradient import ProjectedGradient
 LOT_BYTES = 2**22  # what is smaller is packed, until there is as much; what is larger is sent as it is
 WAITING = 2  # lots on their way
 AGAIN = (
-    "the gradient of a parameter of shape {shape} came twice in one backward pass, and what came first was sent: a layer "
-    "in two reentrant checkpoints does so; give use_reentrant=False"
+    "the gradient of a parameter of shape {shape} came twice in one backward pass, and what came first may have been "
+    "sent: a layer in two reentrant checkpoints does so; give use_reentrant=False"
 )
 JOINED = "processes with different numbers of batches (DistributedDataParallel.join) are not in step with the exchange"
 REMOVED = (
-    "this DistributedDataParallel leaves parameters out whose gradients remove() has ended the exchange of; build a new "
-    "one of the same model"
+    "this DistributedDataParallel leaves parameters out, and remove() has ended what summed their gradients; build a "
+    "new one of the same model"
 )
 
 
@@ -144,14 +144,15 @@ class Exchange:
         """A round opens when the backward pass comes to what the model gave: also where no hook of a parameter runs,
         and outside of reentrant checkpoints, whose own passes end before all gradients are there."""
         if torch.is_grad_enabled() and self.synced:
-            for leaf in tree_leaves(output):
-                if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaves: list[Any] = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            for leaf in leaves:
+                if leaf.requires_grad:
                     leaf.register_hook(self._open_in_pass)
 
     def _open_in_pass(self, _: Any = None) -> None:
         if not self.is_open:
             self._open()
-            Variable._execution_engine.queue_callback(self.finish)  # type: ignore[attr-defined]
+            Variable._execution_engine.queue_callback(self.finish)
 
     def _open(self) -> None:
         self.is_open, self.sent = True, 0
@@ -217,7 +218,8 @@ class Message:
         for part, own in self.large:
             if own is not part:
                 part.copy_(own)
-        *means, flags = self.packed.split([*(part.numel() for part in self.small), len(self.used)])
+        sizes = [*(part.numel() for part in self.small), len(self.used)]
+        *means, flags = torch.split(self.packed, sizes)
         for part, mean in zip(self.small, means, strict=True):
             part.copy_(mean.view(part.shape))
         return list(self.used) if all(self.used) else [flag != 0 for flag in flags.tolist()]  # not a number is one

@@ -61,7 +61,8 @@ def keep_out_of_ddp(model: nn.Module, optimizer: torch.optim.Optimizer, keep: st
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise UnsupportedLayout("keep_out_of_ddp comes before DistributedDataParallel is built, and it was")
     ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *exchanged(model, optimizer, keep)}
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
+    wrapper: Any = DistributedDataParallel
+    wrapper._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
     end_guard(optimizer)
 
     def guard(*_: Any) -> None:
@@ -81,7 +82,7 @@ def exchanged(model: nn.Module, optimizer: ShardedOptimizer, keep: str) -> dict[
     """By name the parameters whose gradients DDP does not see."""
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = {name: p for name, p in trained.items() if p in groups}
+    found: dict[str, Tensor] = {name: p for name, p in trained.items() if p in groups}
     if keep == COORDINATES:
         found = {name: p for name, p in found.items() if p.dim() == 2 and optimizer.is_for_matrices(groups[p])}
     if found and len(found) == len(trained):
@@ -93,9 +94,7 @@ def left_to_exchange(ddp: DistributedDataParallel, optimizer: ShardedOptimizer) 
     """By name the parameters of the optimizer that DDP leaves alone, in the order of registration."""
     of_optimizer = {p for group in optimizer.param_groups for p in group["params"]}
     named = ddp.module.named_parameters()
-    return {
-        name: p for name, p in named if p.requires_grad and p in of_optimizer and name in ddp.parameters_to_ignore
-    }
+    return {name: p for name, p in named if p.requires_grad and p in of_optimizer and name in ddp.parameters_to_ignore}
 
 
 def refused_of_ddp(ddp: DistributedDataParallel, optimizer: ShardedOptimizer, keep: str) -> str | None:

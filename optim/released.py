@@ -36,7 +36,7 @@ from .core.optimizer import ShardedOptimizer
 from .core.projected_gradient import ProjectedGradient
 from .core.types import Group
 from .distributed import UnsupportedLayout, is_dtensor
-from .exchange import Exchange, in_lots
+from .exchange import LOT_BYTES, WAITING, Exchange, in_lots
 from .kept_out_of_ddp import (
     COORDINATES,
     KEEPS,
@@ -44,6 +44,7 @@ from .kept_out_of_ddp import (
     NOTHING,
     check_agreement,
     end_guard,
+    exchanged,
     left_to_exchange,
     refused_of_ddp,
 )
@@ -151,7 +152,8 @@ class ReleasedGradients:
         for group in optimizer.param_groups:
             self.groups |= {p: group for p in group["params"] if p.requires_grad}
         self.exchange = None if ddp is None else self._exchange(ddp, keep)
-        for p in self.groups if self.exchange is None else self.exchange.lot_of:
+        hooked: list[Any] = [*(self.groups if self.exchange is None else self.exchange.lot_of)]
+        for p in hooked:
             self.handles.append(p.register_post_accumulate_grad_hook(hook))
         self.handles.append(optimizer.register_step_pre_hook(self._check))
         if self.exchange is not None:
@@ -369,3 +371,12 @@ def kept_bytes(optimizer: torch.optim.Optimizer, keep: str) -> int:
         reduced = keep == COORDINATES and optimizer.keeps_coordinates and optimizer.is_for_matrices(group)
         total += p.element_size() * (optimizer.reduced_size(p, group) if reduced else p.numel())
     return total
+
+
+def exchanged_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, keep: str) -> int:
+    """Bytes of messages under DistributedDataParallel: its own buckets, and lots that are on their way."""
+    assert isinstance(optimizer, ShardedOptimizer)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    sent = [p.nbytes for p in exchanged(model, optimizer, keep).values()]
+    on_way = min(sum(sent), WAITING * max([LOT_BYTES, *sent]))
+    return trained - sum(sent) + on_way

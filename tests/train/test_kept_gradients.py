@@ -6,9 +6,11 @@ import pytest
 import torch
 from helpers import interrupt, same, weights
 
+from gracile.optim import released
 from gracile.optim.released import kept_bytes
 from gracile.train.config.parser import load_config
-from gracile.train.measurement.kinds import GRADIENTS, STEP
+from gracile.train.engines.division import Division
+from gracile.train.measurement.kinds import BUFFERS, GRADIENTS, STEP
 from gracile.train.measurement.planner import Planner
 from gracile.train.pretrain import main
 from gracile.train.profile import main as profile
@@ -69,6 +71,22 @@ def test_the_plan_has_the_largest_gradient_alone(tiny):
     assert plans[2].held[GRADIENTS] == kept_bytes(reduced, "coordinates") + max(sizes) < sum(sizes)
     waits = Planner(load_config([tiny(gradient_accumulation_steps=2), "--keep_gradients", "coordinates"]))
     assert waits.plan("galore_adamw", 2, checkpointing=False).held[GRADIENTS] == sum(sizes)  # at a refresh
+
+
+def test_the_plan_has_no_buckets_of_what_ddp_leaves_out(tiny, monkeypatch):
+    """But lots that are on their way."""
+    monkeypatch.setattr(released, "LOT_BYTES", 1)
+    buffers = {}
+    for kept in ("all", "nothing", "coordinates"):
+        config = load_config([tiny(**ALONE), "--keep_gradients", kept])
+        planner = Planner(config, division=lambda *_: Division(processes=2))
+        buffers[kept] = planner.plan(config.optimizer.optimizer, 2, checkpointing=False).held[BUFFERS]
+    named = dict(planner._own_model.named_parameters())
+    matrices = [p.nbytes for name, p in named.items() if "_proj" in name]
+    sizes = [p.nbytes for p in named.values()]
+    assert buffers["all"] == sum(sizes)
+    assert buffers["nothing"] == min(sizes) + 2 * max(sizes)
+    assert buffers["coordinates"] == sum(sizes) - sum(matrices) + 2 * max(matrices)
 
 
 def test_it_is_planned_and_not_measured(tiny, capsys):
