@@ -17,6 +17,13 @@ and say nothing.
 keeps what a matrix moves by, G P, and frees G, but in steps in which it needs a new P (with ``passes=1`` then too).
 Parameters move in ``step()``, so that passes add up, clipping and ``GradScaler`` scale what is kept
 (``ProjectedGradient``), and a step can be skipped.
+
+    keep_out_of_ddp(model, optimizer, keep="coordinates")
+    ddp = DistributedDataParallel(model)
+    released = release_gradients(ddp, optimizer, keep="coordinates")
+
+sums over processes what the hooks make: coordinates, or gradients of which each parameter moves when the sum is there
+(``Exchange``).
 """
 
 from __future__ import annotations
@@ -259,15 +266,18 @@ def release_gradients(
     """Free each gradient in the backward pass that makes it. ``optimizer.step()`` is called as ever, after it.
 
     Args:
-        model: what ``backward`` goes through; under FSDP2 after ``fully_shard``.
+        model: what ``backward`` goes through; under FSDP2 after ``fully_shard``, or what DistributedDataParallel made
+            of a model after ``keep_out_of_ddp``. Then all processes call this together, and have the first one's
+            weights of what DDP does not see.
         optimizer: of this package, for parameters of ``model``.
         keep: ``coordinates``: of a matrix with a subspace G P, between its refreshes; of others all. For classes whose
-            rule needs no more (GaLore's, 8-bit ones too), on one process. Passes add up, clipping and ``GradScaler``
-            work; the norm is exact after one pass, and after several to some percent (1, where it was measured).
-            ``nothing``: the parameter moves at once, of every class, on one process and under FSDP2. What concerns
-            several parameters together (pruning of a group, merges of factors) comes in ``step()``. Both to the bit of
-            the ordinary step on a CPU, coordinates to rounding where passes are added or scaled, and experts with exact
-            vectors likewise in a step in which some wait for their first token.
+            rule needs no more (GaLore's, 8-bit ones too), on one process and under DDP. Passes add up, clipping and
+            ``GradScaler`` work; the norm is exact after one pass of one process, and after several to some percent (1
+            and 4, where it was measured). ``nothing``: the parameter moves at once, of every class, on one process and
+            under DDP and FSDP2. What concerns several parameters together (pruning of a group, merges of factors)
+            comes in ``step()``. Both to the bit of the ordinary step on a CPU, coordinates to rounding where they are
+            added or scaled, and experts with exact vectors likewise in a step in which some wait for their first token.
+            Sums over more than two processes round in another order than DDP's.
         passes: 1, where each step has one backward pass: then new subspaces too are found in it, and of all gradients
             with a subspace one is there at a time. None keeps those that a subspace is due from until all passes have
             added up. With ``nothing`` there is one pass anyhow.
@@ -276,13 +286,13 @@ def release_gradients(
         What ``remove()`` ends it by.
 
     Raises:
-        ValueError: for another ``keep``, or ``passes`` that are not 1.
+        ValueError: for another ``keep``, ``passes`` that are not 1, or processes that were told different things.
         TypeError: for an optimizer of another package.
-        UnsupportedLayout: under DeepSpeed and DistributedDataParallel, which need whole gradients after the pass; in
-            several processes with whole parameters; with ``capturable``; of coordinates, for a class that needs more,
-            and under FSDP2. Later, from ``step()``, where parameters were replaced since.
+        UnsupportedLayout: under DeepSpeed, which owns gradients; for a DistributedDataParallel that sums whole ones; in
+            several processes with whole parameters that are not in one; with ``capturable``; of coordinates, for a
+            class that needs more, and under FSDP2. Later, from ``step()``, where parameters were replaced since.
         RuntimeError: later, where something reads a gradient that was freed, as with ``nothing`` global clipping,
-            GradScaler and a second pass in one step do.
+            GradScaler and a second pass in one step do, ``no_sync`` among it.
 
     Example:
         >>> import torch

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from gracile import optim
 from gracile.optim import exchange, keep_out_of_ddp, release_gradients
@@ -186,6 +187,41 @@ def norms():
         found.append((errors.max().item(), errors[::4].max().item()))
     one, other = steps(None, clip=0.05)[0], steps("coordinates", clip=0.05)[0]
     return found, apart(one, other)
+
+
+class Checkpointed(Net):
+    """Each layer in a reentrant checkpoint, whose backward pass is one of its own; the second one ``again`` in one."""
+
+    def __init__(self, again=False):
+        super().__init__()
+        self.again = again
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        for name in ("first", "second", "third", "last", *(("second",) if self.again else ())):
+            x = checkpoint(nn.Sequential(getattr(self, name), nn.Tanh()), x, use_reentrant=True)
+        return x
+
+
+def checkpointed():
+    """By what is kept the largest difference of a weight, and what is said of a layer in two checkpoints, at rank 0."""
+    start()
+    runs = {}
+    for keep in (None, "coordinates", "nothing"):
+        net = Checkpointed()
+        optimizer = galore(net)
+        ddp = wrapped(net, optimizer, keep)
+        for step in range(6):
+            with counted() as sizes:
+                loss_of(ddp, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs[keep] = [p.detach() for p in net.parameters()], len(sizes)
+    net = Checkpointed(again=True)
+    ddp = wrapped(net, galore(net), "nothing")
+    said = raised(RuntimeError, loss_of(ddp, 0).backward)
+    plain = runs.pop(None)[0]
+    return {keep: (apart(plain, weights), messages) for keep, (weights, messages) in runs.items()}, said
 
 
 @contextlib.contextmanager

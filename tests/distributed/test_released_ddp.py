@@ -46,6 +46,15 @@ def test_passes_overflows_and_parameters_that_are_not_used(ranks, pool):
     assert max(without) <= 1e-5, without
 
 
+def test_reentrant_checkpoints(pool):
+    """Whose own passes end before all gradients are there: one round of messages nonetheless."""
+    told, said = pool.call(2, "released_ddp_parts:checkpointed")
+    assert told[NOTHING][0] == 0.0
+    assert told[COORDINATES][0] <= 1e-5
+    assert told[COORDINATES][1] <= 4
+    assert "came twice in one backward pass" in said
+
+
 def test_a_norm_is_known_to_some_percent_and_exactly_where_gradients_are_whole(pool):
     found, clipped = pool.call(2, "released_ddp_parts:norms", timeout=200)
     for largest, of_whole in found:
