@@ -26,9 +26,9 @@ _guards: WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle] = WeakKeyDict
 
 
 def keep_out_of_ddp(model: nn.Module, optimizer: torch.optim.Optimizer, keep: str = COORDINATES) -> None:
-    """Tell DistributedDataParallel, which is built of ``model`` afterwards, to leave those parameters alone whose
-    gradients ``release_gradients`` frees: it then has no buckets for them, and sends nothing of them.
+    """Have DistributedDataParallel leave alone what ``release_gradients`` frees. Called before it is built.
 
+    It then has no buckets for those parameters, and sends nothing of them.
     With ``coordinates`` these are the matrices with a subspace; what the plain rule moves stays DDP's. With ``nothing``
     all but the smallest parameter, for DDP refuses to have none. Without DDP, on one process, it changes nothing.
 
