@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from .core.projected_gradient import ProjectedGradient
+from .kept_out_of_ddp import names_in_ddp
 
 LOT_BYTES = 2**22  # what is smaller is packed, until there is as much; what is larger is sent as it is
 WAITING = 2  # lots on their way
@@ -118,8 +119,10 @@ class Exchange:
         """The end of the exchange: the model's DistributedDataParallel is of no use any more, and says so."""
         for handle in self.handles:
             handle.remove()
-        names = {name for name, p in self.ddp.module.named_parameters() if p in self.lot_of}
-        self.ddp.module._ddp_params_and_buffers_to_ignore = sorted(self.ddp.parameters_to_ignore - names)
+        for p, names in names_in_ddp(self.ddp.module).items():
+            if p in self.lot_of:
+                self.ddp.parameters_to_ignore.difference_update(names)
+        self.ddp.module._ddp_params_and_buffers_to_ignore = sorted(self.ddp.parameters_to_ignore)
         self.ddp.register_forward_pre_hook(_refuse)
         if dist.is_initialized():
             dist.destroy_process_group(self.group)

@@ -60,7 +60,9 @@ def keep_out_of_ddp(model: nn.Module, optimizer: torch.optim.Optimizer, keep: st
         raise UnsupportedLayout(NEEDS_ALL.format(name=type(optimizer).__name__))
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise UnsupportedLayout("keep_out_of_ddp comes before DistributedDataParallel is built, and it was")
-    ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *exchanged(model, optimizer, keep)}
+    names, ignored = names_in_ddp(model), {*getattr(model, "_ddp_params_and_buffers_to_ignore", ())}
+    for p in exchanged(model, optimizer, keep).values():
+        ignored |= {*names[p]}
     wrapper: Any = DistributedDataParallel
     wrapper._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
     end_guard(optimizer)
@@ -90,16 +92,26 @@ def exchanged(model: nn.Module, optimizer: ShardedOptimizer, keep: str) -> dict[
     return found
 
 
+def names_in_ddp(model: nn.Module) -> dict[Tensor, list[str]]:
+    """The names by which DDP must be told to leave a parameter alone: of a tied one all, and those of the model's own
+    parameters also with the dot that its reducer puts before them."""
+    names: dict[Tensor, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).extend([name] if "." in name else [name, f".{name}"])
+    return names
+
+
 def left_to_exchange(ddp: DistributedDataParallel, optimizer: ShardedOptimizer) -> dict[str, Tensor]:
     """By name the parameters of the optimizer that DDP leaves alone, in the order of registration."""
     of_optimizer = {p for group in optimizer.param_groups for p in group["params"]}
-    named = ddp.module.named_parameters()
-    return {name: p for name, p in named if p.requires_grad and p in of_optimizer and name in ddp.parameters_to_ignore}
+    named = names_in_ddp(ddp.module).items()
+    left = {names[0]: p for p, names in named if ddp.parameters_to_ignore.issuperset(names)}
+    return {name: p for name, p in left.items() if p.requires_grad and p in of_optimizer}
 
 
 def refused_of_ddp(ddp: DistributedDataParallel, optimizer: ShardedOptimizer, keep: str) -> str | None:
     """Why gradients cannot be freed under ``ddp``; None where they can."""
-    owned = exchanged(ddp.module, optimizer, keep).keys() - ddp.parameters_to_ignore
+    owned = exchanged(ddp.module, optimizer, keep).keys() - left_to_exchange(ddp, optimizer).keys()
     if owned:
         return (
             f"DistributedDataParallel sums the whole gradient of {min(owned)}; call keep_out_of_ddp(model, optimizer, "

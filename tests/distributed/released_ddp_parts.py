@@ -102,7 +102,7 @@ def _fail(_):
 
 
 def galore(net, **keys):
-    groups = optim.param_groups(net, rank=4, target_modules="all-linear", update_proj_gap=4)
+    groups = optim.param_groups(net, rank=4, target_modules="all-linear", update_proj_gap=4, weight_decay=0.1)
     return optim.GaLoreAdamW(groups, lr=0.01, **keys)
 
 
@@ -187,6 +187,35 @@ def norms():
         found.append((errors.max().item(), errors[::4].max().item()))
     one, other = steps(None, clip=0.05)[0], steps("coordinates", clip=0.05)[0]
     return found, apart(one, other)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(dist.get_rank())
+        self.scale = nn.Parameter(torch.ones(24))
+        self.first, self.middle, self.last = (nn.Linear(24, 24) for _ in range(3))
+        self.last.weight = self.first.weight
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.middle(torch.tanh(self.first(x * self.scale)))))
+
+
+def named_otherwise():
+    """The largest difference of a weight, at rank 0."""
+    start()
+    runs = []
+    for keep in (None, "nothing"):
+        net = Tied()
+        optimizer = galore(net)
+        ddp = wrapped(net, optimizer, keep)
+        for step in range(6):
+            loss_of(ddp, step).backward()
+            assert keep is None or sum(not is_freed(p.grad) for p in net.parameters()) == 1
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(list(net.parameters()))
+    return {"nothing": apart(*runs)}
 
 
 class Checkpointed(Net):

@@ -24,6 +24,13 @@ def test_on_two_processes_a_class_moves_as_by_an_ordinary_step_to_the_bit(names,
     assert not any(told.values()), told
 
 
+def test_parameters_of_the_model_itself_and_tied_ones(pool):
+    """Experts in one tensor, and an embedding that is the head too: DDP has names of its own for them."""
+    assert pool.call(2, "released_ddp_parts:named_otherwise") == {NOTHING: 0.0}
+    told = pool.call(2, "released_ddp_parts:compare", [({"optimizer": "GaLoreAdamW", "experts": 3}, NOTHING)])
+    assert not any(told.values()), told
+
+
 @pytest.mark.thorough
 def test_on_four_processes_it_moves_so_to_rounding(pool):
     told = compared(pool, 4, [name for name in OVER_PROCESSES if name not in BY_BITS], NOTHING)
