@@ -194,7 +194,7 @@ def _thinned(samples: list[Sample], most: int = 120) -> Iterator[Sample]:
 
 
 def table(found: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| recipe | model | process | planned | smallest model | resident | (resident - smallest) / planned | minutes |"
+    yield "| recipe | model | process | planned | smallest model | resident | (resident - smallest) / planned | min |"
     yield "|---|---|---|---|---|---|---|---|"
     for one in found:
         for name, run in one["runs"].items():

@@ -7,6 +7,7 @@ from .factored.sltrain import SLTrainAdamW, SLTrainAdamW8bit
 from .factored.sst import SSTAdamW
 from .full_state import full_state, load_full_state
 from .groups import param_groups
+from .kept_out_of_ddp import keep_out_of_ddp
 from .lion import Lion
 from .low_rank.apollo import APOLLOAdamW
 from .low_rank.dct import DCTAdamW
@@ -58,6 +59,7 @@ __all__ = [
     "SparseAdamW",
     "WGSEFAdamW",
     "full_state",
+    "keep_out_of_ddp",
     "load_full_state",
     "param_groups",
     "read_published",

@@ -17,11 +17,19 @@ and say nothing.
 keeps what a matrix moves by, G P, and frees G, but in steps in which it needs a new P (with ``passes=1`` then too).
 Parameters move in ``step()``, so that passes add up, clipping and ``GradScaler`` scale what is kept
 (``ProjectedGradient``), and a step can be skipped.
+
+    keep_out_of_ddp(model, optimizer, keep="coordinates")
+    ddp = DistributedDataParallel(model)
+    released = release_gradients(ddp, optimizer, keep="coordinates")
+
+sums over processes what the hooks make: coordinates, or gradients of which each parameter moves when the sum is there
+(``Exchange``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,9 +43,19 @@ from .core.optimizer import ShardedOptimizer
 from .core.projected_gradient import ProjectedGradient
 from .core.types import Group
 from .distributed import UnsupportedLayout, is_dtensor
+from .exchange import LOT_BYTES, WAITING, Exchange, in_lots
+from .kept_out_of_ddp import (
+    COORDINATES,
+    KEEPS,
+    NEEDS_ALL,
+    NOTHING,
+    check_agreement,
+    end_guard,
+    exchanged,
+    left_to_exchange,
+    refused_of_ddp,
+)
 
-COORDINATES, NOTHING = "coordinates", "nothing"
-KEEPS = (COORDINATES, NOTHING)
 READ = (
     "a gradient was freed in the backward pass, when its parameter had moved, and {what} wants it: clipping by a "
     "global norm, GradScaler and accumulation need all gradients; do without them (max_grad_norm=0, bf16 without a "
@@ -51,6 +69,10 @@ TWICE = (
 MORE_PASSES = (
     "a second backward pass came before optimizer.step(), where release_gradients was told passes=1; leave passes out "
     "to add several up"
+)
+NO_SYNC = (
+    "a pass under no_sync() adds to what later passes bring, and with keep='nothing' each parameter moves in the pass; "
+    "give keep='coordinates', or one pass a step"
 )
 aten = torch.ops.aten
 VIEWS = (aten.detach.default, aten.view.default, aten.slice.Tensor)  # which read nothing
@@ -128,23 +150,46 @@ def is_freed(grad: Tensor | None) -> bool:
 class ReleasedGradients:
     """The hooks of a model and its optimizer; ``remove`` takes them away."""
 
-    def __init__(self, optimizer: ShardedOptimizer, keep: str, passes: int | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: ShardedOptimizer,
+        keep: str,
+        passes: int | None = None,
+        ddp: DistributedDataParallel | None = None,
+    ) -> None:
         self.keep, self.passes = keep, passes
         self.optimizer, hook = optimizer, self._move if keep == NOTHING else self._project
         self.handles: list[RemovableHandle] = []
         self.groups: dict[Tensor, Group] = {}
         for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.requires_grad:
-                    self.groups[p] = group
-                    self.handles.append(p.register_post_accumulate_grad_hook(hook))
+            self.groups |= {p: group for p in group["params"] if p.requires_grad}
+        self.exchange = None if ddp is None else self._exchange(ddp, keep)
+        hooked: list[Any] = [*(self.groups if self.exchange is None else self.exchange.lot_of)]
+        for p in hooked:
+            self.handles.append(p.register_post_accumulate_grad_hook(hook))
         self.handles.append(optimizer.register_step_pre_hook(self._check))
+        if self.exchange is not None:
+            self.handles.append(optimizer.register_step_post_hook(self.exchange.after_step))
+
+    def _exchange(self, ddp: DistributedDataParallel, keep: str) -> Exchange:
+        parameters = reversed(left_to_exchange(ddp, self.optimizer).values())  # about as a pass comes to them
+        lots = in_lots(parameters, partial(self._nbytes, keep))
+        if keep == NOTHING:
+            return Exchange(ddp, lots, torch.zeros_like, self._move_now, self.optimizer.zero_grad, NO_SYNC)
+        blank, arrived = self._no_coordinates, self._have_coordinates
+        return Exchange(ddp, lots, blank, arrived, self.optimizer.zero_grad, None)
+
+    def _nbytes(self, keep: str, p: Tensor) -> int:
+        reduced = keep == COORDINATES and self.optimizer.is_for_matrices(self.groups[p])
+        return p.element_size() * (self.optimizer.reduced_size(p, self.groups[p]) if reduced else p.numel())
 
     def remove(self) -> None:
         """Gradients stay again, until ``step`` has used them."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        if self.exchange is not None:
+            self.exchange.remove()
         self._clear()
 
     @property
@@ -160,6 +205,12 @@ class ReleasedGradients:
         if self.optimizer.has_moved_early(p):
             p.grad = None
             raise RuntimeError(TWICE.format(shape=tuple(p.shape)))
+        if self.exchange is None:
+            self._move_now(p)
+        else:
+            self.exchange.give(p)
+
+    def _move_now(self, p: Tensor) -> None:
         freed = _freed(p)  # before a method may use up the gradient
         self.optimizer.move_early(p)
         p.grad = freed
@@ -169,12 +220,38 @@ class ReleasedGradients:
         if isinstance(p.grad, ProjectedGradient):  # to which the pass was added
             if self.passes is not None:
                 raise RuntimeError(MORE_PASSES)
+            if self.exchange is not None:
+                self.exchange.give(p)
             return
+        if self.exchange is not None:
+            self._reduce(p, refresh=False)
+            self.exchange.give(p)
+        else:
+            self._reduce(p, refresh=self.passes is not None)
+
+    def _reduce(self, p: Tensor, refresh: bool) -> None:
+        """``refresh``: what there is is the gradient of a whole step."""
         assert p.grad is not None
         with torch.autocast(p.device.type, enabled=False):
-            reduce = self.optimizer.reduction_of(p, self.groups[p], refresh=self.passes is not None)
-            if reduce is not None:
-                p.grad = ProjectedGradient.of(p.grad, reduce)
+            reduce = self.optimizer.reduction_of(p, self.groups[p], refresh)
+            if reduce is None:
+                return
+            one_pass = self.exchange is None or refresh  # and of one process
+            p.grad = ProjectedGradient.of(p.grad, reduce) if one_pass else ProjectedGradient.of_part(p.grad, reduce)
+
+    # ---- under DistributedDataParallel
+
+    def _no_coordinates(self, p: Tensor) -> Tensor:
+        """Of a parameter that no pass of this process has used."""
+        held, p.grad = p.grad, torch.zeros_like(p)
+        self._reduce(p, refresh=False)
+        blank, p.grad = p.grad, held
+        return blank
+
+    def _have_coordinates(self, p: Tensor) -> None:
+        """The sum over processes is there; where a subspace is due, it is that of whole gradients."""
+        if self.passes is not None and not isinstance(p.grad, ProjectedGradient):
+            self._reduce(p, refresh=True)
 
     def _check(self, *_: Any) -> None:
         """Before the step's end."""
@@ -185,6 +262,8 @@ class ReleasedGradients:
                         "a parameter of the optimizer is another one than when release_gradients was called, so that "
                         "its gradient was kept; call it after fully_shard, and after add_param_group"
                     )
+        if self.exchange is not None:
+            self.exchange.before_step()
         self._clear()
 
     def _clear(self) -> None:
@@ -200,15 +279,18 @@ def release_gradients(
     """Free each gradient in the backward pass that makes it. ``optimizer.step()`` is called as ever, after it.
 
     Args:
-        model: what ``backward`` goes through; under FSDP2 after ``fully_shard``.
+        model: what ``backward`` goes through; under FSDP2 after ``fully_shard``, or what DistributedDataParallel made
+            of a model after ``keep_out_of_ddp``. Then all processes call this together, and have the first one's
+            weights of what DDP does not see.
         optimizer: of this package, for parameters of ``model``.
         keep: ``coordinates``: of a matrix with a subspace G P, between its refreshes; of others all. For classes whose
-            rule needs no more (GaLore's, 8-bit ones too), on one process. Passes add up, clipping and ``GradScaler``
-            work; the norm is exact after one pass, and after several to some percent (1, where it was measured).
-            ``nothing``: the parameter moves at once, of every class, on one process and under FSDP2. What concerns
-            several parameters together (pruning of a group, merges of factors) comes in ``step()``. Both to the bit of
-            the ordinary step on a CPU, coordinates to rounding where passes are added or scaled, and experts with exact
-            vectors likewise in a step in which some wait for their first token.
+            rule needs no more (GaLore's, 8-bit ones too), on one process and under DDP. Passes add up, clipping and
+            ``GradScaler`` work; the norm is exact after one pass of one process, and after several to some percent (1
+            and 4, where it was measured). ``nothing``: the parameter moves at once, of every class, on one process and
+            under DDP and FSDP2. What concerns several parameters together (pruning of a group, merges of factors)
+            comes in ``step()``. Both to the bit of the ordinary step on a CPU, coordinates to rounding where they are
+            added or scaled, and experts with exact vectors likewise in a step in which some wait for their first token.
+            Sums over more than two processes round in another order than DDP's.
         passes: 1, where each step has one backward pass: then new subspaces too are found in it, and of all gradients
             with a subspace one is there at a time. None keeps those that a subspace is due from until all passes have
             added up. With ``nothing`` there is one pass anyhow.
@@ -217,13 +299,13 @@ def release_gradients(
         What ``remove()`` ends it by.
 
     Raises:
-        ValueError: for another ``keep``, or ``passes`` that are not 1.
+        ValueError: for another ``keep``, ``passes`` that are not 1, or processes that were told different things.
         TypeError: for an optimizer of another package.
-        UnsupportedLayout: under DeepSpeed and DistributedDataParallel, which need whole gradients after the pass; in
-            several processes with whole parameters; with ``capturable``; of coordinates, for a class that needs more,
-            and under FSDP2. Later, from ``step()``, where parameters were replaced since.
+        UnsupportedLayout: under DeepSpeed, which owns gradients; for a DistributedDataParallel that sums whole ones; in
+            several processes with whole parameters that are not in one; with ``capturable``; of coordinates, for a
+            class that needs more, and under FSDP2. Later, from ``step()``, where parameters were replaced since.
         RuntimeError: later, where something reads a gradient that was freed, as with ``nothing`` global clipping,
-            GradScaler and a second pass in one step do.
+            GradScaler and a second pass in one step do, ``no_sync`` among it.
 
     Example:
         >>> import torch
@@ -242,12 +324,18 @@ def release_gradients(
     require(passes in (None, 1), "passes must be 1, or None for as many as there are", passes)
     if not isinstance(optimizer, ShardedOptimizer):
         raise TypeError(f"release_gradients needs an optimizer of gracile.optim, got {type(optimizer).__name__}")
-    complaints = [_split_by_deepspeed, _summed_later, _captured]
+    end_guard(optimizer)
+    complaints: list[Callable[..., str | None]] = [_split_by_deepspeed, _summed_later, _captured]
+    ddp = model if isinstance(model, DistributedDataParallel) else None
+    if ddp is not None:
+        order = {name: tuple(p.shape) for name, p in left_to_exchange(ddp, optimizer).items()}
+        check_agreement(ddp, {"keep": keep, "passes": passes, "exchanged parameters": order})
+        complaints.append(partial(refused_of_ddp, keep=keep))
     for complaint in [*complaints, *([_needs_all, _split] if keep == COORDINATES else [])]:
         reason = complaint(model, optimizer)
         if reason is not None:
             raise UnsupportedLayout(reason)
-    return ReleasedGradients(optimizer, keep, passes)
+    return ReleasedGradients(optimizer, keep, passes, ddp)
 
 
 def _parameters(optimizer: ShardedOptimizer) -> list[Tensor]:
@@ -257,18 +345,21 @@ def _parameters(optimizer: ShardedOptimizer) -> list[Tensor]:
 def _split_by_deepspeed(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
     of_engine = type(model).__module__.partition(".")[0] == "deepspeed"
     if of_engine or any(hasattr(p, "ds_id") for p in [*model.parameters(), *_parameters(optimizer)]):
-        return "DeepSpeed owns the gradients of its parameters and needs them after the pass; use FSDP2, or one process"
+        return "DeepSpeed owns the gradients of its parameters: use DistributedDataParallel or FSDP2, or one process"
     return None
 
 
 def _summed_later(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
     if isinstance(model, DistributedDataParallel):
-        return "DistributedDataParallel sums whole gradients after hooks have seen them; use FSDP2"
+        return None
+    if isinstance(getattr(model, "_orig_mod", None), DistributedDataParallel):
+        return "one compiled graph of DistributedDataParallel hands all gradients over at its end; compile its layers"
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several and not all(map(is_dtensor, _parameters(optimizer))):
         return (
-            "several processes hold whole parameters, whose gradients are summed after hooks have seen them; use "
-            "FSDP2, and call release_gradients after fully_shard"
+            "several processes hold whole parameters, and this model does not sum their gradients; give "
+            "release_gradients what DistributedDataParallel made of it, after keep_out_of_ddp(model, optimizer), or "
+            "call it after fully_shard"
         )
     return None
 
@@ -282,7 +373,7 @@ def _captured(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
 def _needs_all(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
     if optimizer.keeps_coordinates:
         return None
-    return f"{type(optimizer).__name__} needs more of a gradient than its coordinates; give keep='nothing'"
+    return NEEDS_ALL.format(name=type(optimizer).__name__)
 
 
 def _split(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
@@ -303,3 +394,12 @@ def kept_bytes(optimizer: torch.optim.Optimizer, keep: str) -> int:
         reduced = keep == COORDINATES and optimizer.keeps_coordinates and optimizer.is_for_matrices(group)
         total += p.element_size() * (optimizer.reduced_size(p, group) if reduced else p.numel())
     return total
+
+
+def exchanged_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, keep: str) -> int:
+    """Bytes of messages under DistributedDataParallel: its own buckets, and lots that are on their way."""
+    assert isinstance(optimizer, ShardedOptimizer)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    sent = [p.nbytes for p in exchanged(model, optimizer, keep).values()]
+    on_way = min(sum(sent), WAITING * max([LOT_BYTES, *sent]))
+    return trained - sum(sent) + on_way

@@ -40,6 +40,7 @@ class ProjectedGradient(Tensor):
     kept: Kept
     one_norm: Tensor | None  # of the gradient of one pass
     reduce: Callable[[Tensor], Kept]
+    complete: Callable[[], None] | None = None  # sums ``outside`` over processes, which waits until a norm is read
 
     @staticmethod
     def __new__(
@@ -53,10 +54,17 @@ class ProjectedGradient(Tensor):
     def of(cls, G: Tensor, reduce: Callable[[Tensor], Kept]) -> ProjectedGradient:
         return cls(G, reduce(G), torch.linalg.vector_norm(G), reduce)
 
+    @classmethod
+    def of_part(cls, G: Tensor, reduce: Callable[[Tensor], Kept]) -> ProjectedGradient:
+        """Of a gradient that will be added to others."""
+        return cls(G, reduce(G), None, reduce)
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"ProjectedGradient({tuple(self.shape)}, coordinates {tuple(self.kept.coordinates.shape)})"
 
     def total_norm(self) -> Tensor:
+        if self.complete is not None:
+            self.complete()
         return self.kept.norm() if self.one_norm is None else self.one_norm
 
     def scale_(self, factor: Any) -> None:

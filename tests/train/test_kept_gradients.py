@@ -6,9 +6,11 @@ import pytest
 import torch
 from helpers import interrupt, same, weights
 
+from gracile.optim import released
 from gracile.optim.released import kept_bytes
 from gracile.train.config.parser import load_config
-from gracile.train.measurement.kinds import GRADIENTS, STEP
+from gracile.train.engines.division import Division
+from gracile.train.measurement.kinds import BUFFERS, GRADIENTS, STEP
 from gracile.train.measurement.planner import Planner
 from gracile.train.pretrain import main
 from gracile.train.profile import main as profile
@@ -71,6 +73,22 @@ def test_the_plan_has_the_largest_gradient_alone(tiny):
     assert waits.plan("galore_adamw", 2, checkpointing=False).held[GRADIENTS] == sum(sizes)  # at a refresh
 
 
+def test_the_plan_has_no_buckets_of_what_ddp_leaves_out(tiny, monkeypatch):
+    """But lots that are on their way."""
+    monkeypatch.setattr(released, "LOT_BYTES", 1)
+    buffers = {}
+    for kept in ("all", "nothing", "coordinates"):
+        config = load_config([tiny(**ALONE), "--keep_gradients", kept])
+        planner = Planner(config, division=lambda *_: Division(processes=2))
+        buffers[kept] = planner.plan(config.optimizer.optimizer, 2, checkpointing=False).held[BUFFERS]
+    named = dict(planner._own_model.named_parameters())
+    matrices = [p.nbytes for name, p in named.items() if "_proj" in name]
+    sizes = [p.nbytes for p in named.values()]
+    assert buffers["all"] == sum(sizes)
+    assert buffers["nothing"] == min(sizes) + 2 * max(sizes)
+    assert buffers["coordinates"] == sum(sizes) - sum(matrices) + 2 * max(matrices)
+
+
 def test_it_is_planned_and_not_measured(tiny, capsys):
     assert profile([tiny(keep_gradients="nothing", **ALONE), "--steps", "1"]) == 2
     assert "profile with --keep_gradients all" in capsys.readouterr().err
@@ -82,7 +100,7 @@ def test_it_is_planned_and_not_measured(tiny, capsys):
         ({"max_grad_norm": 1.0}, "max_grad_norm 1 clips by the norm of all; give --max_grad_norm 0"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 2 adds up several passes"),
         ({"optimizer": "adamw"}, "which adamw cannot; choose an optimizer of gracile"),
-        ({"deepspeed": ZERO2}, "DeepSpeed needs them after it; use FSDP2, or one process"),
+        ({"deepspeed": ZERO2}, "DeepSpeed owns them; use DistributedDataParallel or FSDP2, or one process"),
         ({"keep_gradients": "some"}, "keep_gradients must be one of all, coordinates, nothing, got 'some'"),
         (
             {"keep_gradients": "coordinates", "optimizer": "fira_adamw"},

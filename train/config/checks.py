@@ -88,11 +88,9 @@ def _check_kept_gradients(config: AnySettings) -> None:
     if kept == NOTHING:
         _check_nothing_kept(run, frees)
     if run.deepspeed:
-        raise BadInput(f"{frees}, and DeepSpeed needs them after it; use FSDP2, or one process")
+        raise BadInput(f"{frees}, and DeepSpeed owns them; use DistributedDataParallel or FSDP2, or one process")
     if run.fsdp and kept == COORDINATES:
         raise BadInput(f"{frees}, and FSDP splits them before; give --keep_gradients {NOTHING}")
-    if run.world_size > 1 and not run.fsdp:
-        raise BadInput(f"{frees}, and DistributedDataParallel sums them after it; use FSDP2, or one process")
 
 
 def _check_nothing_kept(run: RunArguments, frees: str) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ...optim.core.optimizer import ShardedOptimizer
 from ...optim.distributed import as_one_buffer, each_alone, flat_length
 from ...optim.memory import bytes_by_kind, dtype_of_moments, planned_state
-from ...optim.released import kept_bytes
+from ...optim.released import exchanged_bytes, kept_bytes
 from ..build.model import checkpoint_activations
 from ..build.trainee import trainee_of
 from ..config.arguments import ALL, COORDINATES, NOTHING, AnySettings, RunArguments
@@ -193,9 +193,13 @@ class Planner:
 
     def _kept_by(self, optimizer: str) -> str:
         """What is kept of gradients with an optimizer: all, where it can do no other, or waits for several passes."""
+        keep = self._told_to_keep(optimizer)
+        return ALL if keep == COORDINATES and self._accumulates else keep
+
+    def _told_to_keep(self, optimizer: str) -> str:
         keep, kind = self.config.optimizer.keep_gradients, optimizer_entry(_trained_as(optimizer)).cls
         able = issubclass(kind, ShardedOptimizer) and (keep == NOTHING or kind.keeps_coordinates)
-        return keep if able and not (keep == COORDINATES and self._accumulates) else ALL
+        return keep if able else ALL
 
     def _reduced_gradients(self, optimizer: str) -> int:
         model = self._model(self.trainee.variant(optimizer))
@@ -243,7 +247,11 @@ class Planner:
             for p in stepped.parameters():
                 p.data = p.data.float() if p.requires_grad else p.data
         state, moments, step = self._state(stepped, _trained_as(optimizer))
-        return _Fixed(self._weights(model) | state, moments, step)
+        held = self._weights(model)
+        keep = self._told_to_keep(optimizer)
+        if self.division.stage == 0 and self.division.processes > 1 and keep != ALL:
+            held[BUFFERS] = exchanged_bytes(model, self.trainee.optimizer(model, optimizer), keep)
+        return _Fixed(held | state, moments, step)
 
     def _weights(self, model: nn.Module) -> dict[str, int]:
         held = {kind: storage_bytes(tensors) for kind, tensors in weights_of(model).items()}

@@ -19,7 +19,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 
 from ...models.convert import merge
 from ...models.layers import FactoredLinear
-from ...optim import release_gradients
+from ...optim import keep_out_of_ddp, release_gradients
 from ...optim.distributed import UnsupportedLayout, is_dtensor
 from ...optim.released import ReleasedGradients
 from ..atomic_write import valid_json, write_atomically
@@ -62,7 +62,10 @@ class RunTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = self.build_optimizer(self.model if model is None else model)
+            trained = self.model if model is None else model
+            self.optimizer = self.build_optimizer(trained)
+            if self.config.optimizer.keep_gradients != ALL and self._by_ddp:
+                keep_out_of_ddp(trained, self.optimizer, self.config.optimizer.keep_gradients)
             self.given_optimizer = self.optimizer
             self._new_decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         return self.optimizer
@@ -261,8 +264,13 @@ class RunTrainer(Trainer):
         self._free_gradients()
         return prepared
 
+    @property
+    def _by_ddp(self) -> bool:
+        """Whether accelerate is to wrap, or has wrapped, the model in DistributedDataParallel."""
+        return self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
     def _free_gradients(self) -> None:
-        """When an engine has split the model: hooks of parameters that it replaces would be lost."""
+        """When the model is wrapped or split: hooks of parameters that an engine replaces would be lost."""
         kept = self.config.optimizer.keep_gradients
         if kept != ALL:
             assert self.given_optimizer is not None
