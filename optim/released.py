@@ -198,7 +198,9 @@ def release_gradients(
             vectors likewise in a step in which some wait for their first token.
         passes: 1, where each step has one backward pass: then new subspaces too are found in it, and of all gradients
             with a subspace one is there at a time. None keeps those that a subspace is due from until all passes have
-            added up. With ``nothing`` there is one pass anyhow.
+            added up: of all matrices in the same step, or in turns, where their group has ``refreshes_at_once``, and
+            then the first subspaces, which come out of turn, are found from the first pass. With ``nothing`` there is
+            one pass anyhow.
 
     Returns:
         What ``remove()`` ends it by.
@@ -278,15 +280,20 @@ def _split(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
     return None
 
 
-def kept_bytes(optimizer: torch.optim.Optimizer, keep: str) -> int:
-    """Bytes of the gradients that are there when a pass is over, in steps of one pass (``passes=1``)."""
+def kept_bytes(optimizer: torch.optim.Optimizer, keep: str, passes: int | None = 1) -> int:
+    """Bytes of the gradients that are there when a pass is over, at most; ``passes`` as for ``release_gradients``."""
     trained = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if not isinstance(optimizer, ShardedOptimizer):
         return sum(p.nbytes for p, _ in trained)
     if keep == NOTHING:
         return 0
-    total = 0
-    for p, group in trained:
+    total, whole = 0, 0
+    for group in optimizer.param_groups:
+        held = [p for p in group["params"] if p.requires_grad]
         reduced = keep == COORDINATES and optimizer.keeps_coordinates and optimizer.is_for_matrices(group)
-        total += p.element_size() * (optimizer.reduced_size(p, group) if reduced else p.numel())
-    return total
+        sizes = [p.element_size() * (optimizer.reduced_size(p, group) if reduced else p.numel()) for p in held]
+        total += sum(sizes)
+        if reduced and passes is None:
+            spared = {p: p.nbytes - size for p, size in zip(held, sizes, strict=True)}
+            whole += max((sum(spared.get(p, 0) for p in lot) for lot in optimizer.kept_together(group)), default=0)
+    return total + whole

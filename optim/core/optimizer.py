@@ -350,6 +350,10 @@ class ShardedOptimizer(CapturableStep):
         """How many numbers are kept of a gradient by ``reduction_of``."""
         return parameter.numel()
 
+    def kept_together(self, group: Group) -> list[list[Tensor]]:
+        """Parameters of a group of matrices whose gradients ``reduction_of`` leaves whole in the same steps."""
+        return [list(group["params"])]
+
     def has_moved_early(self, parameter: Tensor) -> bool:
         """Whether a parameter has moved in a step that is not at its end."""
         return self._opened is not None and parameter in self._opened.moved

@@ -195,11 +195,13 @@ class Planner:
         """What is kept of gradients with an optimizer: all, where it can do no other, or waits for several passes."""
         keep, kind = self.config.optimizer.keep_gradients, optimizer_entry(_trained_as(optimizer)).cls
         able = issubclass(kind, ShardedOptimizer) and (keep == NOTHING or kind.keeps_coordinates)
-        return keep if able and not (keep == COORDINATES and self._accumulates) else ALL
+        in_turns = (self.config.optimizer.optimizer_args or {}).get("refreshes_at_once") is not None
+        return keep if able and not (keep == COORDINATES and self._accumulates and not in_turns) else ALL
 
     def _reduced_gradients(self, optimizer: str) -> int:
         model = self._model(self.trainee.variant(optimizer))
-        return kept_bytes(self.trainee.optimizer(model, optimizer), COORDINATES)
+        passes = None if self._accumulates else 1
+        return kept_bytes(self.trainee.optimizer(model, optimizer), COORDINATES, passes)
 
     @property
     def _own_model(self) -> PreTrainedModel:
