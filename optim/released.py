@@ -14,7 +14,8 @@ and say nothing.
 
     released = release_gradients(model, optimizer, keep="coordinates")
 
-keeps what a matrix moves by, G P, and frees G, but in steps in which it needs a new P (with ``passes=1`` then too).
+keeps what a matrix moves by, G P or the entries of its mask, and frees G, but in steps in which it needs all of G for a
+new P (with ``passes=1`` then too) or for another mask.
 Parameters move in ``step()``, so that passes add up, clipping and ``GradScaler`` scale what is kept
 (``ProjectedGradient``), and a step can be skipped.
 """
@@ -189,8 +190,9 @@ def release_gradients(
     Args:
         model: what ``backward`` goes through; under FSDP2 after ``fully_shard``.
         optimizer: of this package, for parameters of ``model``.
-        keep: ``coordinates``: of a matrix with a subspace G P, between its refreshes; of others all. For classes whose
-            rule needs no more (GaLore's, 8-bit ones too), on one process. Passes add up, clipping and ``GradScaler``
+        keep: ``coordinates``: of a matrix with a subspace G P, between its refreshes, of one with a mask the entries of
+            it, but where gradients say how it changes; of others all. For classes whose rule needs no more (GaLore's,
+            8-bit ones too; SET's, RigL's and their like), on one process. Passes add up, clipping and ``GradScaler``
             work; the norm is exact after one pass, and after several to some percent (1, where it was measured).
             ``nothing``: the parameter moves at once, of every class, on one process and under FSDP2. What concerns
             several parameters together (pruning of a group, merges of factors) comes in ``step()``. Both to the bit of
@@ -269,9 +271,8 @@ def _captured(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
 
 
 def _needs_all(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
-    if optimizer.keeps_coordinates:
-        return None
-    return f"{type(optimizer).__name__} needs more of a gradient than its coordinates; give keep='nothing'"
+    reasons = map(optimizer.why_all_is_needed, optimizer.param_groups)
+    return next((f"{reason}; give keep='nothing'" for reason in reasons if reason is not None), None)
 
 
 def _split(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
@@ -293,7 +294,8 @@ def kept_bytes(optimizer: torch.optim.Optimizer, keep: str, passes: int | None =
         reduced = keep == COORDINATES and optimizer.keeps_coordinates and optimizer.is_for_matrices(group)
         sizes = [p.element_size() * (optimizer.reduced_size(p, group) if reduced else p.numel()) for p in held]
         total += sum(sizes)
-        if reduced and passes is None:
+        if reduced:
             spared = {p: p.nbytes - size for p, size in zip(held, sizes, strict=True)}
-            whole += max((sum(spared.get(p, 0) for p in lot) for lot in optimizer.kept_together(group)), default=0)
+            lots = optimizer.kept_together(group, one_pass=passes == 1)
+            whole += max([0, *(sum(spared.get(p, 0) for p in lot) for lot in lots)])
     return total + whole

@@ -100,7 +100,8 @@ class ShardedOptimizer(CapturableStep):
         spends_coordinates: whether ``direction`` does not look at the coordinates of a matrix again, once the rule had
             them, and they are no gradient.
         writes_by_shards: whether ``update`` writes weights by verbs of their shard alone.
-        keeps_coordinates: whether a matrix moves by the coordinates of its gradient alone, between refreshes.
+        keeps_coordinates: whether a matrix moves by the coordinates of its gradient alone, between refreshes or changes
+            of its mask.
         together: what of a model must be stepped together, for a message; None where each parameter may be by itself.
         phase_listener: None, or what is called with the name of each phase and returns a context manager for it; set
             it to see where the time of a step goes. ``find`` comes only where a subspace or a mask is due, also inside
@@ -350,9 +351,16 @@ class ShardedOptimizer(CapturableStep):
         """How many numbers are kept of a gradient by ``reduction_of``."""
         return parameter.numel()
 
-    def kept_together(self, group: Group) -> list[list[Tensor]]:
-        """Parameters of a group of matrices whose gradients ``reduction_of`` leaves whole in the same steps."""
+    def kept_together(self, group: Group, one_pass: bool) -> list[list[Tensor]]:
+        """Parameters of a group of matrices whose gradients ``reduction_of`` leaves whole in the same steps, of one
+        pass or of several."""
         return [list(group["params"])]
+
+    def why_all_is_needed(self, group: Group) -> str | None:
+        """Why no step of a group moves by coordinates alone; None where most do."""
+        return (
+            None if self.keeps_coordinates else f"{type(self).__name__} needs more of a gradient than its coordinates"
+        )
 
     def has_moved_early(self, parameter: Tensor) -> bool:
         """Whether a parameter has moved in a step that is not at its end."""

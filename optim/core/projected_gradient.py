@@ -16,11 +16,14 @@ SCALED_EACH = (aten._foreach_mul_.Tensor, aten._foreach_mul_.Scalar)
 UNSCALED = aten._amp_foreach_non_finite_check_and_unscale_.default
 
 
+OUTSIDE = 4  # columns that tell how large what coordinates leave is: to some percent
+
+
 class Kept(NamedTuple):
     """What is kept of a gradient, all of it linear in it.
 
-    ``coordinates``: G P (right) or P^T G. ``outside``: what they leave, G - G P P^T, times some random columns, whose
-    squares tell how large it is.
+    ``coordinates``: G P (right) or P^T G, or the entries in a mask. ``outside``: what they leave, such as G - G P P^T,
+    times ``OUTSIDE`` random columns, whose squares tell how large it is.
     """
 
     coordinates: Tensor
@@ -28,8 +31,7 @@ class Kept(NamedTuple):
 
     def norm(self) -> Tensor:
         inside, outside = map(torch.linalg.vector_norm, self)
-        columns = min(self.outside.shape)
-        return torch.hypot(inside.float(), outside.float() / columns**0.5).to(inside.dtype)
+        return torch.hypot(inside.float(), outside.float() / OUTSIDE**0.5).to(inside.dtype)
 
 
 class ProjectedGradient(Tensor):

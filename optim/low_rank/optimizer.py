@@ -26,7 +26,7 @@ from ..core.batches import Direction, is_born_small, is_stacked_at, launches_cos
 from ..core.capture import NEVER
 from ..core.clock import steps_of
 from ..core.optimizer import FIND, ShardedOptimizer
-from ..core.projected_gradient import Kept, ProjectedGradient
+from ..core.projected_gradient import OUTSIDE, Kept, ProjectedGradient
 from ..core.types import Group, ParamStep, State
 from ..distributed import (
     APART,
@@ -54,7 +54,6 @@ from .singular import (
     orthogonal_iteration,
 )
 
-OUTSIDE = 4  # columns that tell how large what is outside of a subspace is: to some percent
 LARGEST = 1.01  # no entry of a unit vector is larger, but for rounding in bf16; NaN is not as small
 FOUND_AT_ONCE = 2**23  # elements of bases that a GPU finds together: 160 MiB for what it makes of them, in fp64
 
@@ -289,7 +288,9 @@ class LowRankOptimizer(ShardedOptimizer):
         side = self.projection_side((parameter.shape[0], parameter.shape[1]), group)
         return math.prod(side.projected_shape) + side.lines * OUTSIDE
 
-    def kept_together(self, group: Group) -> list[list[Tensor]]:
+    def kept_together(self, group: Group, one_pass: bool) -> list[list[Tensor]]:
+        if one_pass:
+            return []
         at_once, held = group.get("refreshes_at_once"), group["params"]
         return [held[i : i + at_once] for i in range(0, len(held), at_once)] if at_once else [list(held)]
 

@@ -192,11 +192,14 @@ class Planner:
         return self.config.run.gradient_accumulation_steps > 1
 
     def _kept_by(self, optimizer: str) -> str:
-        """What is kept of gradients with an optimizer: all, where it can do no other, or waits for several passes."""
+        """What is kept of gradients with an optimizer: all, where it can do no other, or comes to that in some step."""
         keep, kind = self.config.optimizer.keep_gradients, optimizer_entry(_trained_as(optimizer)).cls
         able = issubclass(kind, ShardedOptimizer) and (keep == NOTHING or kind.keeps_coordinates)
-        in_turns = (self.config.optimizer.optimizer_args or {}).get("refreshes_at_once") is not None
-        return keep if able and not (keep == COORDINATES and self._accumulates and not in_turns) else ALL
+        if able and keep == COORDINATES:
+            able = self._reduced_gradients(optimizer) < _nbytes(
+                self._model(self.trainee.variant(optimizer)), trained=True
+            )
+        return keep if able else ALL
 
     def _reduced_gradients(self, optimizer: str) -> int:
         model = self._model(self.trainee.variant(optimizer))
