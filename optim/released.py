@@ -33,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..validation import one_of, require
 from .core.optimizer import ShardedOptimizer
-from .core.projected_gradient import ProjectedGradient
+from .core.projected_gradient import ProjectedGradient, local_of
 from .core.types import Group
 from .distributed import UnsupportedLayout, is_dtensor
 
@@ -107,18 +107,25 @@ class FreedGradient(Tensor):
 def _freed(p: Tensor) -> Tensor:
     """What lies in the place of a parameter's gradient."""
     assert p.grad is not None
+    return _with_local(p, FreedGradient(local_of(p), torch.linalg.vector_norm(local_of(p.grad))))
+
+
+def _with_local(p: Tensor, local: Tensor) -> Tensor:
+    """A gradient of ``p`` of which this process holds ``local``."""
     if not is_dtensor(p):
-        return FreedGradient(p, torch.linalg.vector_norm(p.grad))
+        return local
     from torch.distributed.tensor import DTensor
 
     assert isinstance(p, DTensor)
-    assert isinstance(p.grad, DTensor)
-    local = FreedGradient(p.to_local(), torch.linalg.vector_norm(p.grad.to_local()))
     return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
+def _is_view(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() > tensor.nbytes
+
+
 def is_freed(grad: Tensor | None) -> bool:
-    return isinstance(grad, FreedGradient) or isinstance(getattr(grad, "_local_tensor", None), FreedGradient)
+    return isinstance(local_of(grad), FreedGradient)
 
 
 class ReleasedGradients:
@@ -154,7 +161,7 @@ class ReleasedGradients:
 
     @torch.no_grad()
     def _project(self, p: Tensor) -> None:
-        if isinstance(p.grad, ProjectedGradient):  # to which the pass was added
+        if isinstance(local_of(p.grad), ProjectedGradient):  # to which the pass was added
             if self.passes is not None:
                 raise RuntimeError(MORE_PASSES)
             return
@@ -162,7 +169,9 @@ class ReleasedGradients:
         with torch.autocast(p.device.type, enabled=False):
             reduce = self.optimizer.reduction_of(p, self.groups[p], refresh=self.passes is not None)
             if reduce is not None:
-                p.grad = ProjectedGradient.of(p.grad, reduce)
+                p.grad = _with_local(p, ProjectedGradient.of(local_of(p.grad), reduce))
+            elif is_dtensor(p) and _is_view(local_of(p.grad)):
+                p.grad = _with_local(p, local_of(p.grad).clone())  # FSDP2's are views of one tensor for a layer
 
     def _check(self, *_: Any) -> None:
         """Before the step's end."""
@@ -276,8 +285,8 @@ def _needs_all(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
 
 
 def _split(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
-    if any(map(is_dtensor, _parameters(optimizer))):
-        return "coordinates are kept of whole gradients, which FSDP2 has split; give keep='nothing'"
+    if any(map(is_dtensor, _parameters(optimizer))) and not optimizer.keeps_coordinates_split:
+        return "entries of masks are kept of whole gradients, which FSDP2 has split; give keep='nothing'"
     return None
 
 

@@ -34,10 +34,12 @@ from ..distributed import (
     Experts,
     FullMatrix,
     FullShard,
+    MatrixShard,
     ParamRef,
     PendingSolve,
     ProjectionSide,
     Workspace,
+    complete_gradients,
     has_subspace,
     is_dtensor,
     stack_of,
@@ -263,8 +265,10 @@ class LowRankOptimizer(ShardedOptimizer):
         if not self.keeps_coordinates:
             return None
         for shard, state in self._born(parameter, group, Workspace()):
-            if not has_subspace(shard) or shard.split:
+            if not has_subspace(shard):
                 return None
+            if isinstance(shard, MatrixShard):
+                complete_gradients([shard])
             item = ParamStep(shard, group, state)
             self._first_gradients.recall([item] if self.waits_for_gradient(group) else [])
             item.is_due = self._is_due_now(item)
@@ -274,6 +278,8 @@ class LowRankOptimizer(ShardedOptimizer):
                 self.find([item])
                 assert item.usable is not None
                 self._found_early[shard.position] = item.usable
+            if shard.split:
+                shard.let_gradient_go()  # which the shard holds by itself
             return partial(self._reduced, shard=shard, group=group, state=state)
         return None
 
@@ -299,7 +305,7 @@ class LowRankOptimizer(ShardedOptimizer):
         chance = torch.Generator(G.device).manual_seed(1009 * shard.position + steps_of(state))
         size = shard.side.basis_shape[0], OUTSIDE
         Z = torch.randn(size, generator=chance, device=G.device)
-        return self.basis(shard, group, state).reduce(G, Z)
+        return self.basis(shard, group, state).reduce(shard.lines_of(G), Z)
 
     def moves_by_direction(self, shard: FullShard, group: Group) -> bool:
         if not has_subspace(shard):
