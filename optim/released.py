@@ -200,9 +200,10 @@ def release_gradients(
         model: what ``backward`` goes through; under FSDP2 after ``fully_shard``.
         optimizer: of this package, for parameters of ``model``.
         keep: ``coordinates``: of a matrix with a subspace G P, between its refreshes, of one with a mask the entries of
-            it, but where gradients say how it changes; of others all. For classes whose rule needs no more (GaLore's,
-            8-bit ones too; SET's, RigL's and their like), on one process. Passes add up, clipping and ``GradScaler``
-            work; the norm is exact after one pass, and after several to some percent (1, where it was measured).
+            it, but where gradients say how it changes; of others all. For classes whose rule needs no more: GaLore's,
+            8-bit ones too, on one process and under FSDP2; SET's, RigL's and their like, on one process. Passes add
+            up, clipping and ``GradScaler`` work; the norm is exact after one pass, and after several to some percent
+            (1, where it was measured).
             ``nothing``: the parameter moves at once, of every class, on one process and under FSDP2. What concerns
             several parameters together (pruning of a group, merges of factors) comes in ``step()``. Both to the bit of
             the ordinary step on a CPU, coordinates to rounding where passes are added or scaled, and experts with exact
@@ -221,7 +222,7 @@ def release_gradients(
         TypeError: for an optimizer of another package.
         UnsupportedLayout: under DeepSpeed and DistributedDataParallel, which need whole gradients after the pass; in
             several processes with whole parameters; with ``capturable``; of coordinates, for a class that needs more,
-            and under FSDP2. Later, from ``step()``, where parameters were replaced since.
+            and of masks under FSDP2. Later, from ``step()``, where parameters were replaced since.
         RuntimeError: later, where something reads a gradient that was freed, as with ``nothing`` global clipping,
             GradScaler and a second pass in one step do.
 

@@ -55,6 +55,16 @@ def test_a_run_that_keeps_coordinates_is_that_of_one_that_keeps_all(passes, clip
     assert len(norms[0]) > 2
 
 
+def test_a_run_that_keeps_the_entries_of_masks_has_the_bits_of_one_that_keeps_all(tiny, tmp_path):
+    config = tiny(optimizer="set_adamw", sparsity=0.8, gradient_accumulation_steps=2, max_grad_norm=0.0)
+    freed = ["--keep_gradients", "coordinates"]
+    assert main([config]) == 0
+    assert main([config, *freed, "--output_dir", str(tmp_path / "kept")]) == 0
+    assert same(weights(tmp_path / "kept"), weights(tmp_path / "run"))
+    planned = [Planner(load_config([config, *more])).plan("set_adamw", 2, False) for more in ([], freed)]
+    assert planned[1].held[GRADIENTS] < planned[0].held[GRADIENTS]
+
+
 def test_the_plan_has_the_largest_gradient_alone(tiny):
     plans = []
     for kept in ("all", "nothing", "coordinates"):
