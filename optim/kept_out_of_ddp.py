@@ -17,7 +17,6 @@ from .distributed import UnsupportedLayout
 
 COORDINATES, NOTHING = "coordinates", "nothing"
 KEEPS = (COORDINATES, NOTHING)
-NEEDS_ALL = "{name} needs more of a gradient than its coordinates; give keep='nothing'"
 UNFINISHED = (
     "keep_out_of_ddp has taken parameters out of DistributedDataParallel, and nothing sums their gradients yet; call "
     "release_gradients(ddp, optimizer, keep={keep!r}) before the first step"
@@ -56,8 +55,9 @@ def keep_out_of_ddp(model: nn.Module, optimizer: torch.optim.Optimizer, keep: st
     one_of(*KEEPS)("keep", keep)
     if not isinstance(optimizer, ShardedOptimizer):
         raise TypeError(f"keep_out_of_ddp needs an optimizer of gracile.optim, got {type(optimizer).__name__}")
-    if keep == COORDINATES and not optimizer.keeps_coordinates:
-        raise UnsupportedLayout(NEEDS_ALL.format(name=type(optimizer).__name__))
+    reason = needs_all(optimizer)
+    if keep == COORDINATES and reason is not None:
+        raise UnsupportedLayout(reason)
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise UnsupportedLayout("keep_out_of_ddp comes before DistributedDataParallel is built, and it was")
     names, ignored = names_in_ddp(model), {*getattr(model, "_ddp_params_and_buffers_to_ignore", ())}
@@ -71,6 +71,12 @@ def keep_out_of_ddp(model: nn.Module, optimizer: torch.optim.Optimizer, keep: st
         raise RuntimeError(UNFINISHED.format(keep=keep))
 
     _guards[optimizer] = optimizer.register_step_pre_hook(guard)
+
+
+def needs_all(optimizer: ShardedOptimizer) -> str | None:
+    """Why coordinates are not enough; None where they are."""
+    reasons = map(optimizer.why_all_is_needed, optimizer.param_groups)
+    return next((f"{reason}; give keep='nothing'" for reason in reasons if reason is not None), None)
 
 
 def end_guard(optimizer: torch.optim.Optimizer) -> None:

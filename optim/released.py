@@ -14,7 +14,8 @@ and say nothing.
 
     released = release_gradients(model, optimizer, keep="coordinates")
 
-keeps what a matrix moves by, G P, and frees G, but in steps in which it needs a new P (with ``passes=1`` then too).
+keeps what a matrix moves by, G P or the entries of its mask, and frees G, but in steps in which it needs all of G for a
+new P (with ``passes=1`` then too) or for another mask.
 Parameters move in ``step()``, so that passes add up, clipping and ``GradScaler`` scale what is kept
 (``ProjectedGradient``), and a step can be skipped.
 
@@ -40,19 +41,19 @@ from torch.utils.hooks import RemovableHandle
 
 from ..validation import one_of, require
 from .core.optimizer import ShardedOptimizer
-from .core.projected_gradient import ProjectedGradient
+from .core.projected_gradient import ProjectedGradient, local_of
 from .core.types import Group
 from .distributed import UnsupportedLayout, is_dtensor
 from .exchange import LOT_BYTES, WAITING, Exchange, in_lots
 from .kept_out_of_ddp import (
     COORDINATES,
     KEEPS,
-    NEEDS_ALL,
     NOTHING,
     check_agreement,
     end_guard,
     exchanged,
     left_to_exchange,
+    needs_all,
     refused_of_ddp,
 )
 
@@ -128,23 +129,25 @@ class FreedGradient(Tensor):
 def _freed(p: Tensor) -> Tensor:
     """What lies in the place of a parameter's gradient."""
     assert p.grad is not None
+    return _with_local(p, FreedGradient(local_of(p), torch.linalg.vector_norm(local_of(p.grad))))
+
+
+def _with_local(p: Tensor, local: Tensor) -> Tensor:
+    """A gradient of ``p`` of which this process holds ``local``."""
     if not is_dtensor(p):
-        return FreedGradient(p, torch.linalg.vector_norm(p.grad))
+        return local
     from torch.distributed.tensor import DTensor
 
     assert isinstance(p, DTensor)
-    assert isinstance(p.grad, DTensor)
-    local = FreedGradient(p.to_local(), torch.linalg.vector_norm(p.grad.to_local()))
     return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
-def _local(p: Any) -> Tensor:
-    held: Tensor = p.to_local() if is_dtensor(p) else p
-    return held
+def _is_view(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
 def is_freed(grad: Tensor | None) -> bool:
-    return isinstance(grad, FreedGradient) or isinstance(getattr(grad, "_local_tensor", None), FreedGradient)
+    return isinstance(local_of(grad), FreedGradient)
 
 
 class ReleasedGradients:
@@ -194,11 +197,9 @@ class ReleasedGradients:
 
     @property
     def most_bytes(self) -> int:
-        """Of the gradients that this process has at the same time, at most; all of them in a step that finds subspaces
-        of what several passes have added up."""
-        if self.keep == COORDINATES and self.passes is None:
-            return sum(_local(p).nbytes for p in self.groups)
-        return kept_bytes(self.optimizer, self.keep) + max((_local(p).nbytes for p in self.groups), default=0)
+        """Of the gradients that this process has at the same time, at most."""
+        largest = max((local_of(p).nbytes for p in self.groups), default=0)
+        return kept_bytes(self.optimizer, self.keep, self.passes) + largest
 
     @torch.no_grad()
     def _move(self, p: Tensor) -> None:
@@ -217,7 +218,7 @@ class ReleasedGradients:
 
     @torch.no_grad()
     def _project(self, p: Tensor) -> None:
-        if isinstance(p.grad, ProjectedGradient):  # to which the pass was added
+        if isinstance(local_of(p.grad), ProjectedGradient):  # to which the pass was added
             if self.passes is not None:
                 raise RuntimeError(MORE_PASSES)
             if self.exchange is not None:
@@ -234,10 +235,12 @@ class ReleasedGradients:
         assert p.grad is not None
         with torch.autocast(p.device.type, enabled=False):
             reduce = self.optimizer.reduction_of(p, self.groups[p], refresh)
-            if reduce is None:
-                return
-            one_pass = self.exchange is None or refresh  # and of one process
-            p.grad = ProjectedGradient.of(p.grad, reduce) if one_pass else ProjectedGradient.of_part(p.grad, reduce)
+            if reduce is not None:
+                whole = self.exchange is None or refresh  # or it is one process's part of a sum
+                made = ProjectedGradient.of if whole else ProjectedGradient.of_part
+                p.grad = _with_local(p, made(local_of(p.grad), reduce))
+            elif is_dtensor(p) and _is_view(local_of(p.grad)):
+                p.grad = _with_local(p, local_of(p.grad).clone())  # FSDP2's are views of one tensor for a layer
 
     # ---- under DistributedDataParallel
 
@@ -283,17 +286,21 @@ def release_gradients(
             of a model after ``keep_out_of_ddp``. Then all processes call this together, and have the first one's
             weights of what DDP does not see.
         optimizer: of this package, for parameters of ``model``.
-        keep: ``coordinates``: of a matrix with a subspace G P, between its refreshes; of others all. For classes whose
-            rule needs no more (GaLore's, 8-bit ones too), on one process and under DDP. Passes add up, clipping and
-            ``GradScaler`` work; the norm is exact after one pass of one process, and after several to some percent (1
-            and 4, where it was measured). ``nothing``: the parameter moves at once, of every class, on one process and
-            under DDP and FSDP2. What concerns several parameters together (pruning of a group, merges of factors)
-            comes in ``step()``. Both to the bit of the ordinary step on a CPU, coordinates to rounding where they are
-            added or scaled, and experts with exact vectors likewise in a step in which some wait for their first token.
-            Sums over more than two processes round in another order than DDP's.
+        keep: ``coordinates``: of a matrix with a subspace G P, between its refreshes, of one with a mask the entries of
+            it, but where gradients say how it changes; of others all. For classes whose rule needs no more: GaLore's,
+            8-bit ones too, on one process and under DDP and FSDP2; SET's, RigL's and their like, on one process and
+            under DDP. Passes add up, clipping and ``GradScaler`` work; the norm is exact after one pass of one process,
+            and after several to some percent (1 and 4, where it was measured; of masks 15).
+            ``nothing``: the parameter moves at once, of every class, on one process and under DDP and FSDP2. What
+            concerns several parameters together (pruning of a group, merges of factors) comes in ``step()``. Both to
+            the bit of the ordinary step on a CPU, coordinates to rounding where they are added or scaled, and experts
+            with exact vectors likewise in a step in which some wait for their first token. Sums over more than two
+            processes round in another order than DDP's.
         passes: 1, where each step has one backward pass: then new subspaces too are found in it, and of all gradients
             with a subspace one is there at a time. None keeps those that a subspace is due from until all passes have
-            added up. With ``nothing`` there is one pass anyhow.
+            added up: of all matrices in the same step, or in turns, where their group has ``refreshes_at_once``, and
+            then the first subspaces, which come out of turn, are found from the first pass. With ``nothing`` there is
+            one pass anyhow.
 
     Returns:
         What ``remove()`` ends it by.
@@ -303,7 +310,8 @@ def release_gradients(
         TypeError: for an optimizer of another package.
         UnsupportedLayout: under DeepSpeed, which owns gradients; for a DistributedDataParallel that sums whole ones; in
             several processes with whole parameters that are not in one; with ``capturable``; of coordinates, for a
-            class that needs more, and under FSDP2. Later, from ``step()``, where parameters were replaced since.
+            class that needs more, and of masks under FSDP2. Later, from ``step()``, where parameters were replaced
+            since.
         RuntimeError: later, where something reads a gradient that was freed, as with ``nothing`` global clipping,
             GradScaler and a second pass in one step do, ``no_sync`` among it.
 
@@ -371,29 +379,33 @@ def _captured(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
 
 
 def _needs_all(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
-    if optimizer.keeps_coordinates:
-        return None
-    return NEEDS_ALL.format(name=type(optimizer).__name__)
+    return needs_all(optimizer)
 
 
 def _split(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
-    if any(map(is_dtensor, _parameters(optimizer))):
-        return "coordinates are kept of whole gradients, which FSDP2 has split; give keep='nothing'"
+    if any(map(is_dtensor, _parameters(optimizer))) and not optimizer.keeps_coordinates_split:
+        return "entries of masks are kept of whole gradients, which FSDP2 has split; give keep='nothing'"
     return None
 
 
-def kept_bytes(optimizer: torch.optim.Optimizer, keep: str) -> int:
-    """Bytes of the gradients that are there when a pass is over, in steps of one pass (``passes=1``)."""
+def kept_bytes(optimizer: torch.optim.Optimizer, keep: str, passes: int | None = 1) -> int:
+    """Bytes of the gradients that are there when a pass is over, at most; ``passes`` as for ``release_gradients``."""
     trained = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if not isinstance(optimizer, ShardedOptimizer):
         return sum(p.nbytes for p, _ in trained)
     if keep == NOTHING:
         return 0
-    total = 0
-    for p, group in trained:
+    total, whole = 0, 0
+    for group in optimizer.param_groups:
+        held = [p for p in group["params"] if p.requires_grad]
         reduced = keep == COORDINATES and optimizer.keeps_coordinates and optimizer.is_for_matrices(group)
-        total += p.element_size() * (optimizer.reduced_size(p, group) if reduced else p.numel())
-    return total
+        sizes = [p.element_size() * (optimizer.reduced_size(p, group) if reduced else p.numel()) for p in held]
+        total += sum(sizes)
+        if reduced:
+            spared = {p: p.nbytes - size for p, size in zip(held, sizes, strict=True)}
+            lots = optimizer.kept_together(group, one_pass=passes == 1)
+            whole += max([0, *(sum(spared.get(p, 0) for p in lot) for lot in lots)])
+    return total + whole
 
 
 def exchanged_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, keep: str) -> int:

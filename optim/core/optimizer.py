@@ -65,7 +65,7 @@ from .clock import steps_of
 from .compiled import Graphs, compiler_in_use, is_traced
 from .group_checks import COMMON_CHECKS, check_declared, check_rounding, check_tensors, parameters_in
 from .keywords import ACCEPTED, Accepted, check_keys, check_keywords, keyword_names
-from .projected_gradient import Kept, ProjectedGradient
+from .projected_gradient import Kept, ProjectedGradient, local_of
 from .rounding import widened, widened_weights
 from .rules import Rule, plain
 from .rules_8bit import is_for_codes, is_moved_in_place
@@ -100,7 +100,9 @@ class ShardedOptimizer(CapturableStep):
         spends_coordinates: whether ``direction`` does not look at the coordinates of a matrix again, once the rule had
             them, and they are no gradient.
         writes_by_shards: whether ``update`` writes weights by verbs of their shard alone.
-        keeps_coordinates: whether a matrix moves by the coordinates of its gradient alone, between refreshes.
+        keeps_coordinates: whether a matrix moves by the coordinates of its gradient alone, between refreshes or changes
+            of its mask.
+        keeps_coordinates_split: whether it does so of matrices that FSDP2 has split.
         together: what of a model must be stepped together, for a message; None where each parameter may be by itself.
         phase_listener: None, or what is called with the name of each phase and returns a context manager for it; set
             it to see where the time of a step goes. ``find`` comes only where a subspace or a mask is due, also inside
@@ -117,6 +119,7 @@ class ShardedOptimizer(CapturableStep):
     spends_coordinates: ClassVar[bool] = False
     writes_by_shards: ClassVar[bool] = True
     keeps_coordinates: ClassVar[bool] = False
+    keeps_coordinates_split: ClassVar[bool] = False
     phase_listener: PhaseListener | None = None
     _compiler: Any = None  # torch's callback, of a step that is compiled
     _is_unused = False  # whether the state is one that a blank step made, and nothing was loaded or trained since
@@ -350,6 +353,17 @@ class ShardedOptimizer(CapturableStep):
         """How many numbers are kept of a gradient by ``reduction_of``."""
         return parameter.numel()
 
+    def kept_together(self, group: Group, one_pass: bool) -> list[list[Tensor]]:
+        """Parameters of a group of matrices whose gradients ``reduction_of`` leaves whole in the same steps, of one
+        pass or of several."""
+        return [list(group["params"])]
+
+    def why_all_is_needed(self, group: Group) -> str | None:
+        """Why no step of a group moves by coordinates alone; None where most do."""
+        return (
+            None if self.keeps_coordinates else f"{type(self).__name__} needs more of a gradient than its coordinates"
+        )
+
     def has_moved_early(self, parameter: Tensor) -> bool:
         """Whether a parameter has moved in a step that is not at its end."""
         return self._opened is not None and parameter in self._opened.moved
@@ -375,7 +389,7 @@ class ShardedOptimizer(CapturableStep):
         self._opened = None
         for group in self.param_groups:
             for p in group["params"]:
-                if isinstance(p.grad, ProjectedGradient):
+                if isinstance(local_of(p.grad), ProjectedGradient):
                     p.grad = None  # the next may be wanted whole
         super().zero_grad(set_to_none)
 
@@ -520,7 +534,7 @@ class ShardedOptimizer(CapturableStep):
         and with zeros for gradients. Counting it would keep a subspace of nothing until the second refresh. State that
         it made is made anew when training begins: of other weights, or after a load that was broken off."""
         still = all(plain(group["lr"]) == 0 for group in self.param_groups)
-        return still and not any(item.shard.norm(item.shard.gather_grad()) for item in work)
+        return still and not any(item.shard.norm(item.take_grad()) for item in work)
 
     def _warn_without_matrices(self) -> None:
         """Say once that a method does nothing: plain parameters were given to it, as a Trainer does."""

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 aten = torch.ops.aten
-VIEWS = (aten.detach.default,)
+VIEWS = (aten.detach.default, aten.view.default, aten.slice.Tensor)  # of all of it
 ADDED = (aten.add_.Tensor, aten.add.Tensor)
 SCALED = (aten.mul_.Tensor, aten.mul_.Scalar)
 SCALED_EACH = (aten._foreach_mul_.Tensor, aten._foreach_mul_.Scalar)
 UNSCALED = aten._amp_foreach_non_finite_check_and_unscale_.default
 
 
+OUTSIDE = 4  # columns that tell how large what coordinates leave is: to some percent
+
+
 class Kept(NamedTuple):
     """What is kept of a gradient, all of it linear in it.
 
-    ``coordinates``: G P (right) or P^T G. ``outside``: what they leave, G - G P P^T, times some random columns, whose
-    squares tell how large it is.
+    ``coordinates``: G P (right) or P^T G, or the entries in a mask. ``outside``: what they leave, such as G - G P P^T,
+    times ``OUTSIDE`` random columns, whose squares tell how large it is.
     """
 
     coordinates: Tensor
@@ -28,8 +31,7 @@ class Kept(NamedTuple):
 
     def norm(self) -> Tensor:
         inside, outside = map(torch.linalg.vector_norm, self)
-        columns = min(self.outside.shape)
-        return torch.hypot(inside.float(), outside.float() / columns**0.5).to(inside.dtype)
+        return torch.hypot(inside.float(), outside.float() / OUTSIDE**0.5).to(inside.dtype)
 
 
 class ProjectedGradient(Tensor):
@@ -44,9 +46,16 @@ class ProjectedGradient(Tensor):
 
     @staticmethod
     def __new__(
-        cls, like: Tensor, kept: Kept, one_norm: Tensor | None, reduce: Callable[[Tensor], Kept]
+        cls,
+        like: Tensor,
+        kept: Kept,
+        one_norm: Tensor | None,
+        reduce: Callable[[Tensor], Kept],
+        shape: Sequence[int] | None = None,
     ) -> ProjectedGradient:
-        made: ProjectedGradient = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        made: ProjectedGradient = Tensor._make_wrapper_subclass(
+            cls, like.shape if shape is None else shape, dtype=like.dtype, device=like.device
+        )
         made.kept, made.one_norm, made.reduce = kept, one_norm, reduce
         return made
 
@@ -65,7 +74,7 @@ class ProjectedGradient(Tensor):
     def total_norm(self) -> Tensor:
         if self.complete is not None:
             self.complete()
-        return self.kept.norm() if self.one_norm is None else self.one_norm
+        return self.kept.norm() if self.one_norm is None else self.one_norm.clone()
 
     def scale_(self, factor: Any) -> None:
         held = [*self.kept] if self.one_norm is None else [*self.kept, self.one_norm]
@@ -82,8 +91,12 @@ class ProjectedGradient(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         own, rest, keywords = args[0], args[1:], kwargs or {}
-        if func in VIEWS:
+        if func is aten.detach.default:
             return own
+        if func in VIEWS:
+            seen = func(torch.empty(own.shape, device="meta"), *rest, **keywords).shape
+            if seen.numel() == own.numel():
+                return cls(own, own.kept, own.one_norm, own.reduce, seen)
         if func is aten.neg.default:
             return cls(own, Kept(*(-held for held in own.kept)), own.one_norm, own.reduce)
         if func in ADDED and isinstance(own, ProjectedGradient) and not isinstance(rest[0], ProjectedGradient):
@@ -107,6 +120,11 @@ class ProjectedGradient(Tensor):
             f"of a gradient its coordinates are kept, and torch's {func._schema.name.removeprefix('aten::')} wants all "
             "of it; give zero_grad its set_to_none=True, or call remove() of what release_gradients returned"
         )
+
+
+def local_of(gradient: Any) -> Any:
+    """What this process holds of a gradient, if there is one."""
+    return getattr(gradient, "_local_tensor", gradient)
 
 
 def _norm(gradient: Tensor) -> Tensor:

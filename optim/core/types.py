@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..distributed import FullMatrix, FullShard, Workspace
+from .projected_gradient import ProjectedGradient
 
 Group = dict[str, Any]
 State = MutableMapping[str, Tensor]
@@ -94,14 +95,18 @@ class ParamStep:
 
     def gather_grad(self) -> Tensor:
         """The gradient, gathered and kept for ``take_grad``. Collective."""
-        self._grad = self.shard.gather_grad()
+        self._grad = self._gathered_now()
         return self._grad
 
     def take_grad(self) -> Tensor:
         """The gradient that was gathered, or gathered now; not kept. Collective, where it was not gathered before."""
-        grad = self.shard.gather_grad() if self._grad is None else self._grad
+        grad = self._gathered_now() if self._grad is None else self._grad
         self._grad = None
         return grad
+
+    def _gathered_now(self) -> Tensor:
+        kept = isinstance(self.shard.held_gradient, ProjectedGradient)  # of lines that were gathered then
+        return self.shard.gradient if kept else self.shard.gather_grad()
 
 
 @dataclass

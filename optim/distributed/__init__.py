@@ -6,7 +6,7 @@ are slices of one: DeepSpeed ZeRO and FSDP2. ``param_registry`` finds out which.
 
 from . import blocked
 from .blocked import Block, BlockedUpdate, WrittenUpdate, block_of, blocks, is_large, squares_in_blocks
-from .experts import Expert, Experts
+from .experts import APART, Expert, Experts
 from .flat import FlatShard, all_reduce_shares_
 from .full import FullMatrix, FullShard, PendingSolve, Update, has_subspace
 from .layout import ParamRef, UnsupportedLayout, full_shape, held_shard, is_dtensor, local_flat
@@ -24,6 +24,7 @@ from .workspace import Workspace
 from .zero_redundancy import wrapped_group
 
 __all__ = [
+    "APART",
     "PROJ_TYPES",
     "Block",
     "BlockedUpdate",

@@ -308,6 +308,10 @@ class FullMatrix(FullShard):
         """The lines of the weights. Collective, but where they were kept for this call by the one before."""
         return self.parameter
 
+    def lines_of(self, own: Tensor) -> Tensor:
+        """The lines of what is laid out as ``parameter``, as ``gather_grad`` has those of the gradient. Collective."""
+        return own
+
     def rewrite(self, weights: Tensor) -> None:
         """W <- weights, laid out as ``gather_weights`` gives them. Collective."""
         if weights is not self.parameter:

@@ -134,6 +134,10 @@ class MatrixShard(FullMatrix):
     def gather_grad(self) -> Tensor:
         return self._lines(self.gradient, self.completed)
 
+    def lines_of(self, own: Tensor) -> Tensor:
+        flat = own.reshape(-1)
+        return self._lines(flat, complete_rows([self.view], [flat])[0])
+
     def gather_weights(self, keep: bool = False) -> Tensor:
         weights, self._kept_weights = self._kept_weights, None
         if weights is None:

@@ -42,6 +42,9 @@ class ParamRegistry:
     def of_group(self, group: Group) -> list[ParamRef]:
         return list(self._refs[group["group_number"]].values())
 
+    def first_position(self, group: Group) -> int:
+        return next(iter(self._refs[group["group_number"]].values())).position
+
     def find(self, p: Tensor, group: Group) -> ParamRef | None:
         """The parameter ``p`` as it was given in ``group``; None for an engine's flat tensor."""
         own = self._refs[group["group_number"]].get(id(p))

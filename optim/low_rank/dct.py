@@ -159,7 +159,7 @@ class DCTAdamW(LowRankOptimizer):
     def waits_for_gradient(self, group: Group) -> bool:
         return bool(group["update_proj_gap"] > 1)  # with 1 the next step chooses anyhow
 
-    def due_in(self, group: Group, state: State) -> int:
+    def due_in(self, shard: FullShard, group: Group, state: State) -> int:
         return NEVER
 
     def batch_kind(self, item: ParamStep) -> object:

@@ -27,7 +27,7 @@ a non-finite gradient keeps the old P.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,9 +47,11 @@ class GaLore(LowRankOptimizer):
     """The loop above with any rule; the classes below choose it."""
 
     accepted: ClassVar[Mapping[str, Accepted]] = {**ACCEPTED, **OF_Q_GALORE}
+    later_keys: ClassVar[Mapping[str, Any]] = {**LowRankOptimizer.later_keys, "refreshes_at_once": None}
 
     captures = True
     keeps_coordinates = True
+    keeps_coordinates_split = True
     moves_together = True
     stack_copies = 1
     few_kernels = True
@@ -82,6 +84,9 @@ class GaLoreAdamW(GaLore):
         shard_basis: where a matrix is split over processes (ZeRO, FSDP2), each process stores a part of P, and the
             parts are gathered when P is used; False stores all of P on each. None: True from 8 processes on.
         state_dtype: dtype of the moments; None for fp32, or wider where the parameter is.
+        refreshes_at_once: how many of a group's matrices get a new subspace in one step, in turns; None: all of them.
+            The first ones are found in the first step, of all. Where gradients are freed (``release_gradients``), as
+            many are kept whole.
         torch_keywords: ``maximize``, as for ``torch.optim.AdamW``; ``stochastic_rounding`` of bf16 weights and moments,
             by noise of ``rounding_seed``; ``capturable``, for steps in a CUDA graph; and what ``torch.optim`` and the
             authors' classes take beside these, at the values that change nothing (``foreach=None``,
@@ -129,6 +134,7 @@ class GaLoreAdamW(GaLore):
         subspace_method: str = "iterate",
         shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        refreshes_at_once: int | None = None,
         **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
@@ -142,8 +148,8 @@ class GaLoreLion(GaLore):
     a decay as much larger.
 
     Args:
-        params, lr, rank, update_proj_gap, scale, proj_type, subspace_method, shard_basis, state_dtype: as for
-            ``GaLoreAdamW``.
+        params, lr, rank, update_proj_gap, scale, proj_type, subspace_method, shard_basis, state_dtype,
+            refreshes_at_once: as for ``GaLoreAdamW``.
         betas: of the interpolation whose sign is taken, and of the moment.
         weight_decay: decoupled, applied before the step, as in Lion.
         torch_keywords: as for ``GaLoreAdamW``.
@@ -181,6 +187,7 @@ class GaLoreLion(GaLore):
         subspace_method: str = "iterate",
         shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        refreshes_at_once: int | None = None,
         **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())
@@ -193,8 +200,8 @@ class GaLoreAdafactor(GaLore):
     r + long sums. Groups without a ``rank`` get plain Adafactor (Shazeer & Stern 2018, arXiv:1804.04235).
 
     Args:
-        params, rank, update_proj_gap, scale, proj_type, subspace_method, shard_basis, state_dtype: as for
-            ``GaLoreAdamW``.
+        params, rank, update_proj_gap, scale, proj_type, subspace_method, shard_basis, state_dtype, refreshes_at_once:
+            as for ``GaLoreAdamW``.
         lr: learning rate; None where ``relative_step`` finds one. LR schedulers need a number.
         eps: two numbers: added to squared gradients; and the smallest root mean square of weights that
             ``scale_parameter`` multiplies by.
@@ -248,6 +255,7 @@ class GaLoreAdafactor(GaLore):
         subspace_method: str = "iterate",
         shard_basis: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        refreshes_at_once: int | None = None,
         **torch_keywords: object,
     ) -> None:
         super().__init__(params, locals())

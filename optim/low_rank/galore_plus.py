@@ -26,7 +26,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ from ..distributed import (
 from ..numbers import Number
 from ..state.spec import INDICES, MOMENTS, Placement, StateSpec, moment_dtype
 from .galore import GaLore
+from .optimizer import LowRankOptimizer
 from .singular import (
     Columns,
     PendingIteration,
@@ -105,6 +106,7 @@ class GaLorePlusAdamW(GaLore):
     spends_coordinates = False
     subspace_methods = ("randomized", *GaLore.subspace_methods)
     keeps_coordinates = False  # its residual is of all of the gradient
+    later_keys: ClassVar[Mapping[str, Any]] = LowRankOptimizer.later_keys  # without turns, which are for coordinates
     checks: ClassVar[Mapping[str, Check]] = {
         "num_heads": whole(1, optional=True),
         "residual_fraction": number("in [0, 1]"),

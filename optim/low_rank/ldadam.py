@@ -41,7 +41,7 @@ from ..core.clock import steps_of
 from ..core.optimizer import FIND
 from ..core.rules import TORCH_ADAM
 from ..core.types import Group, State
-from ..distributed import FullMatrix, add_product_, blocks
+from ..distributed import FullMatrix, FullShard, add_product_, blocks
 from ..state.spec import ERRORS, Placement, StateSpec, basis_spec, wide_dtype
 from .basis import Basis
 from .optimizer import LowRankOptimizer
@@ -109,7 +109,7 @@ class LDAdamW(LowRankOptimizer):
     def waits_for_gradient(self, group: Group) -> bool:
         return False
 
-    def due_in(self, group: Group, state: State) -> int:
+    def due_in(self, shard: FullShard, group: Group, state: State) -> int:
         return NEVER  # the subspace moves in ``low_rank_direction``, for the gradient and the error together
 
     def low_rank_direction(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Direction:

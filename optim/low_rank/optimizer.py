@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,17 +26,20 @@ from ..core.batches import Direction, is_born_small, is_stacked_at, launches_cos
 from ..core.capture import NEVER
 from ..core.clock import steps_of
 from ..core.optimizer import FIND, ShardedOptimizer
-from ..core.projected_gradient import Kept, ProjectedGradient
+from ..core.projected_gradient import OUTSIDE, Kept, ProjectedGradient
 from ..core.types import Group, ParamStep, State
 from ..distributed import (
+    APART,
     PROJ_TYPES,
     Experts,
     FullMatrix,
     FullShard,
+    MatrixShard,
     ParamRef,
     PendingSolve,
     ProjectionSide,
     Workspace,
+    complete_gradients,
     has_subspace,
     is_dtensor,
     stack_of,
@@ -53,7 +56,6 @@ from .singular import (
     orthogonal_iteration,
 )
 
-OUTSIDE = 4  # columns that tell how large what is outside of a subspace is: to some percent
 LARGEST = 1.01  # no entry of a unit vector is larger, but for rounding in bf16; NaN is not as small
 FOUND_AT_ONCE = 2**23  # elements of bases that a GPU finds together: 160 MiB for what it makes of them, in fp64
 
@@ -66,7 +68,7 @@ class LowRankOptimizer(ShardedOptimizer):
     """Base of the methods with a subspace: groups with a ``rank`` hold matrices, others get the plain rule.
 
     A method says by ``low_rank_direction`` where a matrix goes, and where its subspace is not GaLore's, by
-    ``find_basis`` what it is, by ``basis_specs``, ``store_basis`` and ``columns`` how it is kept, and by ``is_due``
+    ``find_basis`` what it is, by ``basis_specs``, ``store_basis`` and ``columns`` how it is kept, and by ``due_in``
     when it is found anew.
 
     Attributes:
@@ -93,6 +95,7 @@ class LowRankOptimizer(ShardedOptimizer):
         "update_proj_gap": whole(1),
         "scale": finite(),
         "shard_basis": _optional_flag,
+        "refreshes_at_once": whole(1, optional=True),
     }
     _found_early: dict[int, Tensor]  # by position: whether the columns are usable that were found in the backward pass
     _warned_non_finite = False  # a class attribute: torch's __getstate__ keeps no others through pickle
@@ -109,6 +112,16 @@ class LowRankOptimizer(ShardedOptimizer):
     def check_group(self, group: Group) -> None:
         if "subspace_method" in group:
             one_of(*self.subspace_methods)("subspace_method", group["subspace_method"])
+
+    def check_parameters(self, parameters: Sequence[Tensor], group: Group) -> None:
+        at_once, count = group.get("refreshes_at_once"), len(parameters)
+        if at_once is None or not self.is_for_matrices(group) or count <= at_once * group["update_proj_gap"]:
+            return
+        gap = group["update_proj_gap"]
+        raise ValueError(
+            f"refreshes_at_once={at_once} is too few for {count} matrices in update_proj_gap={gap} steps; give "
+            f"{-(-count // gap)} or more"
+        )
 
     def check_shape(self, shape: tuple[int, ...], group: Group) -> None:
         if not self.is_matrix(shape):
@@ -135,13 +148,11 @@ class LowRankOptimizer(ShardedOptimizer):
             columns = first_columns(shard.side, state["basis"].dtype, shard.device)
             self.store_basis(columns, torch.ones((), dtype=torch.bool, device=shard.device), shard, group, state)
 
-    def is_due(self, group: Group, state: State) -> bool:
-        """Whether a matrix needs a new basis before it moves: at its steps 0, T, 2T, ..."""
-        return self.due_in(group, state) == 0
-
-    def due_in(self, group: Group, state: State) -> int:
-        """How many steps a matrix takes before it needs a new basis."""
-        return -steps_of(state) % int(group["update_proj_gap"])
+    def due_in(self, shard: FullShard, group: Group, state: State) -> int:
+        """How many steps a matrix takes before it needs a new basis: before its steps 0, T, 2T, ..., or, where only
+        some are refreshed at once, 0 and those of its turn."""
+        steps = steps_of(state)
+        return (self.turn_of(shard, group) - steps) % int(group["update_proj_gap"]) if steps else 0
 
     def waits_for_gradient(self, group: Group) -> bool:
         """Whether a subspace comes from the gradient: a matrix that had none yet, or none that is finite, stays due."""
@@ -254,17 +265,21 @@ class LowRankOptimizer(ShardedOptimizer):
         if not self.keeps_coordinates:
             return None
         for shard, state in self._born(parameter, group, Workspace()):
-            if not has_subspace(shard) or shard.split:
+            if not has_subspace(shard):
                 return None
+            if isinstance(shard, MatrixShard):
+                complete_gradients([shard])
             item = ParamStep(shard, group, state)
             self._first_gradients.recall([item] if self.waits_for_gradient(group) else [])
             item.is_due = self._is_due_now(item)
-            if item.is_due and not refresh:
+            if item.is_due and not refresh and self._is_its_turn(item):
                 return None
             if item.is_due:
                 self.find([item])
                 assert item.usable is not None
                 self._found_early[shard.position] = item.usable
+            if shard.split:
+                shard.let_gradient_go()  # which the shard holds by itself
             return partial(self._reduced, shard=shard, group=group, state=state)
         return None
 
@@ -279,12 +294,18 @@ class LowRankOptimizer(ShardedOptimizer):
         side = self.projection_side((parameter.shape[0], parameter.shape[1]), group)
         return math.prod(side.projected_shape) + side.lines * OUTSIDE
 
+    def kept_together(self, group: Group, one_pass: bool) -> list[list[Tensor]]:
+        if one_pass:
+            return []
+        at_once, held = group.get("refreshes_at_once"), group["params"]
+        return [held[i : i + at_once] for i in range(0, len(held), at_once)] if at_once else [list(held)]
+
     def _reduced(self, G: Tensor, shard: FullMatrix, group: Group, state: State) -> Kept:
         """P anew for each gradient, for an unpacked one is not kept; the same directions for all passes of a step."""
         chance = torch.Generator(G.device).manual_seed(1009 * shard.position + steps_of(state))
         size = shard.side.basis_shape[0], OUTSIDE
         Z = torch.randn(size, generator=chance, device=G.device)
-        return self.basis(shard, group, state).reduce(G, Z)
+        return self.basis(shard, group, state).reduce(shard.lines_of(G), Z)
 
     def moves_by_direction(self, shard: FullShard, group: Group) -> bool:
         if not has_subspace(shard):
@@ -341,14 +362,30 @@ class LowRankOptimizer(ShardedOptimizer):
 
     def _is_due_now(self, item: ParamStep) -> bool:
         waits = self.waits_for_gradient(item.group) and self.waited_for_gradient(item.shard)
-        return waits or self.is_due(item.group, item.state)
+        return waits or self.due_in(item.shard, item.group, item.state) == 0
+
+    def turn_of(self, shard: FullShard, group: Group) -> int:
+        """The step of every T in which a matrix is due: by its parameter's place in the group, as many as
+        ``refreshes_at_once`` at a time; 0 without that key."""
+        at_once = group.get("refreshes_at_once")
+        if at_once is None:
+            return 0
+        place = shard.position % APART - self.registry.first_position(group)
+        return int(place // at_once % group["update_proj_gap"])
+
+    def _is_its_turn(self, item: ParamStep) -> bool:
+        """Whether all of a step's gradient is kept for a new subspace. A first one that is due out of turn, with those
+        of all other matrices, is found from the first pass."""
+        if item.group.get("refreshes_at_once") is None:
+            return True
+        return steps_of(item.state) % int(item.group["update_proj_gap"]) == self.turn_of(item.shard, item.group)
 
     def ordinary_steps(self, item: ParamStep) -> int:
         if not has_subspace(item.shard):
             return NEVER
         if self.waits_for_gradient(item.group) and not self._first_gradients.seen(item.shard.position):
             return 0
-        return self.due_in(item.group, item.state)
+        return self.due_in(item.shard, item.group, item.state)
 
     def find(self, work: list[ParamStep]) -> None:
         due = [item for item in work if item.is_due]

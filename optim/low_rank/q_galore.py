@@ -64,8 +64,8 @@ class GaLoreAdamW8bit(GaLore):
     A drop-in for ``galore_torch.GaLoreAdamW8bit``, whose defaults it has. Groups without a ``rank`` get 8-bit AdamW.
 
     Args:
-        params, lr, betas, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method, shard_basis: as for
-            ``GaLoreAdamW``.
+        params, lr, betas, weight_decay, rank, update_proj_gap, scale, proj_type, subspace_method, shard_basis,
+            refreshes_at_once: as for ``GaLoreAdamW``.
         eps: added after the bias correction, as in ``torch.optim.AdamW`` and bitsandbytes.
         quant: store P in ``quant_n_bit`` bits an element.
         quant_n_bit: 4 or 8.
@@ -136,6 +136,7 @@ class GaLoreAdamW8bit(GaLore):
         cos_threshold: float | None = None,
         gamma_proj: float = 2,
         queue_size: int = 5,
+        refreshes_at_once: int | None = None,
         **torch_keywords: object,
     ) -> None:
         require_bitsandbytes()
@@ -214,9 +215,9 @@ class GaLoreAdamW8bit(GaLore):
 
     # ---- the lazy clock -----------------------------------------------------------------------------------------
 
-    def due_in(self, group: Group, state: State) -> int:
+    def due_in(self, shard: FullShard, group: Group, state: State) -> int:
         if group["cos_threshold"] is None:
-            return super().due_in(group, state)
+            return super().due_in(shard, group, state)
         return max(0, int(state["next_refresh"].item()) - steps_of(state))
 
     def after_refresh(self, work: list[ParamStep]) -> None:
@@ -229,6 +230,15 @@ class GaLoreAdamW8bit(GaLore):
             # what was found from zeros says nothing: exact vectors of zeros are always the same
             waited = self.waited_for_gradient(item.shard)
             _set_next_refresh(overlap.new_tensor(torch.nan) if waited else overlap, item.group, item.state)
+            if item.group["refreshes_at_once"] is not None:
+                self._wait_for_turn(item)
+
+    def _wait_for_turn(self, item: ParamStep) -> None:
+        """The next refresh at the last turn of the matrix before it, or at the first after this step."""
+        due, gap, turn = item.state["next_refresh"], item.group["update_proj_gap"], self.turn_of(item.shard, item.group)
+        due.sub_((due - turn) % gap)
+        if due < steps_of(item.state):
+            due.add_(gap)
 
 
 def _set_next_refresh(overlap: Tensor, group: Group, state: State) -> None:

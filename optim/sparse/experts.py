@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..core.projected_gradient import ProjectedGradient
 from ..distributed import FlatShard, FullShard, UnsupportedLayout
 
 EXPERTS = 3  # dimensions of a tensor of experts
@@ -98,6 +99,8 @@ class WholeExpert(FullShard):
         weights = all_of_them.parameter
         own = weights[begin:end].view(shape) if flat else weights[number]
         super().__init__(own.t() if transposed else own, all_of_them.position, all_of_them.workspace)
+        if isinstance(gradient, ProjectedGradient):  # whose mask changes by weights or by chance
+            gradient = None
         if gradient is not None:
             gradient = gradient[begin:end].view(shape) if flat else gradient[number]
             gradient = gradient.t() if transposed else gradient

@@ -29,7 +29,7 @@ Methods of this family are this class with some of the choices made: sets of key
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -38,14 +38,17 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..core.batches import Direction, ask
+from ..core.clock import steps_of
 from ..core.group_checks import check_contiguous
 from ..core.optimizer import FIND, ShardedOptimizer
+from ..core.projected_gradient import OUTSIDE, Kept, ProjectedGradient
 from ..core.rules import MOMENTS, TORCH_ADAM
 from ..core.types import Group, ParamStep, State
 from ..distributed import (
     FullShard,
     ProcessGroup,
     UnsupportedLayout,
+    Workspace,
     blocked,
     full_shape,
     held_shard,
@@ -68,6 +71,7 @@ from .frozen_weights import (
 )
 from .gather_scatter import PlacedUpdate, Places
 from .grown_weights import BORN, aged_adam, born_spec
+from .kept_entries import EntriesOfMask, check_whole, entries_of
 from .layer_budgets import BY_SHAPE, BY_WEIGHT, budgets_by_weight
 from .mask_schedule import (
     STRUCTURES,
@@ -96,6 +100,7 @@ class SparseOptimizer(ShardedOptimizer):
     rule = TORCH_ADAM
     matrix_key = "sparsity"
     fixed: ClassVar[Mapping[str, Any]] = {}
+    keeps_coordinates = True
     later_keys: ClassVar[Mapping[str, Any]] = {
         **ShardedOptimizer.later_keys,
         "grown_step": "shared",
@@ -228,6 +233,40 @@ class SparseOptimizer(ShardedOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_selected": self._selected}
 
+    # ---- gradients that are freed ---------------------------------------------------------------------------------
+
+    def why_all_is_needed(self, group: Group) -> str | None:
+        if self.is_for_matrices(group) and self.settings(group)["grow"] == "momentum":
+            return f"grow='momentum' of {type(self).__name__} averages all of a gradient"
+        return None
+
+    @torch.no_grad()
+    def reduction_of(self, parameter: Tensor, group: Group, refresh: bool) -> Callable[[Tensor], Kept] | None:
+        """Not where a mask changes after the step, and gradients say how. First masks are drawn now: by chance or by
+        weights, each by itself."""
+        if not self.is_for_matrices(group) or 0 in parameter.shape:
+            return None
+        for shard, state in self._born(parameter, group, Workspace()):
+            keys = self.settings(group)
+            if shard.split or (_asks_gradients(keys) and is_due({"step": state["step"] + 1}, keys)):
+                return None
+            self.find([ParamStep(shard, group, state)])
+            seed = 1009 * shard.position + steps_of(state)
+            return EntriesOfMask(Places(shard, group, state["indices"]), seed)
+        return None
+
+    def kept_together(self, group: Group, one_pass: bool) -> list[list[Tensor]]:
+        keys = self.settings(group)
+        moves = keys["drop_fraction"] > 0 or keys["initial_sparsity"] is not None
+        return super().kept_together(group, one_pass) if moves and _asks_gradients(keys) else []
+
+    def reduced_size(self, parameter: Tensor, group: Group) -> int:
+        ref = self.registry.find(parameter, group)
+        if ref is None or 0 in ref.shape:
+            return parameter.numel()
+        _, most = self._planned_weights(self.on_meta(ref, group), group)
+        return most + OUTSIDE * (parameter.numel() // parameter.shape[-1])
+
     # ---- a step -------------------------------------------------------------------------------------------------
 
     def moves_by_direction(self, shard: FullShard, group: Group) -> bool:
@@ -239,18 +278,18 @@ class SparseOptimizer(ShardedOptimizer):
         M = Places(shard, group, state["indices"])
         if "momentum" in state:
             _follow(state["momentum"], G.reshape(-1), group)
-        R = M.of(G.reshape(-1))
+        R = entries_of(G, M)
         if group["grown_step"] == "own":
             return PlacedUpdate(M, aged_adam(R, state, group)), 1.0
         N, correction = yield R, state
         return PlacedUpdate(M, N), correction
 
     def update(self, G: Tensor, shard: FullShard, group: Group, state: State) -> None:
-        frozen = self.is_for_matrices(group) and is_frozen_outside(group)
-        by_places = frozen and shard.round_places is not None  # weights are rounded by chance as they are written
-        if frozen and not by_places:
+        masked = self.is_for_matrices(group)
+        by_places = masked and shard.round_places is not None  # weights are rounded by chance as they are written
+        if masked and is_frozen_outside(group) and not by_places:
             group = decay_(shard, group, state)
-        whole = not self.is_for_matrices(group) or shard.split
+        whole = not masked or shard.split
         if whole or not (by_places or is_large(state["indices"].shape)):
             super().update(G, shard, group, state)
             return
@@ -260,10 +299,13 @@ class SparseOptimizer(ShardedOptimizer):
         W, decay = shard.parameter.view(-1), decay_of(group)
         if not is_zero(decay) and shard.round_block is None:
             W.mul_(1 - decay)
-        for span in spans(len(state["indices"]), Places(shard, group, state["indices"]).unit(blocked.BLOCK)):
+        places = Places(shard, group, state["indices"])
+        kept = entries_of(G, places) if isinstance(G, ProjectedGradient) else None
+        for span in spans(len(state["indices"]), places.unit(blocked.BLOCK)):
             M = Places(shard, group, state["indices"][span])
             own = {key: state[key][span] for key in (*MOMENTS, BORN, START) if key in state}
-            self._move_some(M, M.of(G.reshape(-1)), W, shard, group, {"step": state["step"], **own})
+            R = M.of(G.reshape(-1)) if kept is None else kept[span]
+            self._move_some(M, R, W, shard, group, {"step": state["step"], **own})
 
     def _move_some(self, M: Places, R: Tensor, W: Tensor, shard: FullShard, group: Group, state: State) -> None:
         """Some weights of a large mask; W is flat."""
@@ -315,6 +357,7 @@ class SparseOptimizer(ShardedOptimizer):
             if self.is_for_matrices(item.group) and is_due(item.state, {**self.fixed, **item.group})
         ]
         if due:
+            check_whole(item for item in due if _asks_gradients(self.settings(item.group)))
             with self.phase(FIND):
                 self._change(list(self._masked(due)))
         anew = [item for item in work if self.is_for_matrices(item.group) and is_reselected(item.group, item.state)]
@@ -453,6 +496,11 @@ def _give(matrix: Masked, indices: Tensor) -> None:
             matrix.state[key] = matrix.state[key].new_zeros(len(indices))
     if START in matrix.state:
         matrix.state[START] = matrix.weights.index_select(0, indices).to(matrix.state[START].dtype)
+
+
+def _asks_gradients(keys: Group) -> bool:
+    """Whether gradients say which weights come or go when a mask changes."""
+    return "gradient" in (keys["grow"], keys["drop"].removesuffix("_magnitude"))
 
 
 def _follow(momentum: Tensor, gradient: Tensor, group: Group) -> None:

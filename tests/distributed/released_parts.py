@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from gracile.optim import release_gradients
+from gracile.optim.core.projected_gradient import ProjectedGradient, local_of
 from gracile.optim.distributed import UnsupportedLayout
 from gracile.optim.released import is_freed
 
@@ -45,6 +46,47 @@ def compare(tasks):
     return told
 
 
+def projected(cell, keep, passes, clip, told=None, lr_at_first=1.0):
+    """Weights after some steps, norms, and whether matrices had coordinates alone between refreshes."""
+    net = split(cell)
+    optimizer = cells.make_optimizer(net, cell)
+    if keep:
+        release_gradients(net, optimizer, keep="coordinates", passes=told)
+    norms, kept, rates = [], 0, [group["lr"] for group in optimizer.param_groups]
+    for step in range(STEPS):
+        for group, lr in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr * (lr_at_first if step == 0 else 1)
+        for micro in range(passes):
+            (net(*cells.share(step, micro)) / passes).backward()
+        grads = [local_of(p.grad) for p in net.parameters() if p.grad is not None]
+        kept = max(kept, sum(isinstance(grad, ProjectedGradient) for grad in grads))
+        alone = [grad for grad in grads if not isinstance(grad, ProjectedGradient)]
+        assert not keep or all(grad.untyped_storage().nbytes() == grad.nbytes for grad in alone if grad.numel())
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip or torch.inf)
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = [p.full_tensor().clone() if hasattr(p, "full_tensor") else p.detach().clone() for p in net.parameters()]
+    return whole, torch.stack(norms), kept
+
+
+def kept(tasks):
+    """By cell how far weights and norms are apart, after one pass a step and after several, clipped in both; and how
+    many gradients were coordinates. At rank 0."""
+    cells.start()
+    told = {}
+    for cell in tasks:
+        found = []
+        for passes, one, lr in ((1, 1, 1.0), (1, None, 0.0), (3, None, 1.0)):
+            exact = passes == 1
+            a, norms, _ = projected(cell, False, passes, 0.05 if exact else 0.0, lr_at_first=lr)
+            b, known, count = projected(cell, True, passes, 0.05 if exact else 0.0, one, lr)
+            apart = max(((x - y).norm() / x.norm()).item() for x, y in zip(a, b, strict=True))
+            found.append([apart, ((known - norms) / norms).abs().max().item(), count])
+        told[cell["optimizer"]] = found
+    return told
+
+
 def refusals():
     """What is said to what cannot be released, at rank 0."""
     cells.start()
@@ -61,6 +103,11 @@ def refusals():
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), torch.inf).full_tensor()
     other = split(cell)
     other(*cells.share(0, 0)).backward()
+    masked = {"optimizer": "SETAdamW"}
+    try:
+        release_gradients(other, cells.make_optimizer(split(masked), masked))
+    except UnsupportedLayout as error:
+        said.append(str(error))
     torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(other.parameters(), torch.inf).full_tensor())
     for again in (lambda: torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3), net(*cells.share(1, 0)).backward):
         try:

@@ -27,9 +27,27 @@ def test_each_class_moves_as_by_an_ordinary_step(name, experts, pool):
     assert not any(told.values()), told
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
+def test_rows_of_a_matrix_move_by_the_coordinates_that_were_kept(ranks, pool):
+    """On the right and on the left, where columns are exchanged in each pass."""
+    kinds = [
+        name for name in WHOLE if VARIANTS[name].cls.keeps_coordinates_split and VARIANTS[name].cls.keeps_coordinates
+    ]
+    assert len(kinds) == 6
+    names = kinds[::2] if ranks == 4 else ["GaLoreAdamW"]
+    told = pool.call(ranks, "released_parts:kept", [{"optimizer": name} for name in names], timeout=200)
+    for name, found in told.items():
+        (one, norm, count), (waiting, same_norm, some), (several, sketched, as_many) = found
+        assert max(one, waiting, several) < 1e-5, name
+        assert max(norm, same_norm) < 1e-5, name
+        assert 0 < sketched < 0.1, name
+        assert count == some == as_many > 2, name
+
+
 def test_what_is_refused(pool):
-    of_whole, clipped, again = pool.call(2, "released_parts:refusals", timeout=200)
+    of_whole, of_masks, clipped, again = pool.call(2, "released_parts:refusals", timeout=200)
     assert "call it after fully_shard" in of_whole
+    assert "entries of masks are kept of whole gradients, which FSDP2 has split" in of_masks
     assert "freed in the backward pass" in clipped
     assert "one pass a step" in again or "several passes a step" in again
 

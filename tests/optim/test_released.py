@@ -19,9 +19,12 @@ from gracile.optim import release_gradients
 from gracile.optim.core import batches
 from gracile.optim.core.optimizer import ShardedOptimizer
 from gracile.optim.core.projected_gradient import ProjectedGradient
-from gracile.optim.distributed import ProjectionSide, UnsupportedLayout
+from gracile.optim.distributed import FullShard, ProjectionSide, UnsupportedLayout, Workspace, blocked
 from gracile.optim.low_rank.basis import Basis
+from gracile.optim.low_rank.optimizer import LowRankOptimizer
 from gracile.optim.released import FreedGradient, kept_bytes
+from gracile.optim.sparse.gather_scatter import Places
+from gracile.optim.sparse.kept_entries import EntriesOfMask
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 cells = pytest.importorskip("cells", reason="needs DeepSpeed, as the cells of the distributed matrix do")
@@ -190,7 +193,9 @@ def test_state_is_saved_and_loaded_between_steps():
 
 # ---- coordinates ----------------------------------------------------------------------------------------------------
 
-PROJECTED = [name for name in NAMES if VARIANTS[name].cls.keeps_coordinates]
+KEEPING = [name for name in NAMES if VARIANTS[name].cls.keeps_coordinates]
+PROJECTED = [name for name in KEEPING if issubclass(VARIANTS[name].cls, LowRankOptimizer)]
+MASKED = [name for name in KEEPING if name not in PROJECTED and name != "SparseAdamW"]  # whose masks grow by momentum
 
 
 def reduced(name, keep, passes=1, clip=0.0, experts=0, told=None):
@@ -229,6 +234,110 @@ def test_a_matrix_moves_by_the_coordinates_that_were_kept(name):
         (one, norms), (other, known) = (reduced(name, keep, clip=0.05, told=told) for keep in (None, "coordinates"))
         assert apart(one, other) <= 1e-5
         torch.testing.assert_close(torch.stack(known), torch.stack(norms), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_matrix_moves_by_the_entries_of_its_mask_that_were_kept(name):
+    """To the bit, also where several passes are added, and with experts."""
+    assert len(MASKED) == 5
+    for experts, passes in ((0, 1), (0, 4), (3, 4)):
+        one, other = (reduced(name, keep, passes, experts=experts)[0] for keep in (None, "coordinates"))
+        assert all(map(torch.equal, one, other))
+    (one, norms), (other, known) = (reduced(name, keep, clip=0.05) for keep in (None, "coordinates"))
+    assert apart(one, other) <= 1e-5
+    torch.testing.assert_close(torch.stack(known), torch.stack(norms), rtol=1e-5, atol=0)
+    (one, norms), (other, known) = (reduced(name, keep, 4, 0.05) for keep in (None, "coordinates"))
+    errors = torch.stack(known) / torch.stack(norms) - 1
+    assert 0 < errors.abs().max() < 0.15
+    assert apart(one, other) < 0.05
+
+
+def masked(sparsity=0.9, dtype=torch.float32, shapes=((40, 24), (2, 24), (24, 3, 5), (3, 16, 8), (0, 7)), **keys):
+    torch.manual_seed(0)
+    held = nn.ParameterList([*(nn.Parameter(torch.randn(s).to(dtype)) for s in shapes), nn.Parameter(torch.zeros(5))])
+    keys = {"grow": "random", "schedule": "constant", "update_every": 4, **keys}
+    group = {"params": list(held)[:-1], "sparsity": sparsity}
+    return held, optim.SparseAdamW([group, {"params": [held[-1]]}], lr=0.01, **keys)
+
+
+def stepped(held, optimizer, step, passes=2):
+    for micro in range(passes):
+        chance = torch.Generator().manual_seed(100 * step + micro)
+        sum((p * torch.randn(p.shape, generator=chance).to(p.dtype)).sum() for p in held if p.numel()).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"sparsity": 0.0},
+        {"dtype": torch.bfloat16, "stochastic_rounding": True, "maximize": True},
+        {"grown_step": "own", "grown_warmup": 3, "weight_decay": 0.1},
+        {"outside": "frozen", "decay_to": "start", "weight_decay": 0.1},
+        {"structure": "block", "block_size": 16, "shapes": ((64, 32),)},
+        {"drop": "gradient_magnitude"},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+@pytest.mark.parametrize("large", [False, True])
+def test_masks_of_every_kind_move_by_entries(more, large, monkeypatch):
+    """Large ones some entries at a time."""
+    if large:
+        monkeypatch.setattr(blocked, "LARGE", 40)
+        monkeypatch.setattr(blocked, "BLOCK", 32)
+
+    def run(keep):
+        held, optimizer = masked(**more)
+        if keep:
+            release_gradients(held, optimizer, keep=keep)
+        for step in range(10):
+            stepped(held, optimizer, step)
+            if keep and step % 4 != 3:
+                assert sum(isinstance(p.grad, ProjectedGradient) for p in held) == sum(p.numel() > 5 for p in held)
+            optimizer.zero_grad()
+        return list(held)
+
+    assert all(map(torch.equal, run(None), run("coordinates")))
+
+
+def test_what_is_kept_of_masks():
+    held, optimizer = masked()
+    release_gradients(held, optimizer)
+    loss_over(held).backward()
+    kept = [[*p.grad.kept] if isinstance(p.grad, ProjectedGradient) else [p.grad] for p in held if p.grad is not None]
+    assert kept_bytes(optimizer, "coordinates", None) == sum(tensor.nbytes for each in kept for tensor in each)
+    assert kept_bytes(masked(grow="gradient")[1], "coordinates") == sum(p.nbytes for p in held)
+    assert kept_bytes(masked(grow="gradient", drop_fraction=0)[1], "coordinates") < sum(p.nbytes for p in held)
+    optimizer.step()
+    loss_over(held).backward()  # adds to what is kept
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="entries of another mask were kept"):
+        optimizer.step()
+    held, optimizer = masked(grow="gradient")
+    release_gradients(held, optimizer)
+    for step in range(3):
+        stepped(held, optimizer, step)
+    with pytest.raises(RuntimeError, match="a mask changes by a gradient of which its entries were kept: zero_grad"):
+        optimizer.step()
+    momentum = masked(grow="momentum")
+    with pytest.raises(UnsupportedLayout, match="grow='momentum' of SparseAdamW averages all of a gradient; give keep"):
+        release_gradients(*momentum)
+
+
+def loss_over(held):
+    return sum(p.square().sum() for p in held if p.numel())
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (2, 90)])
+def test_what_is_outside_of_a_mask_is_told_by_four_columns(shape):
+    torch.manual_seed(0)
+    G = torch.randn(shape)
+    places = Places(FullShard(G, 0, Workspace()), {}, torch.arange(0, G.numel(), 10, dtype=torch.int32))
+    kept = [EntriesOfMask(places, seed)(G) for seed in range(200)]
+    assert torch.equal(kept[0].coordinates, G.view(-1)[::10])
+    told = torch.stack([own.norm() for own in kept]) / torch.linalg.vector_norm(G)
+    assert abs(told.square().mean() - 1) < 0.1
+    assert 0.01 < told.std() < 0.3
 
 
 def test_the_norm_over_several_passes_is_known_to_some_percent():

@@ -12,8 +12,8 @@ from gracile.optim.distributed import UnsupportedLayout
 
 NAN, INF = float("nan"), float("inf")
 KEYS = (
-    "betas, capturable, eps, lr, maximize, proj_type, rank, rounding_seed, scale, shard_basis, state_dtype, "
-    "stochastic_rounding, subspace_method, update_proj_gap, weight_decay"
+    "betas, capturable, eps, lr, maximize, proj_type, rank, refreshes_at_once, rounding_seed, scale, shard_basis, "
+    "state_dtype, stochastic_rounding, subspace_method, update_proj_gap, weight_decay"
 )
 
 # (field, value, what the message asks for)

@@ -40,10 +40,10 @@ def test_a_run_has_the_bits_of_one_that_keeps_all_and_goes_on_with_either(optimi
     assert same(weights(broken), weights(tmp_path / "run"))
 
 
-@pytest.mark.parametrize(("passes", "clip"), [(1, 0.0), (1, 0.3), (2, 0.0)])
-def test_a_run_that_keeps_coordinates_is_that_of_one_that_keeps_all(passes, clip, tiny, tmp_path, metrics):
+@pytest.mark.parametrize(("passes", "clip", "turns"), [(1, 0.0, None), (1, 0.3, 7), (2, 0.0, None)])
+def test_a_run_that_keeps_coordinates_is_that_of_one_that_keeps_all(passes, clip, turns, tiny, tmp_path, metrics):
     """To the bit where nothing is added or scaled."""
-    config = tiny(gradient_accumulation_steps=passes, max_grad_norm=clip)
+    config = tiny(gradient_accumulation_steps=passes, max_grad_norm=clip, optimizer_args={"refreshes_at_once": turns})
     assert main([config]) == 0
     assert main([config, "--keep_gradients", "coordinates", "--output_dir", str(tmp_path / "kept")]) == 0
     one, other = weights(tmp_path / "run"), weights(tmp_path / "kept")
@@ -55,6 +55,16 @@ def test_a_run_that_keeps_coordinates_is_that_of_one_that_keeps_all(passes, clip
     norms = [[entry["grad_norm"] for entry in history if "grad_norm" in entry] for history in histories]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4 if passes == 1 else 0.06)
     assert len(norms[0]) > 2
+
+
+def test_a_run_that_keeps_the_entries_of_masks_has_the_bits_of_one_that_keeps_all(tiny, tmp_path):
+    config = tiny(optimizer="set_adamw", sparsity=0.8, gradient_accumulation_steps=2, max_grad_norm=0.0)
+    freed = ["--keep_gradients", "coordinates"]
+    assert main([config]) == 0
+    assert main([config, *freed, "--output_dir", str(tmp_path / "kept")]) == 0
+    assert same(weights(tmp_path / "kept"), weights(tmp_path / "run"))
+    planned = [Planner(load_config([config, *more])).plan("set_adamw", 2, False) for more in ([], freed)]
+    assert planned[1].held[GRADIENTS] < planned[0].held[GRADIENTS]
 
 
 def test_the_plan_has_the_largest_gradient_alone(tiny):
@@ -71,6 +81,12 @@ def test_the_plan_has_the_largest_gradient_alone(tiny):
     assert plans[2].held[GRADIENTS] == kept_bytes(reduced, "coordinates") + max(sizes) < sum(sizes)
     waits = Planner(load_config([tiny(gradient_accumulation_steps=2), "--keep_gradients", "coordinates"]))
     assert waits.plan("galore_adamw", 2, checkpointing=False).held[GRADIENTS] == sum(sizes)  # at a refresh
+    turns = {"gradient_accumulation_steps": 2, "update_proj_gap": 10, "optimizer_args": {"refreshes_at_once": 2}}
+    spread = Planner(load_config([tiny(**turns), "--keep_gradients", "coordinates"]))
+    held = spread.plan("galore_adamw", 2, checkpointing=False).held[GRADIENTS]
+    two = max(p.numel() * 4 for name, p in spread._own_model.named_parameters() if "mlp" in name)
+    assert plans[2].held[GRADIENTS] < held <= plans[2].held[GRADIENTS] + 2 * two < sum(sizes)
+    assert spread.plan("fira_adamw", 2, checkpointing=False).held[GRADIENTS] == sum(sizes)
 
 
 def test_the_plan_has_no_buckets_of_what_ddp_leaves_out(tiny, monkeypatch):

@@ -186,8 +186,8 @@ class MethodArguments:
     keep_gradients: str = field(
         default=ALL,
         metadata={
-            "help": "all: until the step has used them. coordinates: of a matrix with a subspace (GaLore's) its "
-            "coordinates. nothing: each parameter moves in the backward pass, and its gradient is freed at once."
+            "help": "all: until the step has used them. coordinates: of a matrix with a subspace (GaLore's) or a mask "
+            "its coordinates. nothing: each parameter moves in the backward pass, and its gradient is freed at once."
         },
     )
 

@@ -110,6 +110,8 @@ class Planner:
         self._fake_pass = cache(self._make_fake_pass)
         self._pass = cache(self._run_fake_pass)
         self._fixed = cache(self._weights_and_state)
+        self._kept_by = cache(self._what_is_kept_by)
+        self._reduced_gradients = cache(self._count_reduced)
 
     def plan(self, optimizer: str, micro_batch: int, checkpointing: bool, tokens: int | None = None) -> Plan:
         """What the run needs with ``optimizer`` (a name of the registry, or ``WIDE_ADAMW``), ``micro_batch`` examples a
@@ -191,19 +193,23 @@ class Planner:
     def _accumulates(self) -> bool:
         return self.config.run.gradient_accumulation_steps > 1
 
-    def _kept_by(self, optimizer: str) -> str:
-        """What is kept of gradients with an optimizer: all, where it can do no other, or waits for several passes."""
+    def _what_is_kept_by(self, optimizer: str) -> str:
+        """What is kept of gradients with an optimizer: all, where it can do no other, or comes to that in some step."""
         keep = self._told_to_keep(optimizer)
-        return ALL if keep == COORDINATES and self._accumulates else keep
+        if keep != COORDINATES:
+            return keep
+        trained = _nbytes(self._model(self.trainee.variant(optimizer)), trained=True)
+        return keep if self._reduced_gradients(optimizer) < trained else ALL
 
     def _told_to_keep(self, optimizer: str) -> str:
         keep, kind = self.config.optimizer.keep_gradients, optimizer_entry(_trained_as(optimizer)).cls
         able = issubclass(kind, ShardedOptimizer) and (keep == NOTHING or kind.keeps_coordinates)
         return keep if able else ALL
 
-    def _reduced_gradients(self, optimizer: str) -> int:
+    def _count_reduced(self, optimizer: str) -> int:
         model = self._model(self.trainee.variant(optimizer))
-        return kept_bytes(self.trainee.optimizer(model, optimizer), COORDINATES)
+        passes = None if self._accumulates else 1
+        return kept_bytes(self.trainee.optimizer(model, optimizer), COORDINATES, passes)
 
     @property
     def _own_model(self) -> PreTrainedModel:
