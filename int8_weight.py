@@ -55,6 +55,7 @@ class Int8Weight(Tensor):
     scales: Tensor
     group_size: int
     columns: int
+    part_of: tuple[int, int] | None = None  # of a part that FSDP2 made: the rows of all, and of the largest part
 
     @staticmethod
     def __new__(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype, group_size: int, columns: int) -> Int8Weight:
@@ -70,11 +71,13 @@ class Int8Weight(Tensor):
         return f"Int8Weight({tuple(self.shape)}, dtype={self.dtype}, group_size={self.group_size})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["codes", "scales"], (self.dtype, self.group_size, self.columns)
+        return ["codes", "scales"], (self.dtype, self.group_size, self.columns, self.part_of)
 
     @staticmethod
     def __tensor_unflatten__(parts: dict[str, Tensor], told: Any, size: Any = None, stride: Any = None) -> Int8Weight:
-        return Int8Weight(parts["codes"], parts["scales"], *told)
+        made = Int8Weight(parts["codes"], parts["scales"], *told[:3])
+        made.part_of = told[3]
+        return made
 
     @property
     def stored_bytes(self) -> int:
@@ -83,7 +86,9 @@ class Int8Weight(Tensor):
 
     def like(self, codes: Tensor, scales: Tensor, dtype: torch.dtype | None = None) -> Int8Weight:
         """Other codes and scales of rows as long."""
-        return Int8Weight(codes, scales, dtype or self.dtype, self.group_size, self.columns)
+        made = Int8Weight(codes, scales, dtype or self.dtype, self.group_size, self.columns)
+        made.part_of = self.part_of
+        return made
 
     def open(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weights as an ordinary tensor."""
@@ -91,16 +96,22 @@ class Int8Weight(Tensor):
 
     # ---- FSDP2: codes and scales are sent -------------------------------------------------------------------------
 
-    def fsdp_pre_all_gather(self, mesh: Any, *_: Any) -> tuple[tuple[Tensor, ...], Any]:
-        return (self.codes, self.scales), None
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
+        """All parts as long as the largest. (Of the longer signature torch wants parts of the parameter's own shape.)"""
+        rows, share = self.part_of or (len(self) * mesh.size(), len(self))
+        missing = share - len(self)
+        if not missing:
+            return (self.codes, self.scales), rows
+        codes, scales = (torch.cat([t, t.new_zeros(missing, t.shape[1])]) for t in (self.codes, self.scales))
+        return (codes, scales), rows
 
     def fsdp_post_all_gather(
         self, gathered: tuple[Tensor, ...], told: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Any:
-        if out is None:
-            codes, scales = gathered
-            return self.like(codes, scales, param_dtype), gathered
-        return None
+        if out is not None:
+            return None
+        codes, scales = gathered
+        return Int8Weight(codes[:told], scales[:told], param_dtype, self.group_size, self.columns), gathered
 
     # ---- torch's operations -----------------------------------------------------------------------------------------
 
@@ -191,7 +202,9 @@ def _zeros(own: Int8Weight, func: Any, rest: Any, kwargs: Any) -> Tensor | None:
     if len(shape) != 2 or shape[1] != own.columns:
         return None
     scales = own.scales.new_ones(shape[0], own.scales.shape[1])
-    return own.like(own.codes.new_zeros(shape), scales)
+    made = own.like(own.codes.new_zeros(shape), scales)
+    made.part_of = own.part_of or (len(own), shape[0])
+    return made
 
 
 def _like(own: Int8Weight, func: Any, rest: Any, kwargs: Any) -> Tensor:
