@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map
@@ -34,6 +35,12 @@ SMALLEST = 2.0**-100  # scale
 ON_CPU, ELSEWHERE = 2**18, 2**24  # elements that are worked on at a time
 
 Noise = Callable[[int, int], Tensor]  # of elements from .. to of a weight, 16 uniform bits for each (int32)
+# DistributedDataParallel makes all processes equal by sending opened weights: those that are equal already stay as they
+# are, others would be rounded on each process by scales of its own.
+NOT_SENT = (
+    "ordinary weights were copied onto other ones in 8 bits, in a run of several processes: DistributedDataParallel "
+    "does so where processes begin with different weights; give all the same seed or checkpoint before quantize_weights"
+)
 aten = torch.ops.aten
 
 
@@ -97,7 +104,7 @@ class Int8Weight(Tensor):
     # ---- FSDP2: codes and scales are sent -------------------------------------------------------------------------
 
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
-        """All parts as long as the largest. (Of the longer signature torch wants parts of the parameter's own shape.)"""
+        """All parts as long as the largest. (With the longer signature torch wants all of them in one shape.)"""
         rows, share = self.part_of or (len(self) * mesh.size(), len(self))
         missing = share - len(self)
         if not missing:
@@ -228,10 +235,25 @@ def _overwritten(own: Int8Weight, func: Any, rest: Any, kwargs: Any) -> Tensor:
         own.codes.copy_(other.codes)
         own.scales.copy_(other.scales)
         return own
-    whole = other.open(torch.float32) if isinstance(other, Int8Weight) else other
-    own.scales.copy_(_first_scales(whole.expand(own.shape).reshape(-1, own.columns), own.group_size))
-    write(own, whole.to(torch.float32).expand(own.shape))
+    whole = (other.open(torch.float32) if isinstance(other, Int8Weight) else other).expand(own.shape)
+    if not _holds(own, whole):
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(NOT_SENT)
+        lined = whole.reshape(-1, own.columns)
+        own.scales.copy_(_first_scales(lined, own.group_size))
+        write(own, whole.to(torch.float32))
     return own
+
+
+def _holds(own: Int8Weight, given: Tensor) -> bool:
+    """Whether ``given`` is what codes and scales open to: then they stay, and nothing is rounded."""
+    codes, given = (t.reshape(-1, own.columns) for t in (own.codes, given))
+    if given.device.type == "meta" or given.dtype != own.dtype:
+        return False
+    return all(
+        torch.equal(_times(codes[rows], own.scales[rows], own.group_size).to(own.dtype), given[rows])
+        for rows in row_spans(*codes.shape, codes.device)
+    )
 
 
 _KEPT = {
@@ -286,15 +308,22 @@ def quantize(weight: Tensor, group_size: int = GROUP) -> Int8Weight:
     """
     require(is_whole(group_size) and group_size >= 1, "group_size must be a whole number >= 1", group_size)
     require(weight.dim() == 2, "weights in 8 bits must be matrices (m, n), got the shape", tuple(weight.shape))
-    m, n = weight.shape
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(m, -(-n // group_size), dtype=torch.float32, device=weight.device)
-    made = Int8Weight(codes, scales, weight.dtype, group_size, n)
-    for rows in row_spans(m, n, weight.device):
+    made = without_values(tuple(weight.shape), weight.dtype, weight.device, group_size)
+    for rows in row_spans(*weight.shape, weight.device):
         wide = weight[rows].detach().float()
-        scales[rows] = _first_scales(wide, group_size)
-        write(made.like(codes[rows], scales[rows]), wide)
+        made.scales[rows] = _first_scales(wide, group_size)
+        write(made.like(made.codes[rows], made.scales[rows]), wide)
     return made
+
+
+def without_values(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, group_size: int = GROUP
+) -> Int8Weight:
+    """Memory for weights in 8 bits."""
+    m, n = shape
+    codes = torch.empty(shape, dtype=torch.int8, device=device)
+    scales = torch.empty(m, -(-n // group_size), dtype=torch.float32, device=device)
+    return Int8Weight(codes, scales, dtype, group_size, n)
 
 
 def opened(codes: Tensor, scales: Tensor, group_size: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -80,19 +80,19 @@ def test_what_does_not_move_does_not_wander():
 
 
 def test_a_column_that_outgrows_its_group_is_not_held_and_widens_the_scale_once():
-    held = quantize(weights((64, 256)))
-    before, seen = held.scales.clone(), []
+    held = quantize(weights((512, 256)))
+    before, start, seen = held.scales.clone(), held.open()[:, 0].mean(), []
     for turn in range(300):
         wide = held.open(torch.float32)
         wide[:, 0] += 4e-4
         write(held, wide, by_chance(turn))
         seen.append(held.scales.clone())
-    assert held.open()[:, 0].mean() == pytest.approx(300 * 4e-4, rel=0.03)
+    assert held.open()[:, 0].mean() - start == pytest.approx(300 * 4e-4, abs=2e-3)  # 4 sigma
     ratio = held.scales / before
     assert set(ratio.view(-1).tolist()) <= {1.0, 2.0, 4.0}
     assert ratio.max() > 1
     changes = sum((a != b).sum().item() for a, b in zip([before, *seen], seen, strict=False))
-    assert changes <= 2 * 64  # no scale goes back and forth
+    assert changes <= 2 * 512  # no scale goes back and forth
 
 
 def test_not_finite_is_no_number_and_stays_in_its_group():

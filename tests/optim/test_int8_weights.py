@@ -10,7 +10,7 @@ from torch import nn
 from gracile.int8_weight import quantize
 from gracile.optim.core import rounding
 
-SHAPES = {"tall": (20, 12), "wide": (12, 20), "ragged": (3, 300), "long": (8, 1100)}
+SHAPES = {"tall": (20, 12), "wide": (12, 20), "ragged": (4, 300), "long": (8, 1100)}
 GROUP = 256
 FULL = {name: v for name, v in VARIANTS.items() if v.quadratic and getattr(v.cls, "moves_int8_weights", False)}
 REFUSE = {v.cls for v in VARIANTS.values() if v.quadratic and not v.cls.moves_int8_weights}

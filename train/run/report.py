@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerState
 
+from ...int8_weight import memory_of
 from ...optim.memory import adamw_state_bytes, state_bytes
 from ..atomic_write import non_finite, valid_json, write_atomically
 from ..engines.layout import Layout
@@ -31,9 +32,10 @@ def trainable(model: nn.Module) -> int:
 def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None, layout: Layout) -> dict[str, int]:
     """Bytes of this process. Weights and state are counted from the tensors; gradients, and the state of AdamW to
     compare with, are computed."""
+    held = [*model.parameters(), *_saved_buffers(model)]
     trainable = [_split_from(p) for p in model.parameters() if p.requires_grad]
     return {
-        "weight_bytes": sum(_held(p).nbytes for p in [*model.parameters(), *_saved_buffers(model)]),
+        "weight_bytes": sum(part.nbytes for p in held for part in memory_of(_held(p))),
         "gradient_bytes": sum(p.nbytes for p in trainable) // layout.gradient_parts,
         "optimizer_state_bytes": 0 if optimizer is None else state_bytes(optimizer),
         "adamw_state_bytes": adamw_state_bytes(trainable) // layout.state_parts,

@@ -17,7 +17,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ...int8_weight import memory_of
 from ...models.convert import merge
+from ...models.int8 import dequantize_weights
 from ...models.layers import FactoredLinear
 from ...optim import release_gradients
 from ...optim.distributed import UnsupportedLayout
@@ -26,7 +28,7 @@ from ..build.callbacks import ScheduleCallback
 from ..build.layers import merges, schedule_of
 from ..build.model import untrained
 from ..build.optimizer import build_optimizer, jagged_schedule
-from ..config.arguments import ALL, AnySettings, Config, RunArguments
+from ..config.arguments import ALL, DTYPES, AnySettings, Config, RunArguments
 from ..data.stream import BlockStream
 from ..engines import layout as layouts
 from ..engines.deepspeed import safe_classes
@@ -107,7 +109,7 @@ class RunTrainer(Trainer):
 
     def _refuse_broken_weights(self) -> None:
         """Never save non-finite weights: an update can make them after a finite loss."""
-        broken = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+        broken = [name for name, p in self.model.named_parameters() if not _is_finite(p)]
         if broken:
             step = self.state.global_step
             raise RunStopped(f"after step {step} {broken[0]} holds non-finite values; {self._what_stays()}")
@@ -305,6 +307,10 @@ class RunTrainer(Trainer):
             optimizer.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
 
 
+def _is_finite(p: torch.Tensor) -> bool:
+    return all(bool(torch.isfinite(held).all()) for held in memory_of(p))
+
+
 class _TakeUpUnlogged(TrainerCallback):
     def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
@@ -374,12 +380,14 @@ class PretrainTrainer(RunTrainer):
         super().log(logs, *args, **kwargs)
 
     def export(self, folder: str) -> None:
-        """The trained model as one that loads without gracile: layers merged into plain ones. Collective.
+        """The trained model as one that loads without gracile: layers merged into plain ones, weights in 8 bits
+        opened. Collective.
 
         Layers that are not linear have no plain form: their model.safetensors would load as a LLaMA of random weights.
         Such a model is in the last checkpoint only.
         """
-        if self.config.model.layer is None:
+        chosen = self.config.model
+        if chosen.layer is None and chosen.weight_bits is None:
             self.save_model(folder)
             return
         if not merges(self.accelerator.unwrap_model(self.model)):
@@ -390,12 +398,13 @@ class PretrainTrainer(RunTrainer):
         if not self.args.should_save:
             return
         architecture: Any = self.model.config
-        plain = untrained(self.config, architecture, next(iter(state.values())).dtype)
+        dtype = DTYPES[chosen.dtype] if chosen.layer is None else next(iter(state.values())).dtype
+        plain = untrained(self.config, architecture, dtype)
         plain.load_state_dict(state, assign=True)
         for module in plain.modules():
             if isinstance(module, FactoredLinear):
                 module.finish()
-        merge(plain)
+        dequantize_weights(merge(plain))
         plain.generation_config = self.model.generation_config
         plain.save_pretrained(folder)
         if self.processing_class is not None:
