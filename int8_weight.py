@@ -32,7 +32,7 @@ FIRST = 100  # the code of a group's largest weight at first: it may grow by a q
 SHRUNK = 0.45  # of the largest code, below which the grid gets finer: not 0.5, or a weight at that edge would move it
 # in every other step
 SMALLEST = 2.0**-100  # scale
-ON_CPU, ELSEWHERE = 2**18, 2**24  # elements that are worked on at a time
+ON_CPU, ELSEWHERE = 2**18, 2**22  # elements that are worked on at a time
 
 Noise = Callable[[int, int], Tensor]  # of elements from .. to of a weight, 16 uniform bits for each (int32)
 # DistributedDataParallel makes all processes equal by sending opened weights: those that are equal already stay as they

@@ -47,7 +47,7 @@ def test_zero_updates_leave_codes_and_scales(shape, dtype):
 @pytest.mark.parametrize("factor", [1e-4, 0.2, 0.449, 0.5, 1.2, 1.27, 1.3, 9.0, 1e4])
 def test_written_as_the_oracle_does(shape, factor):
     held = quantize(weights(shape))
-    wide, noise = factor * weights(shape, seed=1), torch.randint(0, 65536, shape, dtype=torch.int32)
+    wide, noise = factor * weights(shape, seed=1), by_chance(2)(0, shape[0] * shape[1]).view(shape)
     codes, scales = oracle.written(held.scales, wide, 256, noise)
     write(held, wide, lambda begin, end: noise.view(-1)[begin:end])
     assert torch.equal(held.scales, scales)
@@ -164,7 +164,7 @@ def test_rows_are_worked_on_some_at_a_time(monkeypatch):
     parts = quantize(W)
     assert torch.equal(parts.codes, whole.codes)
     assert torch.equal(parts.open(torch.bfloat16), whole.open(torch.bfloat16))
-    noise = torch.randint(0, 65536, (3500,), dtype=torch.int32)
+    noise = by_chance(0)(0, 3500)
     for held in (whole, parts):
         monkeypatch.setattr(int8_weight, "ON_CPU", 2**18 if held is whole else 210)
         write(held, 1.3 * W, lambda begin, end: noise[begin:end])
