@@ -159,9 +159,9 @@ def _rows_of(own: Int8Weight, begin: int, end: int) -> Int8Weight | None:
 
 
 def _sliced(own: Int8Weight, func: Any, rest: Any, kwargs: Any) -> Tensor | None:
-    dim, begin, end, step = (*rest, *(0, None, None, 1)[len(rest) :])
-    size = own.shape[dim]
-    begin, end, _ = slice(begin, end).indices(size)
+    given: list[Any] = list(rest)
+    dim, begin, end, step = given + [0, None, None, 1][len(given) :]
+    begin, end, _ = slice(begin, end).indices(own.shape[dim])
     end = max(begin, end)
     if step != 1:
         return None
@@ -182,7 +182,8 @@ def _selected(own: Int8Weight, func: Any, rest: Any, kwargs: Any) -> Tensor | No
 
 
 def _split(own: Int8Weight, func: Any, rest: Any, kwargs: Any) -> Any:
-    size, dim = (*rest, *(0,)[len(rest) - 1 :])
+    given: list[Any] = list(rest)
+    size, dim = given + [0][len(given) - 1 :]
     if dim != 0:
         return None
     parts = [_rows_of(own, begin, min(begin + size, len(own))) for begin in range(0, len(own), size)]
@@ -252,7 +253,7 @@ def _holds(own: Int8Weight, given: Tensor) -> bool:
         return False
     return all(
         torch.equal(_times(codes[rows], own.scales[rows], own.group_size).to(own.dtype), given[rows])
-        for rows in row_spans(*codes.shape, codes.device)
+        for rows in row_spans(codes)
     )
 
 
@@ -309,7 +310,7 @@ def quantize(weight: Tensor, group_size: int = GROUP) -> Int8Weight:
     require(is_whole(group_size) and group_size >= 1, "group_size must be a whole number >= 1", group_size)
     require(weight.dim() == 2, "weights in 8 bits must be matrices (m, n), got the shape", tuple(weight.shape))
     made = without_values(tuple(weight.shape), weight.dtype, weight.device, group_size)
-    for rows in row_spans(*weight.shape, weight.device):
+    for rows in row_spans(weight):
         wide = weight[rows].detach().float()
         made.scales[rows] = _first_scales(wide, group_size)
         write(made.like(made.codes[rows], made.scales[rows]), wide)
@@ -332,7 +333,7 @@ def opened(codes: Tensor, scales: Tensor, group_size: int, columns: int, dtype: 
     if torch.compiler.is_compiling():
         return _times(lined, scales, group_size).to(dtype).view(codes.shape)
     values = torch.empty(lined.shape, dtype=dtype, device=codes.device)
-    for rows in row_spans(*lined.shape, codes.device):
+    for rows in row_spans(lined):
         values[rows] = _times(lined[rows], scales[rows], group_size)
     return values.view(codes.shape)
 
@@ -342,7 +343,7 @@ def write(weight: Int8Weight, wide: Tensor, noise: Noise | None = None) -> None:
     """weight <- wide (fp32, of its shape), rounded by ``noise``, or to nearest without it."""
     n, g = weight.columns, weight.group_size
     codes, wide = (t.view(-1, n) if t.dim() == 1 else t for t in (weight.codes, wide))
-    for rows in row_spans(*codes.shape, codes.device):
+    for rows in row_spans(codes):
         own = wide[rows]
         scales = _fitting(_largest(own, g), weight.scales[rows])
         steps = own / _spread(scales, own.shape[1], g)
@@ -355,8 +356,9 @@ def write(weight: Int8Weight, wide: Tensor, noise: Noise | None = None) -> None:
         weight.scales[rows] = scales
 
 
-def row_spans(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
-    """Rows that are worked on at a time."""
+def row_spans(matrix: Tensor) -> Iterator[slice]:
+    """Rows of a matrix that are worked on at a time."""
+    (rows, columns), device = matrix.shape, matrix.device
     if torch.compiler.is_compiling():
         yield slice(0, rows)
         return

@@ -78,7 +78,7 @@ class _InInt8(nn.Module):
         return weight
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, True)  # type: ignore[arg-type]
+        super()._save_to_state_dict(destination, prefix, True)
         weight = destination.pop(f"{prefix}weight")
         if is_int8(weight):
             destination[prefix + CODES], destination[prefix + SCALES] = _parts_of(weight)
@@ -162,13 +162,15 @@ class Int8Linear(_InInt8, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.weight = nn.Parameter(quantize(self.weight, group_size))
+        self.register_parameter("weight", nn.Parameter(quantize(self.weight, group_size)))
 
     def forward(self, input: Tensor) -> Tensor:
-        bias, kind = self.bias, input.device.type
+        bias: Tensor | None = self.bias
+        kind = input.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-            input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
+            input = input.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
         elif input.dtype != self.weight.dtype:
             raise RuntimeError(f"the input is {input.dtype} and the weight is opened in {self.weight.dtype}")
         product: Tensor = _Product.apply(input, self._held(), bias)
@@ -207,7 +209,7 @@ class Int8Embedding(_InInt8, nn.Embedding):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
-        self.weight = nn.Parameter(quantize(self.weight, group_size))
+        self.register_parameter("weight", nn.Parameter(quantize(self.weight, group_size)))
 
     def forward(self, input: Tensor) -> Tensor:
         padding = -1 if self.padding_idx is None else self.padding_idx
@@ -302,7 +304,8 @@ def dequantize_weights(model: Model) -> Model:
             if not isinstance(weight, Int8Weight):
                 raise ValueError(f"{name} is split over processes; gather the model's state dict, and load it whole")
             if id(weight) not in weights:
-                weights[id(weight)] = nn.Parameter(weight.detach().open(), requires_grad=weight.requires_grad)
+                with torch.no_grad():
+                    weights[id(weight)] = nn.Parameter(weight.open(), requires_grad=weight.requires_grad)
             made[id(layer)] = _layer(of[type(layer)], layer, weights[id(weight)]), layer
         _put(model, name, made[id(layer)][0])
     return model

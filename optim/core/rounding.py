@@ -58,7 +58,6 @@ def widened(
         yield seen
     for spec in specs:
         key = _key(group, shard, state, spec.name)
-        assert key is not None, "state is rounded by chance alone"
         round_(state[spec.name], seen[spec.name], key, _places(spec, shard, state))
 
 
@@ -70,7 +69,7 @@ def widened_weights(shard: FullShard, state: State, group: Group, what: str = WE
         return
     with shard.in_place_of_weights(open_weight(shard.parameter.detach(), torch.float32)) as (narrow, wide):
         yield
-    write_back(narrow, wide, _key(group, shard, state, what), _from(shard.first_element, narrow.device))
+    write_back(narrow, wide, _key_of_weights(group, shard, state, what), _from(shard.first_element, narrow.device))
 
 
 @contextmanager
@@ -79,7 +78,7 @@ def rounded_blocks(shard: FullShard, state: State, group: Group) -> Iterator[Non
     if not _is_narrow(shard):
         yield
         return
-    key, n = _key(group, shard, state, WEIGHTS), shard.parameter[0].numel()
+    key, n = _key_of_weights(group, shard, state, WEIGHTS), shard.parameter[0].numel()
 
     def round_block(wide: Tensor, block: Block) -> None:
         places = _from(shard.first_element + block.begin * n, wide.device)
@@ -147,11 +146,15 @@ def _mix(x: Tensor, factor: int) -> Tensor:
     return x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
 
 
-def _key(group: Group, shard: FullShard, state: State, what: str) -> Key | None:
-    """Two words for a tensor in a step; None to round to nearest. Where a graph counts the steps, they are made on the
-    device, and are others."""
-    if not group["stochastic_rounding"]:
+def _key_of_weights(group: Group, shard: FullShard, state: State, what: str) -> Key | None:
+    """As ``_key``; None where weights in 8 bits are rounded to nearest."""
+    if isinstance(shard.parameter, Int8Weight) and not group["stochastic_rounding"]:
         return None
+    return _key(group, shard, state, what)
+
+
+def _key(group: Group, shard: FullShard, state: State, what: str) -> Key:
+    """Two words for a tensor in a step. Where a graph counts the steps, they are made on the device, and are others."""
     seed, position = group["rounding_seed"], shard.position
     if not group.get("capturable"):
         return _words(f"{seed} {position} {steps_of(state)} {what}")

@@ -218,9 +218,9 @@ class FakePass:
         return Pass(activations, ledger.at_peak, gradients)
 
 
-def _some_rows(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+def _some_rows(matrix: Tensor) -> Iterator[slice]:
     """Of a weight in 8 bits, as many as are there together when it is opened."""
-    return islice(row_spans(rows, columns, device), 2)
+    return islice(row_spans(matrix), 2)
 
 
 @contextmanager

@@ -149,8 +149,8 @@ def _some_spans(size: int, at_once: int) -> Iterator[slice]:
     return islice(spans(size, at_once), ALIKE)
 
 
-def _some_rows(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
-    return islice(row_spans(rows, columns, device), ALIKE)
+def _some_rows(matrix: Tensor) -> Iterator[slice]:
+    return islice(row_spans(matrix), ALIKE)
 
 
 def _some_pieces(shard: FullShard, at_once: int) -> Iterator[tuple[FullShard, int, int]]:
