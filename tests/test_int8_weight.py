@@ -37,8 +37,9 @@ def test_a_new_weight_is_within_half_a_step_and_has_room_to_grow(shape):
 def test_zero_updates_leave_codes_and_scales(shape, dtype):
     held = quantize(weights(shape).to(dtype))
     codes, scales = held.codes.clone(), held.scales.clone()
-    for turn in range(200):
-        write(held, held.open(torch.float32), by_chance(turn) if turn % 2 else None)
+    ends = [lambda begin, end, u=u: torch.full((end - begin,), u, dtype=torch.int32) for u in (0, 65535)]
+    for noise in [*ends, None, *map(by_chance, range(100))]:  # an error in the last bit would show at the ends
+        write(held, held.open(torch.float32), noise)
     assert torch.equal(held.codes, codes)
     assert torch.equal(held.scales, scales)
 
