@@ -56,6 +56,7 @@ class Lion(ShardedOptimizer):
 
     rule = LION
     captures = True
+    moves_int8_weights: ClassVar[bool] = True
     accepted: ClassVar[Mapping[str, Accepted]] = {**ACCEPTED, **OF_LION}
 
     def __init__(

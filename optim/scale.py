@@ -64,6 +64,7 @@ class SCALE(ShardedOptimizer):
     """
 
     rule, matrix_key, captures = TORCH_ADAM, "role", True
+    moves_int8_weights: ClassVar[bool] = True
     checks: ClassVar[Mapping[str, Check]] = {
         "role": one_of(*NORMALIZED_OVER, optional=True),
         "momentum": number("in [0, 1)"),

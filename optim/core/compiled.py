@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...fp64 import widest
+from ...int8_weight import Int8Weight
 from ..distributed import FullShard, stack_of
 from ..numbers import Number, is_zero
 from ..state.spec import PLAIN, Codec
@@ -91,6 +92,7 @@ class Graphs:
 def is_traced(optimizer: Optimizer, item: ParamStep) -> bool:
     """Whether a parameter's step is arithmetic of tensors and numbers, which a graph can hold."""
     whole = optimizer.moment_codec is PLAIN and not item.group["stochastic_rounding"] and not item.shard.split
+    whole = whole and not isinstance(item.shard.parameter, Int8Weight)
     return whole and optimizer.why_not_captured(item.group) is None
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...int8_weight import Int8Weight, without_values
 from ..distributed import (
     Cut,
     Experts,
@@ -231,7 +232,11 @@ class DeclaredState(FaithfulLoading):
         self, ref: ParamRef, group: Group, device: str = "meta", workspace: Workspace | None = None
     ) -> FullShard:
         """The whole of a parameter, by default without its memory, for shapes alone."""
-        whole = torch.empty(ref.shape, dtype=ref.parameter.dtype, device=device)
+        like = ref.parameter
+        if isinstance(like, Int8Weight):
+            whole: Tensor = without_values(ref.shape, like.dtype, device, like.group_size)
+        else:
+            whole = torch.empty(ref.shape, dtype=like.dtype, device=device)
         return self._full_shard(whole, group, ref.position, workspace or Workspace())
 
     def held_by_position(self) -> dict[int, list[HeldTensor]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from ...int8_weight import is_int8
 from ...validation import Check, flag, number, require, whole
 from .types import Group
 
@@ -62,4 +63,15 @@ def check_rounding(parameters: list[Tensor], group: Group) -> None:
     """Refuse what would be rounded to nearest all the same."""
     if group.get("stochastic_rounding"):
         for p in parameters:
-            require(p.dtype != torch.float16, "stochastic_rounding=True is for bfloat16 and wider parameters", p.dtype)
+            fits = p.dtype != torch.float16 or is_int8(p)
+            require(fits, "stochastic_rounding=True is for bfloat16 and wider parameters", p.dtype)
+
+
+def check_none_in_8_bits(parameters: list[Tensor], name: str) -> None:
+    """Refuse weights in 8 bits, for a class ``name`` that reads or writes weights by itself."""
+    for p in parameters:
+        if is_int8(p):
+            raise ValueError(
+                f"{name} does not move weights in 8 bits, got one of shape {tuple(p.shape)}; leave quantize_weights "
+                "away, or take a class that does, such as GaLoreAdamW"
+            )

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ...int8_weight import Int8Weight
 from ...validation import Check
 from ..distributed import (
     FullShard,
@@ -63,7 +64,14 @@ from .batches import (
 from .capture import CapturableStep, count_on_device, numbers_of_group
 from .clock import steps_of
 from .compiled import Graphs, compiler_in_use, is_traced
-from .group_checks import COMMON_CHECKS, check_declared, check_rounding, check_tensors, parameters_in
+from .group_checks import (
+    COMMON_CHECKS,
+    check_declared,
+    check_none_in_8_bits,
+    check_rounding,
+    check_tensors,
+    parameters_in,
+)
 from .keywords import ACCEPTED, Accepted, check_keys, check_keywords, keyword_names
 from .projected_gradient import Kept, ProjectedGradient, local_of
 from .rounding import widened, widened_weights
@@ -103,6 +111,8 @@ class ShardedOptimizer(CapturableStep):
         keeps_coordinates: whether a matrix moves by the coordinates of its gradient alone, between refreshes or changes
             of its mask.
         keeps_coordinates_split: whether it does so of matrices that FSDP2 has split.
+        moves_int8_weights: whether parameters may be weights in 8 bits: not where a method reads or writes weights by
+            itself.
         together: what of a model must be stepped together, for a message; None where each parameter may be by itself.
         phase_listener: None, or what is called with the name of each phase and returns a context manager for it; set
             it to see where the time of a step goes. ``find`` comes only where a subspace or a mask is due, also inside
@@ -120,6 +130,7 @@ class ShardedOptimizer(CapturableStep):
     writes_by_shards: ClassVar[bool] = True
     keeps_coordinates: ClassVar[bool] = False
     keeps_coordinates_split: ClassVar[bool] = False
+    moves_int8_weights: ClassVar[bool] = False
     phase_listener: PhaseListener | None = None
     _compiler: Any = None  # torch's callback, of a step that is compiled
     _is_unused = False  # whether the state is one that a blank step made, and nothing was loaded or trained since
@@ -249,6 +260,8 @@ class ShardedOptimizer(CapturableStep):
         parameters = parameters_in(group)
         check_tensors(parameters)
         check_rounding(parameters, group)
+        if not self.moves_int8_weights:
+            check_none_in_8_bits(parameters, type(self).__name__)
         if group["capturable"]:
             self.check_capturable(group)
         if self.is_for_matrices(group):
@@ -434,7 +447,8 @@ class ShardedOptimizer(CapturableStep):
         costly = launches_cost(shard.device)
         if isinstance(shard.held_gradient, ProjectedGradient):  # of which no stack is made
             return BY_ITSELF
-        if item.group["stochastic_rounding"] or not (costly or is_born_small(shard)):
+        widened = item.group["stochastic_rounding"] or isinstance(shard.parameter, Int8Weight)
+        if widened or not (costly or is_born_small(shard)):
             return BY_ITSELF
         numbers = self.stack_numbers(item) if stacks else 0
         if numbers:
@@ -501,6 +515,7 @@ class ShardedOptimizer(CapturableStep):
             return 0
         size = at_once(item.shard.device)
         widens = self.moment_codec is not PLAIN or item.group["stochastic_rounding"]
+        widens = widens or isinstance(item.shard.parameter, Int8Weight)
         return size // 2 if widens and launches_cost(item.shard.device) else size  # moments beside their direction
 
     def _state_of_piece(self, item: ParamStep, begin: int, end: int) -> State:
@@ -518,9 +533,10 @@ class ShardedOptimizer(CapturableStep):
 
     def _rounded(self, item: ParamStep) -> AbstractContextManager[State]:
         """The state that a parameter is moved with: itself, or wider, if it is rounded by chance."""
-        if not item.group["stochastic_rounding"]:
+        by_chance, in_8_bits = item.group["stochastic_rounding"], isinstance(item.shard.parameter, Int8Weight)
+        if not (by_chance or in_8_bits):
             return nullcontext(item.state)
-        specs = self.by_chance(item.shard, item.group)
+        specs = self.by_chance(item.shard, item.group) if by_chance else []
         return widened(item.shard, item.state, specs, item.group, self.writes_by_shards)
 
     def rounded_weights(self, item: ParamStep, what: str) -> AbstractContextManager[None]:

@@ -11,6 +11,9 @@ b2 = 0.999, since 0.1 percent is less than half a step of bf16 (Ozkara et al. 20
 The noise is a function of a tensor's place in the whole parameter, not of a generator: replicas, parts of any layout
 and a resumed run draw the same. What bf16 holds exactly never changes, zeros neither; what is not finite stays as it
 is, and nothing finite becomes infinite.
+
+Weights in 8 bits (``int8_weight.py``) are widened likewise for every step, and written back by the same noise, or to
+nearest.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ...int8_weight import Int8Weight, open_weight, write
 from ..distributed import Block, FullShard, MatrixShard, Runs, at_once, is_large, spans
 from ..state.spec import ERRORS, MOMENTS, Placement, StateSpec
 from .clock import steps_of
@@ -60,39 +64,52 @@ def widened(
 @contextmanager
 def widened_weights(shard: FullShard, state: State, group: Group, what: str = WEIGHTS) -> Iterator[None]:
     """Weights in fp32, where they are bf16; ``what`` tells two such passes of one step apart."""
-    if shard.dtype != torch.bfloat16:
+    if not _is_narrow(shard):
         yield
         return
-    with shard.in_place_of_weights(shard.parameter.detach().float()) as (narrow, wide):
+    with shard.in_place_of_weights(open_weight(shard.parameter.detach(), torch.float32)) as (narrow, wide):
         yield
-    places = _from(shard.first_element, narrow.device)
-    round_(narrow, wide, _key(group, shard, state, what), places)
+    write_back(narrow, wide, _key_of_weights(group, shard, state, what), _from(shard.first_element, narrow.device))
 
 
 @contextmanager
 def rounded_blocks(shard: FullShard, state: State, group: Group) -> Iterator[None]:
     """Weights that are rounded, where they are bf16, as they are written: in fp32 is never more than a block."""
-    if shard.dtype != torch.bfloat16:
+    if not _is_narrow(shard):
         yield
         return
-    key, n = _key(group, shard, state, WEIGHTS), shard.parameter[0].numel()
+    key, n = _key_of_weights(group, shard, state, WEIGHTS), shard.parameter[0].numel()
 
     def round_block(wide: Tensor, block: Block) -> None:
         places = _from(shard.first_element + block.begin * n, wide.device)
         if block.axis:
             whole = shard.parameter.numel()
             places = _in_runs(Runs(len(shard.parameter), block.length, block.begin, n, whole), wide.device)
-        round_(block.of(shard.parameter), wide, key, places)
+        write_back(block.of(shard.parameter), wide, key, places)
 
     def round_places(narrow: Tensor, wide: Tensor, at: Tensor) -> None:
         first = _signed(shard.first_element)
-        round_(narrow, wide, key, lambda begin, end: at[begin:end] + first)
+        write_back(narrow, wide, key, lambda begin, end: at[begin:end] + first)
 
     shard.round_block, shard.round_places = round_block, round_places
     try:
         yield
     finally:
         shard.round_block = shard.round_places = None
+
+
+def _is_narrow(shard: FullShard) -> bool:
+    """Whether weights are rounded in a step: bf16, or in 8 bits."""
+    return shard.dtype == torch.bfloat16 or isinstance(shard.parameter, Int8Weight)
+
+
+def write_back(narrow: Tensor, wide: Tensor, key: Key | None, places: Places) -> None:
+    """narrow <- wide, as ``round_``; weights in 8 bits also to nearest, without a key."""
+    if isinstance(narrow, Int8Weight):
+        write(narrow, wide, None if key is None else lambda begin, end: noise(places(begin, end), key))
+    else:
+        assert key is not None, "of bf16 nothing is widened without one"
+        round_(narrow, wide, key, places)
 
 
 def round_(narrow: Tensor, wide: Tensor, key: Key, places: Places) -> None:
@@ -127,6 +144,13 @@ def _mix(x: Tensor, factor: int) -> Tensor:
     """Of int32, whose products wrap; the shifts take zeros in."""
     x = x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(factor)
     return x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
+
+
+def _key_of_weights(group: Group, shard: FullShard, state: State, what: str) -> Key | None:
+    """As ``_key``; None where weights in 8 bits are rounded to nearest."""
+    if isinstance(shard.parameter, Int8Weight) and not group["stochastic_rounding"]:
+        return None
+    return _key(group, shard, state, what)
 
 
 def _key(group: Group, shard: FullShard, state: State, what: str) -> Key:

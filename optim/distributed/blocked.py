@@ -51,10 +51,10 @@ def is_large(shape: Sequence[int], twice: bool = False) -> bool:
     return math.prod(shape) > (LARGE_TWICE if twice else LARGE)
 
 
-def blocks(shape: Sequence[int], axis: int = 0) -> Iterator[Block]:
-    """A large matrix in blocks."""
+def blocks(shape: Sequence[int], axis: int = 0, multiple: int = 1) -> Iterator[Block]:
+    """A large matrix in blocks, whose lengths are multiples of ``multiple``, but for the last."""
     size = shape[axis]
-    length = max(1, BLOCK * size // math.prod(shape))
+    length = max(1, BLOCK * size // math.prod(shape) // multiple) * multiple
     for begin in range(0, size, length):
         yield Block(axis, begin, min(length, size - begin))
 

@@ -17,8 +17,9 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from ...int8_weight import Int8Weight, open_weight
 from ..numbers import Number, add_, is_zero
-from .blocked import Block, BlockedUpdate, WrittenUpdate, block_of, blocks, is_large
+from .blocked import Block, BlockedUpdate, WrittenUpdate, block_of, blocks, is_large, squares_in_blocks
 from .process_group import ProcessGroup
 from .projection import LowRankUpdate, ProjectionSide, add_product_
 from .shard_range import Runs
@@ -164,7 +165,10 @@ class FullShard:
     def weight_rms(self) -> Tensor:
         """The root mean square of the weights, in fp32 at least; a scalar on their device."""
         W = self.parameter
-        norm = torch.linalg.vector_norm(W, dtype=self._wide)
+        if isinstance(W, Int8Weight):
+            norm = squares_in_blocks(W.shape, lambda block: open_weight(block.of(W), self._wide), self._wide).sqrt_()
+        else:
+            norm = torch.linalg.vector_norm(W, dtype=self._wide)
         rms: Tensor = norm / math.sqrt(max(1, W.numel()))
         return rms
 
@@ -229,8 +233,9 @@ class FullShard:
         axis = update.axis if isinstance(update, BlockedUpdate) else 0
         if isinstance(update, LowRankUpdate):
             update = update.to(torch.float32)  # once, not for each block
-        for block in blocks(self.shape, axis):
-            W = block.of(self.parameter).float()
+        in_groups = self.parameter.group_size if axis and isinstance(self.parameter, Int8Weight) else 1
+        for block in blocks(self.shape, axis, in_groups):
+            W = open_weight(block.of(self.parameter), torch.float32)
             _decay_(W, decay, decay_first, before=True)
             self._add_to(W, block_of(update, block), -step_size)
             _decay_(W, decay, decay_first, before=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -9,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ...int8_weight import Int8Weight
 from .flat import FlatShard
 from .full import FullShard
 
@@ -69,7 +71,11 @@ def pieces_of(shard: FullShard, at_once: int) -> Iterator[tuple[FullShard, int, 
     from .. to. As many on every process that holds a part of it, in one order.
 
     A piece begins at a multiple of ``at_once`` of the whole parameter: blocks of 256 are in one piece on all processes.
+    Of weights in 8 bits pieces are whole rows, too.
     """
+    if isinstance(shard.parameter, Int8Weight):
+        rows = math.lcm(shard.parameter.columns, 256)
+        at_once = max(1, at_once // rows) * rows
     if isinstance(shard, FlatShard):
         bounds = shard.held.bounds
         size, most = bounds[-1], max(b - a for a, b in pairwise(bounds))

@@ -73,6 +73,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
     """
 
     captures = True
+    moves_int8_weights = False  # whose rows it rewrites
     finds_together = False  # the gradient of directions is a matrix of its own
     stack_copies = 2  # of the weights, and of the gradient, which becomes that of directions
 

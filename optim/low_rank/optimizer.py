@@ -82,6 +82,7 @@ class LowRankOptimizer(ShardedOptimizer):
     """
 
     matrix_key = "rank"
+    moves_int8_weights: ClassVar[bool] = True
     published: ClassVar[Published | None] = None
     subspace_methods: ClassVar[tuple[str, ...]] = SUBSPACE_METHODS
     finds_together: ClassVar[bool] = True

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ...models.int8 import quantize_weights
 from ...models.llama import SIZES, build_llama, llama_config
 from ...validation import is_whole, nearest
 from .. import sources
@@ -53,7 +54,7 @@ def untrained(config: Config, architecture: PreTrainedConfig, dtype: torch.dtype
         except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise BadInput(f"model {config.model.model!r} cannot be built as it is configured: {reason}") from None
-        return layers.converted(built, config)
+        return _quantized(layers.converted(built, config), config.model)
 
 
 def checkpoints_activations(run: RunArguments) -> bool:
@@ -72,13 +73,24 @@ def checkpoint_activations(model: PreTrainedModel, run: RunArguments) -> None:
 
 def build_model(config: Config, checkpoint: Path | None) -> PreTrainedModel:
     """The model, with a checkpoint's weights where one is given: engines copy them when they wrap the model."""
-    if config.model.layer is None:
+    if config.model.layer is None and config.model.weight_bits is None:
         return _loaded(config.model, config.model.model if checkpoint is None else str(checkpoint))
     with unpartitioned(config.run):  # layers are made from whole weights
         layered = layers.converted(_loaded(config.model, config.model.model), config)
+        layered = _quantized(layered, config.model)
     if checkpoint is not None:
         layers.load_weights(layered, checkpoint)
     return layered
+
+
+def _quantized(model: PreTrainedModel, chosen: ModelArguments) -> PreTrainedModel:
+    """``model`` itself, with its weights in 8 bits where the configuration says so."""
+    if chosen.weight_bits is None:
+        return model
+    try:
+        return quantize_weights(model, group_size=chosen.weight_group_size)
+    except ValueError as error:
+        raise BadInput(f"weight_bits: {error}") from None
 
 
 def _loaded(chosen: ModelArguments, source: str) -> PreTrainedModel:

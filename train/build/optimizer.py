@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ... import optim
+from ...int8_weight import is_int8
 from ...registry import LAYERS, OptimizerEntry
 from ...validation import nearest
 from ..config.arguments import AnySettings, Config, DataArguments, Keywords, Method, MethodArguments, RunArguments
@@ -91,6 +92,8 @@ def build_optimizer(model: nn.Module, chosen: MethodArguments, run: RunArguments
         marks = _marks(entry, model, chosen) if rank is None else _subspace_keys(entry, model, chosen, keywords)
         groups = optim.param_groups(model, rank, chosen.target_modules, weight_decay=run.weight_decay, **marks)
         keywords = {**_mask_keys(entry, chosen, run), **keywords}
+        if any(map(is_int8, model.parameters())):
+            keywords.setdefault("stochastic_rounding", True)  # to nearest, small updates would be lost
         build: Callable[..., torch.optim.Optimizer] = entry.cls
         return build(groups, **{**run_keys(entry, run), **_clocks(entry, run, keywords), **keywords})
     except (ValueError, ImportError) as error:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config.arguments import DTYPES, AnySettings, Config
-from ..config.checks import check_sizes, check_values
+from ..config.checks import check_sizes, check_values, moves_int8_weights
 from ..config.finetune_arguments import FinetuneConfig
 from ..config.finetune_checks import check_finetune, refuse_split
 from ..errors import BadInput
@@ -24,6 +24,8 @@ from .model import architecture, untrained
 from .optimizer import build_optimizer, with_optimizer
 from .selected import build_selected, check_countable, check_selection
 from .tuned_model import base_architecture, known_classes, planned_tuned, untrained_base
+
+ORDINARY = "weights in dtype"  # the variant of an optimizer that does not move weights in 8 bits
 
 
 def blank_batch(examples: int, tokens: int) -> dict[str, Tensor]:
@@ -58,7 +60,7 @@ class Trainee(ABC):
         return DTYPES[self.settings.model.dtype]
 
     def variant(self, optimizer: str) -> str | None:
-        """What ``optimizer`` changes of the model: the name of its layer."""
+        """What ``optimizer`` changes of the model: the name of its layer, or ``ORDINARY``."""
         return None
 
     @abstractmethod
@@ -103,12 +105,19 @@ class NewModel(Trainee):
         self.architecture = architecture(config.model)
 
     def variant(self, optimizer: str) -> str | None:
+        if self.config.model.weight_bits is not None and not moves_int8_weights(optimizer):
+            return ORDINARY
         return layer_with(self.config, optimizer)
 
     def check_stage(self, stage: int) -> None:
-        """Any can be planned."""
+        """Any can be planned, but of weights in 8 bits."""
+        if stage and self.config.model.weight_bits is not None:
+            raise BadInput(f"weight_bits: 8 is not for DeepSpeed, got ZeRO {stage}; plan one process, or a stage of 0")
 
     def model(self, variant: str | None, dtype: torch.dtype) -> PreTrainedModel:
+        if variant == ORDINARY:
+            ordinary = replace(self.config.model, weight_bits=None)
+            return untrained(replace(self.config, model=ordinary), self.architecture, dtype)
         return untrained(with_layer(self.config, variant), self.architecture, dtype)
 
     def optimizer(self, model: nn.Module, name: str) -> torch.optim.Optimizer:

@@ -73,6 +73,16 @@ class ModelArguments:
         default=None, metadata={"help": 'Further keywords of the layers, as a mapping: {"density": 0.03}.'}
     )
     dtype: str = field(default="float32", metadata={"help": "Dtype of the weights: float32 or bfloat16."})
+    weight_bits: int | None = field(
+        default=None,
+        metadata={
+            "help": "8: linear layers and embeddings keep their weights in 8 bits, opened in dtype for each product, "
+            "and written back rounded by chance."
+        },
+    )
+    weight_group_size: int = field(
+        default=256, metadata={"help": "Of weights in 8 bits, how many of a row share a scale."}
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that a saved model, tokenizer or data set brings along."}
     )

@@ -35,6 +35,7 @@ def check_values(config: Config) -> None:
     """
     check_shared(config, {"validation_blocks": config.data.validation_blocks})
     check_layer(config)
+    _check_weight_bits(config)
     _check_art(config)
 
 
@@ -240,6 +241,35 @@ def _check_first_masks(config: Config) -> None:
         raise BadInput(
             f"layer {config.model.layer} with initial_sparsity {start} is a larger dense model at first; give "
             'optimizer_args: {"initial_sparsity": null}'
+        )
+
+
+def moves_int8_weights(optimizer: str) -> bool:
+    """Whether an optimizer, by its name, moves weights in 8 bits."""
+    kind = optimizer_entry(optimizer).cls
+    return issubclass(kind, ShardedOptimizer) and kind.moves_int8_weights
+
+
+def _check_weight_bits(config: Config) -> None:
+    chosen, optimizer = config.model, config.optimizer.optimizer
+    if chosen.weight_group_size < 1:
+        raise BadInput(f"weight_group_size must be at least 1, got {chosen.weight_group_size}")
+    if chosen.weight_bits is None:
+        if "weight_group_size" in config.given:
+            raise BadInput("weight_group_size needs weight_bits: 8; leave it out")
+        return
+    if chosen.weight_bits != 8:
+        raise BadInput(f"weight_bits must be 8, or left out for weights in dtype, got {chosen.weight_bits}")
+    if chosen.layer is not None:
+        raise BadInput(f"weight_bits: 8 is for ordinary layers, got layer {chosen.layer}; leave one of the two out")
+    if not moves_int8_weights(optimizer):
+        able = ", ".join(name for name in OPTIMIZERS if moves_int8_weights(name))
+        raise BadInput(f"weight_bits: 8 cannot be moved by optimizer {optimizer}; choose one of {able}")
+    layout = Layout.of(config.run)
+    if layout.engine == DEEPSPEED or layout.splits_weights:
+        raise BadInput(
+            f"weight_bits: 8 is for one process or DistributedDataParallel, got {layout.engine}: DeepSpeed makes flat "
+            "tensors of weights, accelerate's FSDP casts them; in a script of your own, fully_shard splits them"
         )
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ...int8_weight import Int8Weight
+
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
 
@@ -44,7 +46,7 @@ class _Moved:
 
     def parameter(self, p: nn.Parameter) -> nn.Parameter:
         if id(p) not in self._parameters:
-            made: Any = nn.Parameter(self.tensor(p), requires_grad=p.requires_grad)
+            made: Any = nn.Parameter(self._weight(p), requires_grad=p.requires_grad)
             state = getattr(p, "quant_state", None)
             if state is not None:
                 made.quant_state = self._state(state)
@@ -52,6 +54,11 @@ class _Moved:
             self._parameters[id(p)] = (made, p)
         found: nn.Parameter = self._parameters[id(p)][0]
         return found
+
+    def _weight(self, p: Tensor) -> Tensor:
+        if isinstance(p, Int8Weight):
+            return p.like(self.tensor(p.codes), self.tensor(p.scales))
+        return self.tensor(p)
 
     def held(self, value: Any) -> Any:
         """An attribute of a module: a tensor, or a dictionary with tensors."""

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
+from ... import int8_weight
+from ...int8_weight import memory_of, row_spans
 from ..build.trainee import blank_batch
 
 
@@ -46,9 +49,8 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self._known = [
-            tensor.untyped_storage() for tensor in known
-        ]  # kept alive: a storage is recognised by its address
+        held = chain.from_iterable(map(memory_of, known))
+        self._known = [t.untyped_storage() for t in held]  # kept alive: a storage is recognised by its address
         self._sizes = {storage._cdata: 0 for storage in self._known}
         self._made: dict[int, int] = {}  # by storage, its number in order of allocation
         self._made_so_far = self._made_at_peak = 0
@@ -66,7 +68,8 @@ class Ledger(TorchDispatchMode):
             made = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
+                for held in memory_of(leaf):
+                    self._see(held.untyped_storage())
         return made
 
     def forward_has_ended(self) -> int:
@@ -202,7 +205,8 @@ class FakePass:
             for p in parameters:
                 if p.requires_grad:
                     hooks.append(p.register_post_accumulate_grad_hook(made))
-            with ledger, nullcontext() if "position_ids" in given else _one_document():
+            few_rows = patch.object(int8_weight, "row_spans", _some_rows)
+            with ledger, few_rows, nullcontext() if "position_ids" in given else _one_document():
                 with torch.autocast("cpu", self._autocast) if self._autocast is not None else nullcontext():
                     loss = self._model(**given).loss
                 activations = ledger.forward_has_ended()
@@ -212,6 +216,11 @@ class FakePass:
         storages = [p.grad.untyped_storage() for p in parameters if p.grad is not None]
         gradients = sum({storage._cdata: storage.nbytes() for storage in storages}.values()) or largest
         return Pass(activations, ledger.at_peak, gradients)
+
+
+def _some_rows(matrix: Tensor) -> Iterator[slice]:
+    """Of a weight in 8 bits, as many as are there together when it is opened."""
+    return islice(row_spans(matrix), 2)
 
 
 @contextmanager

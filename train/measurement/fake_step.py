@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from ... import int8_weight
+from ...int8_weight import memory_of, row_spans
 from ...optim.core import optimizer as stepping
 from ...optim.core import rounding
 from ...optim.core.batches import AT_ONCE, MATRICES_AT_ONCE, launches_cost
@@ -76,7 +78,7 @@ class _FakeStep:
         if shard.held_gradient is None:
             shard.parameter.grad = torch.empty_like(shard.parameter)
         assert shard.held_gradient is not None
-        self.known += [shard.parameter, shard.held_gradient]
+        self.known += [*memory_of(shard.parameter), shard.held_gradient]
         numbers = {**self.optimizer.later_keys, **with_numbers(group)}
         counter = torch.empty((), device=shard.device) if numbers["capturable"] else None
         numbers = self.groups.setdefault(group["group_number"], numbers)
@@ -147,6 +149,10 @@ def _some_spans(size: int, at_once: int) -> Iterator[slice]:
     return islice(spans(size, at_once), ALIKE)
 
 
+def _some_rows(matrix: Tensor) -> Iterator[slice]:
+    return islice(row_spans(matrix), ALIKE)
+
+
 def _some_pieces(shard: FullShard, at_once: int) -> Iterator[tuple[FullShard, int, int]]:
     held = ((piece, begin, end) for piece, begin, end in pieces_of(shard, at_once) if begin < end)
     return islice(held, ALIKE)
@@ -158,5 +164,6 @@ def _stand_ins() -> Iterator[None]:
         patch.object(torch, "Generator", _Generator),
         patch.object(stepping, "pieces_of", _some_pieces),
         patch.object(rounding, "spans", _some_spans),
+        patch.object(int8_weight, "row_spans", _some_rows),
     ):
         yield

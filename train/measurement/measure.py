@@ -7,12 +7,14 @@ import resource
 import sys
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._C._profiler import _EventType
 
+from ...int8_weight import memory_of
 from ...optim.memory import state_by_kind
 from ..build.four_bits import scales_of
 from ..engines import deepspeed
@@ -26,8 +28,8 @@ FORWARD, ALL_GRADIENTS = "gracile: forward", "gracile: all gradients"
 def storage_bytes(tensors: Iterable[Any]) -> int:
     """Bytes of the storages of some tensors, shared ones once; of DTensors, this process's shards."""
     held: dict[int, int] = {}
-    for tensor in tensors:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    parts = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+    for local in chain.from_iterable(map(memory_of, parts)):
         if local.is_sparse:
             held |= {id(part): part.nbytes for part in (local._values(), local._indices())}
             continue
@@ -179,7 +181,8 @@ def allocations(profiler: torch.profiler.profile, device: torch.device) -> list[
 
 
 def addresses(tensors: Iterable[Tensor]) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+    held = chain.from_iterable(map(memory_of, tensors))
+    return {tensor.untyped_storage().data_ptr() for tensor in held if tensor.numel()}
 
 
 def passed(

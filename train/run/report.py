@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerState
 
+from ...int8_weight import memory_of
 from ...optim.memory import adamw_state_bytes, state_bytes
 from ...optim.released import ReleasedGradients
 from ..atomic_write import non_finite, valid_json, write_atomically
@@ -37,10 +38,11 @@ def memory(
 ) -> dict[str, int]:
     """Bytes of this process. Weights and state are counted from the tensors; gradients, which may be ``released`` in
     the backward pass, and the state of AdamW to compare with, are computed."""
+    held = [*model.parameters(), *_saved_buffers(model)]
     trainable = [_split_from(p) for p in model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trainable) // layout.gradient_parts
     return {
-        "weight_bytes": sum(_held(p).nbytes for p in [*model.parameters(), *_saved_buffers(model)]),
+        "weight_bytes": sum(part.nbytes for p in held for part in memory_of(_held(p))),
         "gradient_bytes": gradients if released is None else released.most_bytes,
         "optimizer_state_bytes": 0 if optimizer is None else state_bytes(optimizer),
         "adamw_state_bytes": adamw_state_bytes(trainable) // layout.state_parts,

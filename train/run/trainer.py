@@ -17,7 +17,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from ...int8_weight import memory_of
 from ...models.convert import merge
+from ...models.int8 import dequantize_weights
 from ...models.layers import FactoredLinear
 from ...optim import keep_out_of_ddp, release_gradients
 from ...optim.distributed import UnsupportedLayout, is_dtensor
@@ -28,7 +30,7 @@ from ..build.callbacks import ScheduleCallback
 from ..build.layers import merges, schedule_of
 from ..build.model import untrained
 from ..build.optimizer import build_optimizer, jagged_schedule
-from ..config.arguments import ALL, AnySettings, Config, RunArguments
+from ..config.arguments import ALL, DTYPES, AnySettings, Config, RunArguments
 from ..data.stream import BlockStream
 from ..engines import layout as layouts
 from ..engines.deepspeed import safe_classes
@@ -338,10 +340,12 @@ class RunTrainer(Trainer):
 
 def _is_finite(weights: torch.Tensor) -> bool:
     """Of all elements; some at a time where all are here, for what is compared is copied."""
-    flat = weights.detach()
-    if not is_dtensor(flat) and flat.is_contiguous():
-        return all(bool(torch.isfinite(part).all()) for part in flat.view(-1).split(LOOKED_AT))
-    return bool(torch.isfinite(flat).all())
+    for held in memory_of(weights.detach()):
+        here = not is_dtensor(held) and held.is_contiguous()
+        parts = held.view(-1).split(LOOKED_AT) if here else [held]
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
+            return False
+    return True
 
 
 class _TakeUpUnlogged(TrainerCallback):
@@ -413,12 +417,14 @@ class PretrainTrainer(RunTrainer):
         super().log(logs, *args, **kwargs)
 
     def export(self, folder: str) -> None:
-        """The trained model as one that loads without gracile: layers merged into plain ones. Collective.
+        """The trained model as one that loads without gracile: layers merged into plain ones, weights in 8 bits
+        opened. Collective.
 
         Layers that are not linear have no plain form: their model.safetensors would load as a LLaMA of random weights.
         Such a model is in the last checkpoint only.
         """
-        if self.config.model.layer is None:
+        chosen = self.config.model
+        if chosen.layer is None and chosen.weight_bits is None:
             self.save_model(folder)
             return
         if not merges(self.accelerator.unwrap_model(self.model)):
@@ -429,12 +435,13 @@ class PretrainTrainer(RunTrainer):
         if not self.args.should_save:
             return
         architecture: Any = self.model.config
-        plain = untrained(self.config, architecture, next(iter(state.values())).dtype)
+        dtype = DTYPES[chosen.dtype] if chosen.layer is None else next(iter(state.values())).dtype
+        plain = untrained(self.config, architecture, dtype)
         plain.load_state_dict(state, assign=True)
         for module in plain.modules():
             if isinstance(module, FactoredLinear):
                 module.finish()
-        merge(plain)
+        dequantize_weights(merge(plain))
         plain.generation_config = self.model.generation_config
         plain.save_pretrained(folder)
         if self.processing_class is not None:
