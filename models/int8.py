@@ -10,7 +10,7 @@ The optimizers of ``gracile.optim`` write such weights back by blocks of rows, r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -225,7 +225,12 @@ _SETTINGS = {
 }  # fmt: skip
 
 
-def quantize_weights(model: Model, target_modules: str | Iterable[str] | None = None, group_size: int = GROUP) -> Model:
+def quantize_weights(
+    model: Model,
+    target_modules: str | Iterable[str] | None = None,
+    group_size: int = GROUP,
+    initialize: Callable[[nn.Module], None] | None = None,
+) -> Model:
     """``model`` itself, with the weights of its linear layers and embeddings in 8 bits, one after the other. Before the
     optimizer is built, and before FSDP2 splits the model.
 
@@ -234,6 +239,8 @@ def quantize_weights(model: Model, target_modules: str | Iterable[str] | None = 
             and other layers stay. What is tied stays tied; what is frozen stays frozen.
         target_modules: patterns as for ``gracile.optim.param_groups``; None for all, the output layer too.
         group_size: weights of a row that share a scale.
+        initialize: called with each layer whose weights are on the meta device, to put weights there; they are in 8
+            bits before it is called with the next. None leaves them on the meta device.
 
     Raises:
         ValueError: for a pattern that matches nothing, a model without such layers, a group size below 1, an embedding
@@ -264,7 +271,9 @@ def quantize_weights(model: Model, target_modules: str | Iterable[str] | None = 
         if id(layer) not in made:
             weight: Any = layer.weight
             if id(weight) not in weights:
-                new = nn.Parameter(quantize(weight, group_size), requires_grad=weight.requires_grad)
+                if initialize is not None and weight.is_meta:
+                    initialize(layer)
+                new = nn.Parameter(quantize(layer.weight, group_size), requires_grad=weight.requires_grad)
                 weights[id(weight)] = new, weight
             new_layer = _layer(KINDS[type(layer)], layer, weights[id(weight)][0])
             made[id(layer)] = new_layer, layer

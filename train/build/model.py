@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...models.int8 import quantize_weights
+from ...models.int8_untrained import build_int8
 from ...models.llama import SIZES, build_llama, llama_config
 from ...validation import is_whole, nearest
 from .. import sources
@@ -54,7 +58,10 @@ def untrained(config: Config, architecture: PreTrainedConfig, dtype: torch.dtype
         except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise BadInput(f"model {config.model.model!r} cannot be built as it is configured: {reason}") from None
-        return _quantized(layers.converted(built, config), config.model)
+        if config.model.weight_bits is None:
+            return layers.converted(built, config)
+        with _weight_bits():
+            return quantize_weights(built, group_size=config.model.weight_group_size)
 
 
 def checkpoints_activations(run: RunArguments) -> bool:
@@ -76,19 +83,29 @@ def build_model(config: Config, checkpoint: Path | None) -> PreTrainedModel:
     if config.model.layer is None and config.model.weight_bits is None:
         return _loaded(config.model, config.model.model if checkpoint is None else str(checkpoint))
     with unpartitioned(config.run):  # layers are made from whole weights
-        layered = layers.converted(_loaded(config.model, config.model.model), config)
-        layered = _quantized(layered, config.model)
+        if config.model.weight_bits is None:
+            layered = layers.converted(_loaded(config.model, config.model.model), config)
+        else:
+            layered = _quantized(config.model)
     if checkpoint is not None:
         layers.load_weights(layered, checkpoint)
     return layered
 
 
-def _quantized(model: PreTrainedModel, chosen: ModelArguments) -> PreTrainedModel:
-    """``model`` itself, with its weights in 8 bits where the configuration says so."""
-    if chosen.weight_bits is None:
-        return model
+def _quantized(chosen: ModelArguments) -> PreTrainedModel:
+    """The model with its weights in 8 bits: a new one never has others."""
+    build = partial(_loaded, chosen, chosen.model)
+    with _weight_bits():
+        if chosen.model in SIZES:
+            return build_int8(build, chosen.weight_group_size)
+        return quantize_weights(build(), group_size=chosen.weight_group_size)
+
+
+@contextmanager
+def _weight_bits() -> Iterator[None]:
+    """What is wrong is wrong with this key."""
     try:
-        return quantize_weights(model, group_size=chosen.weight_group_size)
+        yield
     except ValueError as error:
         raise BadInput(f"weight_bits: {error}") from None
 

@@ -19,7 +19,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 
 from ...int8_weight import memory_of
 from ...models.convert import merge
-from ...models.int8 import dequantize_weights
+from ...models.int8_export import save_dequantized
 from ...models.layers import FactoredLinear
 from ...optim import keep_out_of_ddp, release_gradients
 from ...optim.distributed import UnsupportedLayout, is_dtensor
@@ -30,7 +30,7 @@ from ..build.callbacks import ScheduleCallback
 from ..build.layers import merges, schedule_of
 from ..build.model import untrained
 from ..build.optimizer import build_optimizer, jagged_schedule
-from ..config.arguments import ALL, DTYPES, AnySettings, Config, RunArguments
+from ..config.arguments import ALL, AnySettings, Config, RunArguments
 from ..data.stream import BlockStream
 from ..engines import layout as layouts
 from ..engines.deepspeed import safe_classes
@@ -427,22 +427,32 @@ class PretrainTrainer(RunTrainer):
         if chosen.layer is None and chosen.weight_bits is None:
             self.save_model(folder)
             return
+        if chosen.weight_bits is not None:
+            self._export_opened(folder)
+            return
         if not merges(self.accelerator.unwrap_model(self.model)):
-            if self.args.should_save and self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+            self._export_tokenizer(folder)
             return
         state = self.accelerator.get_state_dict(self.model_wrapped)
         if not self.args.should_save:
             return
         architecture: Any = self.model.config
-        dtype = DTYPES[chosen.dtype] if chosen.layer is None else next(iter(state.values())).dtype
-        plain = untrained(self.config, architecture, dtype)
+        plain = untrained(self.config, architecture, next(iter(state.values())).dtype)
         plain.load_state_dict(state, assign=True)
         for module in plain.modules():
             if isinstance(module, FactoredLinear):
                 module.finish()
-        dequantize_weights(merge(plain))
+        merge(plain)
         plain.generation_config = self.model.generation_config
         plain.save_pretrained(folder)
-        if self.processing_class is not None:
+        self._export_tokenizer(folder)
+
+    def _export_opened(self, folder: str) -> None:
+        if self.args.should_save:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_dequantized(self.accelerator.unwrap_model(self.model), Path(folder))
+            self._export_tokenizer(folder)
+
+    def _export_tokenizer(self, folder: str) -> None:
+        if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
