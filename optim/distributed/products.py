@@ -76,8 +76,8 @@ def _in_blocks(left: Tensor, right: Tensor) -> Iterator[tuple[tuple[slice, ...],
     for stack in stacks:
         for rows in _spans(m, BLOCK):
             for columns in _spans(n, BLOCK):
-                at = (*stack, rows, columns)
-                yield at, _block(left[(*stack, rows)], right[(*stack, slice(None), columns)])
+                row, column, at = (*stack, rows), (*stack, slice(None), columns), (*stack, rows, columns)
+                yield at, _block(left[row], right[column])
 
 
 def _block(left: Tensor, right: Tensor) -> Tensor:
