@@ -16,6 +16,7 @@ from .param_registry import ParamRegistry, PrefixedState
 from .partition import Cut, as_one_buffer, by_rows, each_alone, flat_length
 from .pieces import PieceOfFull, at_once, pieces_of, spans
 from .process_group import ProcessGroup
+from .products import matmul
 from .projection import PROJ_TYPES, LowRankUpdate, ProjectionSide, add_product_
 from .row_view import RowView, complete_rows
 from .shard_range import Runs, ShardRange
@@ -72,6 +73,7 @@ __all__ = [
     "is_dtensor",
     "is_large",
     "local_flat",
+    "matmul",
     "pieces_of",
     "spans",
     "squares_in_blocks",

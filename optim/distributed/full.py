@@ -21,6 +21,7 @@ from ...int8_weight import Int8Weight, open_weight
 from ..numbers import Number, add_, is_zero
 from .blocked import Block, BlockedUpdate, WrittenUpdate, block_of, blocks, is_large, squares_in_blocks
 from .process_group import ProcessGroup
+from .products import matmul
 from .projection import LowRankUpdate, ProjectionSide, add_product_
 from .shard_range import Runs
 from .workspace import Workspace
@@ -267,12 +268,12 @@ class FullShard:
             return
         factor = update.factor
         if isinstance(alpha, Tensor) or isinstance(factor, Tensor) or torch.compiler.is_compiling():
-            add_(weights, left @ right, alpha * factor)
+            add_(weights, matmul(left, right), alpha * factor)
             return
         exact = math.frexp(factor)[0] == 0.5  # a power of two, such as 0.25: no rounding, so no pass of its own
         rows = max(1, PRODUCT // max(1, weights.shape[1]))
         for own, lines in zip(torch.split(weights, rows), torch.split(left, rows), strict=True):
-            product = torch.mm(lines, right, out=self.workspace.like(own))
+            product = matmul(lines, right, out=self.workspace.like(own))
             if exact:
                 own.add_(product, alpha=alpha * factor)
             else:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..numbers import Number, scaled
+from .products import addmm, addmm_, matmul
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
 
@@ -81,20 +82,18 @@ class LowRankUpdate:
 
     def added_to(self, dense: Tensor, out: Tensor | None = None) -> Tensor:
         """dense + this, in one new tensor or in ``out``, which may be ``dense``."""
-        add = torch.addmm if dense.dim() == 2 else torch.baddbmm
         left, factor = scaled(self.left.to(dense.dtype), self.factor)
-        return add(dense, left, self.right.to(dense.dtype), alpha=factor, out=out)
+        return addmm(dense, left, self.right.to(dense.dtype), factor, out)
 
     def product(self) -> Tensor:
         """This without its factor."""
-        return self.left @ self.right
+        return matmul(self.left, self.right)
 
     def dense(self, out: Tensor | None = None) -> Tensor:
-        return torch.matmul(self.left, self.right, out=out).mul_(self.factor)
+        return matmul(self.left, self.right, out).mul_(self.factor)
 
 
 def add_product_(dense: Tensor, left: Tensor, right: Tensor, factor: Number) -> Tensor:
     """dense += factor * left right, of matrices or of stacks of them."""
-    add = dense.addmm_ if dense.dim() == 2 else dense.baddbmm_
     left, factor = scaled(left, factor)
-    return add(left, right, alpha=factor)
+    return addmm_(dense, left, right, factor)

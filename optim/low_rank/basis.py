@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.projected_gradient import Kept, ProjectedGradient
-from ..distributed import LowRankUpdate, ProjectionSide
+from ..distributed import LowRankUpdate, ProjectionSide, matmul
 
 AT_ONCE = 2**22  # elements of a gradient that are made wider at a time
 
@@ -25,7 +25,7 @@ class Basis:
         if gradient.dtype != P.dtype and gradient.numel() > AT_ONCE:
             return self._project_in_parts(gradient)
         G = gradient.to(P.dtype)
-        return G @ P if self.side.right else P.mT @ G
+        return matmul(G, P) if self.side.right else matmul(P.mT, G)
 
     def _project_in_parts(self, gradient: Tensor) -> Tensor:
         """``project`` of some lines at a time, so that not all of a gradient is made in another dtype."""
@@ -43,7 +43,10 @@ class Basis:
         """The coordinates of a gradient, and what is outside of them times ``directions`` (side x columns)."""
         P, Z = self.columns, directions.to(self.columns.dtype)
         R, G = self.project(gradient), gradient.to(P.dtype)
-        outside = G @ Z - R @ (P.mT @ Z) if self.side.right else Z.mT @ G - (Z.mT @ P) @ R
+        if self.side.right:
+            outside = matmul(G, Z).sub_(matmul(R, matmul(P.mT, Z)))
+        else:
+            outside = matmul(Z.mT, G).sub_(matmul(matmul(Z.mT, P), R))
         return Kept(R, outside)
 
     def lift(self, coordinates: Tensor) -> LowRankUpdate:
