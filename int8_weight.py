@@ -310,6 +310,8 @@ def quantize(weight: Tensor, group_size: int = GROUP) -> Int8Weight:
     require(is_whole(group_size) and group_size >= 1, "group_size must be a whole number >= 1", group_size)
     require(weight.dim() == 2, "weights in 8 bits must be matrices (m, n), got the shape", tuple(weight.shape))
     made = without_values(tuple(weight.shape), weight.dtype, weight.device, group_size)
+    if weight.is_meta:
+        return made
     for rows in row_spans(weight):
         wide = weight[rows].detach().float()
         made.scales[rows] = _first_scales(wide, group_size)
