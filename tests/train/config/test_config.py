@@ -108,12 +108,16 @@ def test_betas_and_eps_that_are_not_given_are_the_optimizers_own(tmp_path):
     assert told(str(own)) == (0.908, 0.99, 1e-7)
 
 
+# Whose steps are as large as fits there.
+ON_A_CARD = [f"llama_7b_{name}" for name in ("galore_24gb", "q_galore_16gb", "q_apollo_12gb")]
+
+
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_every_embedded_configuration_is_valid(name, monkeypatch):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     config = load_config([name])
     assert config.run.output_dir == f"runs/{name}"
-    if name.startswith("llama"):
+    if name.startswith("llama") and name not in ON_A_CARD:
         run = config.run
         assert run.per_device_train_batch_size * run.gradient_accumulation_steps * config.data.block_size == 131_072
 
@@ -127,6 +131,7 @@ def test_the_papers_sizes_have_recipes():
     others += [f"llama_60m_{name}" for name in ("relora", "low_rank", "scale", "gradnormlorp")]
     others += [f"llama_130m_{name}" for name in ("sst", "blast", "rigl")]
     others += [f"llama_350m_{name}" for name in ("ldadam", "dct")]
+    others += ON_A_CARD
     methods = ("adamw", "galore", "sltrain", "apollo", "apollo_mini", "fira", "q_galore")
     assert sorted([*others, *(f"llama_{s}_{o}" for s in sizes for o in methods)]) == EMBEDDED
 
