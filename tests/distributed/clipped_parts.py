@@ -6,6 +6,7 @@ import cells
 import released_ddp_parts
 import released_parts
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,10 +15,6 @@ from gracile.optim.released import is_freed
 
 CLIP = 0.05
 STEPS = 12
-
-
-class Failure(Exception):
-    pass
 
 
 def built(cell, layout, released):
@@ -30,9 +27,8 @@ def built(cell, layout, released):
     return net, model, optimizer, release_gradients(model, optimizer, "nothing") if released else None
 
 
-def trained(cell, layout, released, failing=()):
-    """Whole weights and norms. The loss of step 5 is infinite; before those of ``failing`` a pass fails, the first or
-    the second of its step."""
+def trained(cell, layout, released):
+    """Whole weights and norms. The loss of step 5 is infinite."""
     net, model, optimizer, freed = built(cell, layout, released)
     norms = []
     for step in range(STEPS):
@@ -42,9 +38,6 @@ def trained(cell, layout, released, failing=()):
             loss.backward()
             return loss
 
-        if step in failing:
-            fail(net, model, freed, failing[step])
-            optimizer.zero_grad()
         if freed is not None:
             _, norm = freed.clipped_backward(closure, CLIP)
             owned = sum(p.grad is not None and not is_freed(p.grad) for p in net.parameters())
@@ -63,29 +56,6 @@ def trained(cell, layout, released, failing=()):
     return [p.clone() for p in whole], torch.stack(norms)
 
 
-def fail(net, model, freed, at):
-    """A pass that fails on all processes, after some of its gradients have come; after the second weights differ."""
-    passes = 0
-    before = [p.detach().clone() for p in net.parameters()]
-
-    def raises(_):
-        if passes == at:
-            raise Failure
-
-    def closure():
-        nonlocal passes
-        passes += 1
-        handle = net.square.register_forward_hook(lambda module, given, made: made.register_hook(raises) and None)
-        loss = model(*cells.share(20, 0))
-        handle.remove()
-        loss.backward()
-
-    with contextlib.suppress(Failure):
-        freed.clipped_backward(closure, CLIP)
-        raise AssertionError("no pass has failed")
-    assert all(map(torch.equal, before, net.parameters())) == (at == 1)
-
-
 def compare(tasks):
     """By cell and layout how far weights and norms are from those of an ordinary run, at rank 0."""
     released_ddp_parts.start()
@@ -102,10 +72,44 @@ def compare(tasks):
 
 
 def failures():
-    """How far weights are after a first pass that failed from those of a run without, under DDP; after a second one
-    replicas agree."""
+    """How far weights are after passes that failed from those of a run without, at rank 0; by which pass of a step."""
     released_ddp_parts.start()
-    cell = {"optimizer": "GaLoreAdamW"}
-    one, other = (trained(cell, "ddp", True, failing)[0] for failing in ({}, {3: 1, 7: 1}))
-    trained(cell, "ddp", True, {4: 2})
-    return released_ddp_parts.apart(one, other)
+    return {at: released_ddp_parts.apart(clipped_and_failed(None), clipped_and_failed(at)) for at in (1, 2)}
+
+
+def clipped_and_failed(at):
+    net = released_ddp_parts.Net(bias=False)
+    optimizer = released_ddp_parts.galore(net)
+    keep_out_of_ddp(net, optimizer, "nothing")
+    ddp = DistributedDataParallel(net)
+    freed = release_gradients(ddp, optimizer, "nothing")
+    for step in range(6):
+        if step in (3, 4) and at is not None:
+            fail(net, ddp, freed, at)
+            optimizer.zero_grad()
+            assert released_ddp_parts.agree(net.parameters())
+
+        def closure(step=step):
+            released_ddp_parts.loss_of(ddp, step).backward()
+
+        freed.clipped_backward(closure, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert released_ddp_parts.agree(net.parameters())
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def fail(net, ddp, freed, at):
+    """The first or the second pass of a step fails, at another place on each process."""
+    places = [None] * (at - 1) + [("first", "third")[dist.get_rank() % 2]]
+    before = [p.detach().clone() for p in net.parameters()]
+
+    def closure():
+        net.fails_at = places.pop(0)
+        released_ddp_parts.loss_of(ddp, 20).backward()
+
+    with contextlib.suppress(released_ddp_parts.Failure):
+        freed.clipped_backward(closure, CLIP)
+    assert not places
+    net.fails_at = None
+    assert all(map(torch.equal, before, net.parameters())) == (at == 1)
