@@ -138,8 +138,7 @@ class Exchange:
             raise RuntimeError(JOINED)
         if not ddp.require_backward_grad_sync and self.refused_pass is not None:
             raise RuntimeError(self.refused_pass)
-        if self.is_open:
-            self._abandon()
+        self.abandon()
         self.synced = ddp.require_backward_grad_sync
 
     @torch._disable_dynamo
@@ -162,9 +161,12 @@ class Exchange:
         self.missing, self.ready = [len(lot) for lot in self.lots], set()
 
     @torch.no_grad()
-    def _abandon(self) -> None:
-        """The end of a round that a pass left which failed. Other processes may wait for its lots, and get no numbers
-        where they have not failed. What has arrived at one of them is taken by all: it may have moved there."""
+    def abandon(self) -> None:
+        """The end of a round, if there is one, that a pass left which failed. Other processes may wait for its lots, and
+        get no numbers where they have not failed. What has arrived at one of them is taken by all: it may have moved
+        there."""
+        if not self.is_open:
+            return
         received, sent = self.sent - len(self.on_way), self.sent
         of_all = torch.tensor(received, device=self.lots[0][0].device)
         for lot in self.lots[sent:]:

@@ -25,6 +25,10 @@ Parameters move in ``step()``, so that passes add up, clipping and ``GradScaler`
 
 sums over processes what the hooks make: coordinates, or gradients of which each parameter moves when the sum is there
 (``Exchange``).
+
+    loss, norm = released.clipped_backward(closure, max_norm=1.0)
+
+clips by the exact norm of all gradients with ``nothing`` too, in two passes over the batch (``Clipping``).
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from ..validation import one_of, require
+from .clipping import Clipping, same_random_numbers
 from .core.optimizer import ShardedOptimizer
 from .core.projected_gradient import ProjectedGradient, local_of
 from .core.types import Group
@@ -60,7 +65,8 @@ from .kept_out_of_ddp import (
 READ = (
     "a gradient was freed in the backward pass, when its parameter had moved, and {what} wants it: clipping by a "
     "global norm, GradScaler and accumulation need all gradients; do without them (max_grad_norm=0, bf16 without a "
-    "scaler, one pass a step), or call remove() of what release_gradients returned"
+    "scaler, one pass a step), clip in two passes by clipped_backward() of what release_gradients returned, or call its "
+    "remove()"
 )
 TWICE = (
     "the gradient of a parameter of shape {shape} came again before optimizer.step(), and the parameter has moved: "
@@ -74,6 +80,10 @@ MORE_PASSES = (
 NO_SYNC = (
     "a pass under no_sync() adds to what later passes bring, and with keep='nothing' each parameter moves in the pass; "
     "give keep='coordinates', or one pass a step"
+)
+NO_GRADIENT = "no gradient came of the closure; it runs forward and backward, as in loss.backward(), and returns the loss"
+NOT_FINITE = (
+    "the norm of all gradients is {norm}, and nothing has moved; leave error_if_nonfinite out to go on without this step"
 )
 aten = torch.ops.aten
 VIEWS = (aten.detach.default, aten.view.default, aten.slice.Tensor)  # which read nothing
@@ -163,11 +173,13 @@ class ReleasedGradients:
         self.keep, self.passes = keep, passes
         self.optimizer, hook = optimizer, self._move if keep == NOTHING else self._project
         self.handles: list[RemovableHandle] = []
+        self.clipping: Clipping | None = None  # of the passes that are under way
         self.groups: dict[Tensor, Group] = {}
         for group in optimizer.param_groups:
             self.groups |= {p: group for p in group["params"] if p.requires_grad}
         self.exchange = None if ddp is None else self._exchange(ddp, keep)
         hooked: list[Any] = [*(self.groups if self.exchange is None else self.exchange.lot_of)]
+        self.not_hooked = [p for p in self.groups if p not in set(hooked)]  # DDP's own
         for p in hooked:
             self.handles.append(p.register_post_accumulate_grad_hook(hook))
         self.handles.append(optimizer.register_step_pre_hook(self._check))
@@ -178,7 +190,7 @@ class ReleasedGradients:
         parameters = reversed(left_to_exchange(ddp, self.optimizer).values())  # about as a pass comes to them
         lots = in_lots(parameters, partial(self._nbytes, keep))
         if keep == NOTHING:
-            return Exchange(ddp, lots, torch.zeros_like, self._move_now, self.optimizer.zero_grad, NO_SYNC)
+            return Exchange(ddp, lots, torch.zeros_like, self._have_gradient, self.optimizer.zero_grad, NO_SYNC)
         blank, arrived = self._no_coordinates, self._have_coordinates
         return Exchange(ddp, lots, blank, arrived, self.optimizer.zero_grad, None)
 
@@ -201,17 +213,100 @@ class ReleasedGradients:
         largest = max((local_of(p).nbytes for p in self.groups), default=0)
         return kept_bytes(self.optimizer, self.keep, self.passes) + largest
 
+    def clipped_backward(
+        self, closure: Callable[[], Any], max_norm: float, *, error_if_nonfinite: bool = False
+    ) -> tuple[Any, Tensor]:
+        """With ``keep="nothing"``, one step's passes, clipped by the norm of all gradients as
+        ``torch.nn.utils.clip_grad_norm_`` clips. ``optimizer.step()`` comes after it.
+
+        Forward and backward run twice over the batch, with the same random numbers of torch: first only norms stay of
+        gradients, and then each parameter moves by its gradient times min(1, max_norm / (norm + 1e-6)). Buffers that a
+        forward pass moves, such as those of BatchNorm, move twice.
+
+        Args:
+            closure: runs forward and backward and returns the loss, as closures of ``torch.optim`` do.
+            max_norm: above 0; infinity clips nothing.
+            error_if_nonfinite: raise for a norm that is infinite or not a number. Otherwise there is no second pass:
+                nothing moves, also not in ``step()``, as after an overflow that ``GradScaler`` found.
+
+        Returns:
+            What ``closure`` returned last, and the norm before clipping, of no dimension and in fp32 at least, equal on
+            all processes. Under FSDP2 it is that of all shards.
+
+        Raises:
+            ValueError: for another ``max_norm``, or ``keep="coordinates"``, whose gradients ``clip_grad_norm_`` takes.
+            RuntimeError: where ``closure`` makes no gradients, or runs several passes; for ``error_if_nonfinite``.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from gracile.optim import GaLoreAdamW, param_groups, release_gradients
+            >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+            >>> optimizer = GaLoreAdamW(param_groups(model, rank=4, target_modules="all-linear"), lr=0.01)
+            >>> released = release_gradients(model, optimizer, keep="nothing")
+            >>> batch = torch.randn(16, 64)
+            >>> def closure():
+            ...     loss = model(batch).square().mean()
+            ...     loss.backward()
+            ...     return loss
+            >>> loss, norm = released.clipped_backward(closure, max_norm=1.0)
+            >>> optimizer.step()
+            >>> optimizer.zero_grad()
+        """
+        require(self.keep == NOTHING, "keep must be 'nothing'; of coordinates clip_grad_norm_ works", self.keep)
+        require(max_norm > 0, "max_norm must be above 0", max_norm)
+        self.clipping = Clipping()
+        try:
+            return self._two_passes(self.clipping, closure, max_norm, error_if_nonfinite)
+        except Exception:
+            if self.exchange is not None:  # now, and not at the next pass: what is on its way is this one's
+                self.exchange.abandon()
+            raise
+        finally:
+            self.clipping = None
+
+    def _two_passes(
+        self, clipping: Clipping, closure: Callable[[], Any], max_norm: float, error_if_nonfinite: bool
+    ) -> tuple[Any, Tensor]:
+        with same_random_numbers(self.groups):
+            loss = closure()
+        with torch.no_grad():
+            for p in self.not_hooked:
+                if p.grad is not None:
+                    clipping.measure(p)
+            norm = clipping.total_norm(self.groups)
+        if not clipping.norms:
+            raise RuntimeError(NO_GRADIENT)
+        if not torch.isfinite(norm):
+            if error_if_nonfinite:
+                raise RuntimeError(NOT_FINITE.format(norm=norm.item()))
+            return loss, norm
+        clipping.scale_to(norm, max_norm)
+        loss = closure()
+        with torch.no_grad():
+            for p in self.not_hooked:
+                if p.grad is not None:
+                    clipping.scale(p)
+        return loss, norm
+
     @torch.no_grad()
     def _move(self, p: Tensor) -> None:
-        if self.optimizer.has_moved_early(p):
+        measured = self.clipping is not None and self.clipping.has_measured(p)
+        if measured or self.optimizer.has_moved_early(p):
             p.grad = None
             raise RuntimeError(TWICE.format(shape=tuple(p.shape)))
         if self.exchange is None:
-            self._move_now(p)
+            self._have_gradient(p)
         else:
             self.exchange.give(p)
 
-    def _move_now(self, p: Tensor) -> None:
+    def _have_gradient(self, p: Tensor) -> None:
+        """All of it, of all processes."""
+        if self.clipping is not None and self.clipping.measures:
+            self.clipping.measure(p)
+            return
+        if self.clipping is not None:
+            self.clipping.scale(p)
         freed = _freed(p)  # before a method may use up the gradient
         self.optimizer.move_early(p)
         p.grad = freed

@@ -40,6 +40,22 @@ def test_a_run_has_the_bits_of_one_that_keeps_all_and_goes_on_with_either(optimi
     assert same(weights(broken), weights(tmp_path / "run"))
 
 
+def test_a_run_that_clips_in_two_passes_is_that_of_one_that_keeps_all(tiny, tmp_path, metrics):
+    """Dropout draws the same numbers, and logged are norms before clipping."""
+    config = tiny(gradient_accumulation_steps=1, max_grad_norm=0.3, model_overrides={"attention_dropout": 0.1})
+    freed = ["--keep_gradients", "nothing", "--clip_in_two_passes", "true", "--output_dir", str(tmp_path / "freed")]
+    assert main([config]) == main([config, *freed]) == 0
+    one, other = weights(tmp_path / "run"), weights(tmp_path / "freed")
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5)
+    histories = [metrics(tmp_path / run)["history"] for run in ("run", "freed")]
+    norms = [[entry["grad_norm"] for entry in history if "grad_norm" in entry] for history in histories]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert min(norms[0]) > 0.3
+    losses = [[entry["loss"] for entry in history if "loss" in entry] for history in histories]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 @pytest.mark.parametrize(("passes", "clip", "turns"), [(1, 0.0, None), (1, 0.3, 7), (2, 0.0, None)])
 def test_a_run_that_keeps_coordinates_is_that_of_one_that_keeps_all(passes, clip, turns, tiny, tmp_path, metrics):
     """To the bit where nothing is added or scaled."""
@@ -113,7 +129,15 @@ def test_it_is_planned_and_not_measured(tiny, capsys):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"max_grad_norm": 1.0}, "max_grad_norm 1 clips by the norm of all; give --max_grad_norm 0"),
+        (
+            {"max_grad_norm": 1.0},
+            "max_grad_norm 1 clips by the norm of all; give --max_grad_norm 0, or --clip_in_two_passes true",
+        ),
+        ({"clip_in_two_passes": True}, "clip_in_two_passes needs max_grad_norm above 0, got 0"),
+        (
+            {"clip_in_two_passes": True, "keep_gradients": "coordinates", "max_grad_norm": 1.0},
+            "clip_in_two_passes is for keep_gradients: nothing, got coordinates, which clips in one pass; leave it out",
+        ),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 2 adds up several passes"),
         ({"optimizer": "adamw"}, "which adamw cannot; choose an optimizer of gracile"),
         ({"deepspeed": ZERO2}, "DeepSpeed owns them; use DistributedDataParallel or FSDP2, or one process"),

@@ -200,6 +200,13 @@ class MethodArguments:
             "its coordinates. nothing: each parameter moves in the backward pass, and its gradient is freed at once."
         },
     )
+    clip_in_two_passes: bool = field(
+        default=False,
+        metadata={
+            "help": "With keep_gradients: nothing, clip by max_grad_norm all the same: forward and backward run twice "
+            "over each batch, first for the norm of all gradients."
+        },
+    )
 
 
 @dataclass

@@ -77,6 +77,8 @@ def _check_kept_gradients(config: AnySettings) -> None:
     run, kept = config.run, config.optimizer.keep_gradients
     if kept not in KEPT:
         raise BadInput(f"keep_gradients must be one of {', '.join(KEPT)}, got {kept!r}; {nearest(kept, KEPT)}")
+    if config.optimizer.clip_in_two_passes:
+        _check_two_passes(run, kept)
     if kept == ALL:
         return
     frees = f"keep_gradients: {kept} frees gradients in the backward pass"
@@ -87,18 +89,28 @@ def _check_kept_gradients(config: AnySettings) -> None:
     if kept == COORDINATES and not kind.keeps_coordinates:
         raise BadInput(f"{frees}, and {name} needs more of them than coordinates; give --keep_gradients {NOTHING}")
     if kept == NOTHING:
-        _check_nothing_kept(run, frees)
+        _check_nothing_kept(run, frees, config.optimizer.clip_in_two_passes)
     if run.deepspeed:
         raise BadInput(f"{frees}, and DeepSpeed owns them; use DistributedDataParallel or FSDP2, or one process")
     if run.fsdp and kept == COORDINATES:
         raise BadInput(f"{frees}, and FSDP splits them before; give --keep_gradients {NOTHING}")
 
 
-def _check_nothing_kept(run: RunArguments, frees: str) -> None:
-    """Refuse what wants the gradients of a whole step."""
-    if run.max_grad_norm:
+def _check_two_passes(run: RunArguments, kept: str) -> None:
+    if kept != NOTHING:
         raise BadInput(
-            f"{frees}, and max_grad_norm {run.max_grad_norm:g} clips by the norm of all; give --max_grad_norm 0"
+            f"clip_in_two_passes is for keep_gradients: {NOTHING}, got {kept}, which clips in one pass; leave it out"
+        )
+    if not run.max_grad_norm:
+        raise BadInput("clip_in_two_passes needs max_grad_norm above 0, got 0; leave it out, or give --max_grad_norm 1")
+
+
+def _check_nothing_kept(run: RunArguments, frees: str, two_passes: bool) -> None:
+    """Refuse what wants the gradients of a whole step."""
+    if run.max_grad_norm and not two_passes:
+        raise BadInput(
+            f"{frees}, and max_grad_norm {run.max_grad_norm:g} clips by the norm of all; give --max_grad_norm 0, or "
+            "--clip_in_two_passes true, which passes twice over each batch"
         )
     if run.gradient_accumulation_steps > 1:
         raise BadInput(

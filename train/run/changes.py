@@ -44,7 +44,7 @@ AROUND = {
     "deepspeed", "fsdp", "fsdp_config", "use_cpu", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb",
     "ddp_find_unused_parameters", "ddp_broadcast_buffers", "ddp_static_graph", "local_rank", "trust_remote_code",
 }  # fmt: skip
-OWN_AROUND = {"keep_gradients"}  # the same of our keys
+OWN_AROUND = {"keep_gradients", "clip_in_two_passes"}  # the same of our keys
 NOT_LAMBDAS = {"reduce_lr_on_plateau", "greedy"}  # their rate follows from losses, not from the step
 
 

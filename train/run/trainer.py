@@ -52,6 +52,7 @@ class RunTrainer(Trainer):
         self.config, self.layout, self.weights_are_loaded = config, layout, weights_are_loaded
         self.given_optimizer: torch.optim.Optimizer | None = None  # before an engine wrapped it
         self.released: ReleasedGradients | None = None
+        self._norm: torch.Tensor | None = None  # where two passes clip
         super().__init__(**kwargs)
         self._first_bad_step = torch.full((), -1, dtype=torch.long, device=self.args.device)
         self._resumed_from: Path | None = None
@@ -80,14 +81,23 @@ class RunTrainer(Trainer):
         self._new_schedule = {key: value for key, value in vars(scheduler).items() if key not in COUNTERS}
         return scheduler
 
-    # ---- non-finite losses --------------------------------------------------------------------------------------
+    # ---- passes and non-finite losses ---------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+        passes = partial(super().training_step, *args, **kwargs)
+        if self.config.optimizer.clip_in_two_passes:
+            assert self.released is not None
+            loss, self._norm = self.released.clipped_backward(passes, self.args.max_grad_norm)
+        else:
+            loss = passes()
         # Kept on the device, and read where the Trainer reads the loss anyway: no synchronisation per step.
         bad = ~torch.isfinite(loss) & (self._first_bad_step < 0)
         self._first_bad_step = torch.where(bad, self.state.global_step + 1, self._first_bad_step)
         return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """The norm before clipping, which two passes have done already."""
+        return super()._clip_grad_norm(model) if self._norm is None else self._norm
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         due = self.control.should_log or self.control.should_save or self.control.should_evaluate
