@@ -65,8 +65,8 @@ from .kept_out_of_ddp import (
 READ = (
     "a gradient was freed in the backward pass, when its parameter had moved, and {what} wants it: clipping by a "
     "global norm, GradScaler and accumulation need all gradients; do without them (max_grad_norm=0, bf16 without a "
-    "scaler, one pass a step), clip in two passes by clipped_backward() of what release_gradients returned, or call its "
-    "remove()"
+    "scaler, one pass a step), clip in two passes by clipped_backward() of what release_gradients returned, or call "
+    "its remove()"
 )
 TWICE = (
     "the gradient of a parameter of shape {shape} came again before optimizer.step(), and the parameter has moved: "
@@ -81,9 +81,12 @@ NO_SYNC = (
     "a pass under no_sync() adds to what later passes bring, and with keep='nothing' each parameter moves in the pass; "
     "give keep='coordinates', or one pass a step"
 )
-NO_GRADIENT = "no gradient came of the closure; it runs forward and backward, as in loss.backward(), and returns the loss"
+NO_GRADIENT = (
+    "no gradient came of the closure; it runs forward and backward, as in loss.backward(), and returns the loss"
+)
 NOT_FINITE = (
-    "the norm of all gradients is {norm}, and nothing has moved; leave error_if_nonfinite out to go on without this step"
+    "the norm of all gradients is {norm}, and nothing has moved; leave error_if_nonfinite out to go on without this "
+    "step"
 )
 aten = torch.ops.aten
 VIEWS = (aten.detach.default, aten.view.default, aten.slice.Tensor)  # which read nothing
