@@ -1,5 +1,5 @@
-"""Clipping by the norm of all gradients where none is kept: a first backward pass leaves their norms alone, a second
-one over the same batch moves parameters by gradients that are scaled."""
+"""Clipping by the norm of all gradients where none is kept: of a first backward pass only norms stay, a second one over
+the same batch moves parameters by gradients that are scaled."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Clipping:
 def _norm(norms: list[Tensor], device: torch.device) -> Tensor:
     if not norms:
         return torch.zeros((), device=device)
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
-    return total
+    of_norms: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    return of_norms
 
 
 def _split_over(p: Tensor) -> tuple[object, ...]:

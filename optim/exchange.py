@@ -162,7 +162,7 @@ class Exchange:
 
     @torch.no_grad()
     def abandon(self) -> None:
-        """The end of a round, if there is one, that a pass left which failed. Other processes may wait for its lots,
+        """The end of a round that a pass left which failed, if there is one. Other processes may wait for its lots,
         and get no numbers where they have not failed. What has arrived at one of them is taken by all: it may have
         moved there."""
         if not self.is_open:

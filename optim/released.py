@@ -45,7 +45,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..validation import one_of, require
 from .clipping import Clipping, same_random_numbers
-from .core.optimizer import ShardedOptimizer
+from .core.optimizer import EARLY, ShardedOptimizer
 from .core.projected_gradient import ProjectedGradient, local_of
 from .core.types import Group
 from .distributed import UnsupportedLayout, is_dtensor
@@ -65,8 +65,8 @@ from .kept_out_of_ddp import (
 READ = (
     "a gradient was freed in the backward pass, when its parameter had moved, and {what} wants it: clipping by a "
     "global norm, GradScaler and accumulation need all gradients; do without them (max_grad_norm=0, bf16 without a "
-    "scaler, one pass a step), clip in two passes by clipped_backward() of what release_gradients returned, or call "
-    "its remove()"
+    "scaler, one pass a step), or call remove() of what release_gradients returned, or its clipped_backward(), which "
+    "clips in two passes"
 )
 TWICE = (
     "the gradient of a parameter of shape {shape} came again before optimizer.step(), and the parameter has moved: "
@@ -85,8 +85,7 @@ NO_GRADIENT = (
     "no gradient came of the closure; it runs forward and backward, as in loss.backward(), and returns the loss"
 )
 NOT_FINITE = (
-    "the norm of all gradients is {norm}, and nothing has moved; leave error_if_nonfinite out to go on without this "
-    "step"
+    "the norm of all gradients is {norm}, and nothing has moved; leave error_if_nonfinite out to go on without the step"
 )
 aten = torch.ops.aten
 VIEWS = (aten.detach.default, aten.view.default, aten.slice.Tensor)  # which read nothing
@@ -164,7 +163,7 @@ def is_freed(grad: Tensor | None) -> bool:
 
 
 class ReleasedGradients:
-    """The hooks of a model and its optimizer; ``remove`` takes them away."""
+    """The hooks of a model and its optimizer; ``remove`` takes them away. ``clipped_backward`` clips in two passes."""
 
     def __init__(
         self,
@@ -305,6 +304,10 @@ class ReleasedGradients:
 
     def _have_gradient(self, p: Tensor) -> None:
         """All of it, of all processes."""
+        with self.optimizer.phase(EARLY):
+            self._take(p)
+
+    def _take(self, p: Tensor) -> None:
         if self.clipping is not None and self.clipping.measures:
             self.clipping.measure(p)
             return
@@ -331,7 +334,7 @@ class ReleasedGradients:
     def _reduce(self, p: Tensor, refresh: bool) -> None:
         """``refresh``: what there is is the gradient of a whole step."""
         assert p.grad is not None
-        with torch.autocast(p.device.type, enabled=False):
+        with self.optimizer.phase(EARLY), torch.autocast(p.device.type, enabled=False):
             reduce = self.optimizer.reduction_of(p, self.groups[p], refresh)
             if reduce is not None:
                 whole = self.exchange is None or refresh  # or it is one process's part of a sum
@@ -401,7 +404,7 @@ def release_gradients(
             one pass anyhow.
 
     Returns:
-        What ``remove()`` ends it by.
+        What ``remove()`` ends it by, and with ``nothing`` ``clipped_backward()`` clips by the norm of all gradients.
 
     Raises:
         ValueError: for another ``keep``, ``passes`` that are not 1, or processes that were told different things.
@@ -410,8 +413,8 @@ def release_gradients(
             several processes with whole parameters that are not in one; with ``capturable``; of coordinates, for a
             class that needs more, and of masks under FSDP2. Later, from ``step()``, where parameters were replaced
             since.
-        RuntimeError: later, where something reads a gradient that was freed, as with ``nothing`` global clipping,
-            GradScaler and a second pass in one step do, ``no_sync`` among it.
+        RuntimeError: later, where something reads a gradient that was freed, as with ``nothing`` global clipping
+            (but ``clipped_backward``), GradScaler and a second pass in one step do, ``no_sync`` among it.
 
     Example:
         >>> import torch

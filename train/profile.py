@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +21,7 @@ from . import finetune, pretrain
 from .atomic_write import valid_json
 from .build.model import architecture, build_model, checkpoints_activations
 from .build.tuned_model import base_architecture
-from .config.arguments import ALL, AnySettings, Config
+from .config.arguments import AnySettings, Config
 from .config.finetune_arguments import FinetuneConfig
 from .config.output_files import check_output
 from .config.parser import OneLineParser
@@ -111,9 +112,13 @@ class Watched:
     def __init__(self, trainer: Profiled) -> None:
         self._trainer, self._device = trainer, trainer.args.device
         self._gradients = measure.Gradients(trainer.model)
+        self._freed: measure.FreedGradients | None = None
+        if trainer.released is not None:
+            self._freed = measure.FreedGradients(trainer.model, trainer.released.optimizer)
         self.weights: set[int] = set()
         self.batch = (0, 0)
         self.held: dict[str, int] = {}
+        self.gradients = 0  # when a step begins
         self._optimizer = trainer.optimizer
         self._unhook = measure.around_steps(self._optimizer, before=self._hold)
         cuda = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
@@ -130,10 +135,21 @@ class Watched:
         self.profiler.stop()
         self._gradients.close()
         self._unhook()
+        self.gradients = self.held[GRADIENTS]
         if self._trainer.layout.stage >= 2:  # their gradients are views into buckets
             return measure.passed(self.profiler, self._device, set(), self.weights)
         self.held[GRADIENTS] = max(self.held[GRADIENTS], self._gradients.bytes)  # which ZeRO 1 frees before the step
-        return measure.passed(self.profiler, self._device, self._gradients.addresses, self.weights)
+        if self._freed is None:
+            self.gradients = self.held[GRADIENTS]
+        else:
+            self._freed.close()
+            self.held[GRADIENTS] = max(self.held[GRADIENTS], self._freed.bytes)
+        return measure.passed(self.profiler, self._device, self._gradients.addresses, self.weights, self.used)
+
+    @property
+    def used(self) -> Sequence[AbstractSet[int]]:
+        """The addresses of gradients at each time that one was used which is freed in the pass."""
+        return () if self._freed is None else self._freed.used
 
 
 class _Steps(TrainerCallback):
@@ -164,11 +180,6 @@ def profile(
     silent = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none"}
     fixed = {**silent, "max_steps": steps + 2, "output_dir": output_dir, "disable_tqdm": "true"}
     config = load_either([*arguments, *(f"--{key}={value}" for key, value in fixed.items())], command)
-    if config.optimizer.keep_gradients != ALL:
-        raise BadInput(
-            f"keep_gradients: {config.optimizer.keep_gradients} moves parameters in the backward pass, of which no "
-            "step is measured apart; profile with --keep_gradients all, and plan it by gracile memory"
-        )
     _leave_out_evaluations(config)
     planner = Planner(config, on_cpu=config.run.device.type == "cpu")
     deepspeed.prepare(config.run)
@@ -221,15 +232,16 @@ def compared(trainer: Profiled, planner: Planner) -> dict[str, Any]:
     examples, tokens = watched.batch
     plan = planner.plan(optimizer, examples, checkpoints_activations(run), tokens)
     found = watched.held | {ACTIVATIONS: moment.activations, TEMPORARY: moment.at_peak.temporary}
-    found[STEP] = measure.stepped(watched.profiler, run.device)
+    found[STEP] = measure.stepped(watched.profiler, run.device, watched.used)
     planned = {kind: plan.held[kind] + plan.offloaded[kind] for kind in KINDS}
     for bytes_of in (planned, found):  # DeepSpeed's are temporary; DistributedDataParallel's cannot be seen
         buffers = bytes_of.pop(BUFFERS, 0)
         bytes_of[TEMPORARY] += buffers if planner.division.stage else 0
-    in_the_pass = {**asdict(moment.at_peak), STEP: 0}
+    of_pass = asdict(moment.at_peak)
+    in_the_pass = {STEP: of_pass.pop("step"), **of_pass}
     if planner.division.stage >= 2 or run.gradient_accumulation_steps > 1:
-        in_the_pass[GRADIENTS] += watched.held[GRADIENTS]  # which exist before the last pass
-    in_the_step = {ACTIVATIONS: 0, GRADIENTS: watched.held[GRADIENTS], TEMPORARY: 0, STEP: found[STEP]}
+        in_the_pass[GRADIENTS] += watched.gradients  # which exist before the last pass
+    in_the_step = {ACTIVATIONS: 0, GRADIENTS: watched.gradients, TEMPORARY: 0, STEP: found[STEP]}
     return {
         "model": planner.config.model.model,
         "optimizer": optimizer,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..optim.core.optimizer import ShardedOptimizer
 from ..validation import is_whole, require
 from .measurement import measure
 from .measurement.kinds import GRADIENTS
@@ -34,6 +35,7 @@ PEAK = "peak"
 class MemoryWatch:
     """Bytes that this process holds at each step of an optimizer: weights, gradients, and state by what it is for.
 
+    Of gradients that are freed in backward passes (``release_gradients``) it is the most that were there together.
     ``now`` and ``most`` map kinds to bytes: of the newest step, and the largest so far. ``peak`` among them is what
     the process has held at most, allocated on the GPU, or resident in RAM where there is none.
 
@@ -71,6 +73,7 @@ class MemoryWatch:
         self._log_dir = log_dir
         self._writer: SummaryWriter | None = None
         self._gradients = 0
+        self._freed: measure.FreedGradients | None = None
         self._unhook: Callable[[], None] | None = None
 
     def __enter__(self) -> MemoryWatch:
@@ -80,6 +83,9 @@ class MemoryWatch:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(log_dir=str(self._log_dir))
+        given = measure.layers_of(self.optimizer)[-1]
+        if isinstance(given, ShardedOptimizer):
+            self._freed = measure.FreedGradients(self.model, given)
         self._unhook = measure.around_steps(self.optimizer, self._before_step, self._after_step)
         return self
 
@@ -92,15 +98,21 @@ class MemoryWatch:
         """Stop watching, and write what is left."""
         if self._unhook is not None:
             self._unhook()
+        if self._freed is not None:
+            self._freed.close()
         if self._writer is not None:
             self._writer.close()
-        self._unhook = self._writer = None
+        self._unhook = self._freed = self._writer = None
 
     def _before_step(self) -> None:
-        """Count gradients now: they may be freed in the step."""
+        """Count gradients now: they may be freed in the step, or were in backward passes."""
         self.step += 1
         if self.step % self.every == 0:
             self._gradients = measure.held(self.model, self.optimizer)[GRADIENTS]
+            if self._freed is not None:
+                self._gradients = max(self._gradients, self._freed.bytes)
+        if self._freed is not None:
+            self._freed.begin_again()
 
     def _after_step(self) -> None:
         if self.step % self.every:

@@ -81,6 +81,7 @@ from .types import Group, OpenStep, ParamGroup, ParamStep, State
 
 # Phases of a step, by the names that a listener gets.
 FIND, UPDATE, AFTER = "find", "update", "after"
+EARLY = "early"  # in a backward pass: a gradient is there, and is moved by or reduced
 # The keys of every class beside its constructor's, with what they are where they are not given.
 COMMON_KEYS: Mapping[str, Any] = {
     "maximize": False, "stochastic_rounding": False, "rounding_seed": 0, "capturable": False
@@ -116,7 +117,7 @@ class ShardedOptimizer(CapturableStep):
         together: what of a model must be stepped together, for a message; None where each parameter may be by itself.
         phase_listener: None, or what is called with the name of each phase and returns a context manager for it; set
             it to see where the time of a step goes. ``find`` comes only where a subspace or a mask is due, also inside
-            the other two.
+            the other two. ``early`` comes in backward passes, from ``release_gradients``, with the others inside.
     """
 
     checks: ClassVar[Mapping[str, Check]] = {}

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from gracile.optim import GaLoreAdamW
+from gracile.optim import GaLoreAdamW, release_gradients
 from gracile.train.measurement import measure
 from gracile.train.measurement.phase_timer import PhaseTimer
 from gracile.train.profile import main
+from gracile.train.watch import MemoryWatch
 
 
 def told(capsys, *arguments):
@@ -141,6 +142,47 @@ def test_the_steps_of_an_optimizer_are_timed_and_so_are_its_refreshes(cls):
         timer.step_has_ended()
     assert all(step["optimizer"] > 0 for step in timer.steps)
     assert [step["refresh"] > 0 for step in timer.steps] == [cls is GaLoreAdamW, False, cls is GaLoreAdamW]
+
+
+@pytest.mark.parametrize("keep", ["nothing", "coordinates"])
+def test_what_an_optimizer_does_in_a_backward_pass_is_its_time_and_not_the_pass(keep, monkeypatch):
+    layer = nn.Linear(8, 8)
+    optimizer = GaLoreAdamW([{"params": [layer.weight], "rank": 2, "update_proj_gap": 2}])
+    release_gradients(layer, optimizer, keep=keep, passes=1)
+    slow = {"nothing": "move", "coordinates": "reduction_of"}[keep]
+    plain = getattr(optimizer, slow)
+    monkeypatch.setattr(optimizer, slow, lambda *given: (time.sleep(0.03), plain(*given))[1])
+    timer = PhaseTimer()
+    timer.listen_to(optimizer)
+    timer.step_has_ended()
+    for _ in range(3):
+        timer.timed("backward", layer(torch.ones(1, 8)).sum().backward)()
+        in_the_pass = timer._now["optimizer"]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert in_the_pass >= 0.03
+        timer.step_has_ended()
+    assert min(step["backward"] for step in timer.steps) < 0.03
+    assert [step["refresh"] > 0 for step in timer.steps] == [True, False, True]
+
+
+def test_gradients_that_are_freed_are_counted_while_they_are_there():
+    """By hand, also in a second pass, which is added to coordinates."""
+    model = nn.Sequential(nn.Linear(100, 300, bias=False), nn.ReLU(), nn.Linear(300, 50, bias=False))
+    optimizer = GaLoreAdamW([{"params": [p], "rank": 4, "update_proj_gap": 50} for p in model.parameters()])
+    sizes = [4 * p.numel() for p in model.parameters()]
+    reduced = 2 * 4 * (300 * 4 + 300 * 4)  # coordinates, and four columns of the rest
+    for keep, most in (("nothing", max(sizes)), ("coordinates", reduced + sizes[0])):
+        released = release_gradients(model, optimizer, keep=keep)
+        with MemoryWatch(model, optimizer) as memory:
+            for _ in range(3):
+                for _ in range(2 if keep == "coordinates" else 1):
+                    model(torch.ones(8, 100)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert memory.now["gradients"] == most
+        assert optimizer.phase_listener is None
+        released.remove()
 
 
 def test_what_a_profiled_pass_made():

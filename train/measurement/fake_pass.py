@@ -29,10 +29,11 @@ class AtPeak:
     activations: int = 0
     gradients: int = 0
     temporary: int = 0
+    step: int = 0  # of an optimizer that works in the pass, as it was measured
 
     @property
     def bytes(self) -> int:
-        return self.activations + self.gradients + self.temporary
+        return self.activations + self.gradients + self.temporary + self.step
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Callable, Iterable
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -15,14 +18,18 @@ from torch import Tensor, nn
 from torch._C._profiler import _EventType
 
 from ...int8_weight import memory_of
+from ...optim.core.optimizer import EARLY, ShardedOptimizer
+from ...optim.core.projected_gradient import ProjectedGradient, local_of
 from ...optim.memory import state_by_kind
+from ...optim.released import is_freed
 from ..build.four_bits import scales_of
 from ..engines import deepspeed
 from .fake_pass import AtPeak, Pass
 from .kinds import BUFFERS, FROZEN, GRADIENTS, MASTER, WEIGHTS
 
-# Marks in a profiled step: the forward pass, and the moment when the last gradient is complete.
-FORWARD, ALL_GRADIENTS = "gracile: forward", "gracile: all gradients"
+# Marks in a profiled step: the forward pass, the moment when the last gradient is complete, and the times in which an
+# optimizer uses a gradient that is freed in the pass.
+FORWARD, ALL_GRADIENTS, USED = "gracile: forward", "gracile: all gradients", "gracile: a gradient is used"
 
 
 def storage_bytes(tensors: Iterable[Any]) -> int:
@@ -52,7 +59,12 @@ def weights_of(model: nn.Module) -> dict[str, list[Tensor]]:
 
 
 def gradients_of(model: nn.Module) -> list[Tensor]:
-    return [p.grad for p in model.parameters() if p.grad is not None]
+    """Gradients, and what is kept of those that were reduced."""
+    found: list[Tensor] = []
+    for p in model.parameters():
+        own = local_of(p.grad)
+        found += own.kept if isinstance(own, ProjectedGradient) else [] if own is None or is_freed(own) else [own]
+    return found
 
 
 def layers_of(optimizer: Any) -> list[Any]:
@@ -124,6 +136,49 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
+class FreedGradients:
+    """Of gradients that are freed in backward passes (``release_gradients``), which are alive at the same time.
+
+    ``bytes`` is the most; ``used`` has, for each time that one was there, the addresses of all that were.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: ShardedOptimizer) -> None:
+        self.bytes, self.used = 0, list[set[int]]()
+        self._model, self._optimizer, self._before = model, optimizer, optimizer.phase_listener
+        optimizer.phase_listener = self._listen
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._hooks = [p.register_hook(partial(self._come, p)) for p in trained]
+
+    def begin_again(self) -> None:
+        self.bytes, self.used = 0, []
+
+    def close(self) -> None:
+        self._optimizer.phase_listener = self._before
+        for hook in self._hooks:
+            hook.remove()
+
+    @contextmanager
+    def _listen(self, name: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            if name == EARLY:
+                self._count(gradients_of(self._model))
+                stack.enter_context(torch.profiler.record_function(USED))
+            if self._before is not None:
+                stack.enter_context(self._before(name))
+            yield
+
+    def _come(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Of a later pass, which is reduced as it is added to what is kept."""
+        if isinstance(local_of(parameter.grad), ProjectedGradient):
+            self._count([*gradients_of(self._model), gradient])
+            with torch.profiler.record_function(USED):
+                pass
+
+    def _count(self, here: list[Tensor]) -> None:
+        self.bytes = max(self.bytes, storage_bytes(here))
+        self.used.append(addresses(here))
+
+
 class Gradients:
     """A model's gradients when the last of them is complete: engines free them soon after."""
 
@@ -190,12 +245,14 @@ def passed(
     device: torch.device,
     gradients: AbstractSet[int],
     weights: AbstractSet[int] = frozenset(),
+    used: Sequence[AbstractSet[int]] = (),
 ) -> Pass:
     """The last forward and backward pass of a profiled step, as ``fake_pass.FakePass`` predicts it.
 
     Args:
         gradients: the addresses of the gradients when the last of them was complete.
         weights: the addresses of the weights at the end of the forward pass, in which ZeRO 3 gathers them.
+        used: those of gradients at each time that one was used, of ``FreedGradients``.
     """
     marks = _marks(profiler)
     begin, length = marks[FORWARD]
@@ -203,13 +260,16 @@ def passed(
     forward_end = begin + length
     made = [one for one in allocations(profiler, device) if one.begin >= begin]
     activations = {one for one in made if one.alive(forward_end) and one.address not in weights}
-    kept = {one for one in made if one.address in gradients and one.alive(come)}
+    kept = {one for one in made if one.address in gradients and one.alive(come)} | _used(profiler, made, used)
+    of_step = {one for one in made if _is_in(one, _spans(profiler, USED)) and one not in kept}
+    made = [one for one in made if one not in of_step or one.end < math.inf]  # new state is held
 
     def alive(moment: int) -> AtPeak:
         here = [one for one in made if one.alive(moment)]
         of = sum(one.size for one in here if one in kept)
         saved = sum(one.size for one in here if one in activations and one not in kept)
-        return AtPeak(saved, of, sum(one.size for one in here) - of - saved)
+        step = sum(one.size for one in here if one in of_step)
+        return AtPeak(saved, of, sum(one.size for one in here) - of - saved - step, step)
 
     total, most, moment = 0, 0, begin
     for when, change in sorted([(one.begin, one.size) for one in made] + [(one.end, -one.size) for one in made]):
@@ -219,11 +279,15 @@ def passed(
     return Pass(sum(one.size for one in activations), alive(moment))
 
 
-def stepped(profiler: torch.profiler.profile, device: torch.device) -> int:
-    """The peak of temporary memory once the last gradient was complete: in clipping and the optimizer's step. New state
-    does not count, for it is not freed."""
+def stepped(profiler: torch.profiler.profile, device: torch.device, used: Sequence[AbstractSet[int]] = ()) -> int:
+    """The peak of temporary memory once the last gradient was complete, in clipping and the optimizer's step, and of
+    what it needs in the pass, where gradients are freed in it. New state does not count, for it is not freed.
+    ``used`` as for ``passed``."""
     come, _ = _marks(profiler)[ALL_GRADIENTS]
-    made = [one for one in allocations(profiler, device) if one.begin > come and one.end < math.inf]
+    spans = _spans(profiler, USED)
+    found = [one for one in allocations(profiler, device) if one.end < math.inf]
+    gradients = _used(profiler, found, used)
+    made = [one for one in found if (one.begin > come or _is_in(one, spans)) and one not in gradients]
     total = most = 0
     for _, change in sorted([(one.begin, one.size) for one in made] + [(one.end, -one.size) for one in made]):
         total += change
@@ -233,7 +297,28 @@ def stepped(profiler: torch.profiler.profile, device: torch.device) -> int:
 
 def _marks(profiler: torch.profiler.profile) -> dict[str, tuple[int, int]]:
     """Where the last mark of each name begins, and how long it is."""
+    return {name: spans[-1] for name in (FORWARD, ALL_GRADIENTS) if (spans := _spans(profiler, name))}
+
+
+def _spans(profiler: torch.profiler.profile, name: str) -> list[tuple[int, int]]:
+    """Where each mark of a name begins, and how long it is."""
     assert profiler.profiler is not None
     results: Any = profiler.profiler.kineto_results
-    found = sorted((event.start_ns(), event.duration_ns(), event.name()) for event in results.events())
-    return {name: (start, length) for start, length, name in found if name in (FORWARD, ALL_GRADIENTS)}
+    return sorted((event.start_ns(), event.duration_ns()) for event in results.events() if event.name() == name)
+
+
+def _is_in(one: Allocation, spans: Sequence[tuple[int, int]]) -> bool:
+    before = bisect(spans, (one.begin, math.inf))
+    return before > 0 and one.begin <= sum(spans[before - 1])
+
+
+def _used(
+    profiler: torch.profiler.profile, made: Iterable[Allocation], used: Sequence[AbstractSet[int]]
+) -> set[Allocation]:
+    """Those that were gradients at one of the times of ``used``."""
+    at: dict[int, list[Allocation]] = {}
+    for one in made:
+        at.setdefault(one.address, []).append(one)
+    times = _spans(profiler, USED)
+    pairs = ((begin, at.get(address, [])) for (begin, _), here in zip(times, used, strict=True) for address in here)
+    return {one for begin, found in pairs for one in found if one.alive(begin)}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...optim.core.optimizer import ShardedOptimizer
+from ...optim.core.optimizer import EARLY, FIND, ShardedOptimizer
 
 FORWARD, BACKWARD, OPTIMIZER, REFRESH, DATA, OTHER = "forward", "backward", "optimizer", "refresh", "data", "other"
 PHASES = (FORWARD, BACKWARD, OPTIMIZER, REFRESH, DATA, OTHER)
@@ -56,8 +56,10 @@ class PhaseTimer:
         optimizer.phase_listener = self.listener
 
     def listener(self, name: str) -> AbstractContextManager[None]:
-        """What ``ShardedOptimizer.phase_listener`` is: "find" is emitted in steps with a refresh only."""
-        return self.phase(REFRESH) if name == "find" else nullcontext()
+        """What ``ShardedOptimizer.phase_listener`` is: "find" is emitted in steps with a refresh only, and "early" in
+        backward passes."""
+        named = {FIND: REFRESH, EARLY: OPTIMIZER}.get(name)
+        return nullcontext() if named is None else self.phase(named)
 
     def step_has_ended(self) -> None:
         """From the end of one step to the end of the next: what no phase took is ``other``."""
