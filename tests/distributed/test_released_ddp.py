@@ -7,7 +7,8 @@ from catalogue import OVER_PROCESSES, VARIANTS
 from helpers import same, weights
 
 SOME = ("GaLoreAdamW8bit", "RigLAdamW", "HyperSparseAdamW", "ReLoRAAdamW")
-REDUCED = [name for name in OVER_PROCESSES if VARIANTS[name].cls.keeps_coordinates]
+KEEPING = [name for name in OVER_PROCESSES if VARIANTS[name].cls.keeps_coordinates]
+REDUCED = [name for name in KEEPING if name != "SparseAdamW"]  # whose masks grow by momentum
 BY_BITS = [name for name in OVER_PROCESSES if VARIANTS[name].jumps]  # which change by more than rounding, for rounding
 NOTHING, COORDINATES = "nothing", "coordinates"
 

@@ -267,7 +267,7 @@ def _check_weight_bits(config: Config) -> None:
     if chosen.weight_group_size < 1:
         raise BadInput(f"weight_group_size must be at least 1, got {chosen.weight_group_size}")
     if chosen.weight_bits is None:
-        if "weight_group_size" in config.given:
+        if chosen.weight_group_size != type(chosen).weight_group_size:  # run.yaml has every key
             raise BadInput("weight_group_size needs weight_bits: 8; leave it out")
         return
     if chosen.weight_bits != 8:
