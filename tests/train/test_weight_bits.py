@@ -52,6 +52,7 @@ def test_a_run_resumes_to_the_bit_and_ends_as_an_ordinary_model(freed, tiny, tmp
 @pytest.mark.parametrize(
     ("optimizer", "dtype"),
     [
+        ("galore_adamw_8bit", "bfloat16"),
         *(
             pytest.param(optimizer, dtype, marks=pytest.mark.thorough)
             for optimizer in ("galore_adamw", "apollo_adamw", "galore_adamw_8bit")

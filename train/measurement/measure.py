@@ -254,14 +254,14 @@ def passed(
         weights: the addresses of the weights at the end of the forward pass, in which ZeRO 3 gathers them.
         used: those of gradients at each time that one was used, of ``FreedGradients``.
     """
-    marks = _marks(profiler)
-    begin, length = marks[FORWARD]
-    come, _ = marks[ALL_GRADIENTS]
+    spans = _spans(profiler)
+    begin, length = spans[FORWARD][-1]
+    come, _ = spans[ALL_GRADIENTS][-1]
     forward_end = begin + length
     made = [one for one in allocations(profiler, device) if one.begin >= begin]
     activations = {one for one in made if one.alive(forward_end) and one.address not in weights}
-    kept = {one for one in made if one.address in gradients and one.alive(come)} | _used(profiler, made, used)
-    of_step = {one for one in made if _is_in(one, _spans(profiler, USED)) and one not in kept}
+    kept = {one for one in made if one.address in gradients and one.alive(come)} | _used(spans[USED], made, used)
+    of_step = {one for one in made if _is_in(one, spans[USED]) and one not in kept}
     made = [one for one in made if one not in of_step or one.end < math.inf]  # new state is held
 
     def alive(moment: int) -> AtPeak:
@@ -283,11 +283,11 @@ def stepped(profiler: torch.profiler.profile, device: torch.device, used: Sequen
     """The peak of temporary memory once the last gradient was complete, in clipping and the optimizer's step, and of
     what it needs in the pass, where gradients are freed in it. New state does not count, for it is not freed.
     ``used`` as for ``passed``."""
-    come, _ = _marks(profiler)[ALL_GRADIENTS]
-    spans = _spans(profiler, USED)
+    spans = _spans(profiler)
+    come, _ = spans[ALL_GRADIENTS][-1]
     found = [one for one in allocations(profiler, device) if one.end < math.inf]
-    gradients = _used(profiler, found, used)
-    made = [one for one in found if (one.begin > come or _is_in(one, spans)) and one not in gradients]
+    gradients = _used(spans[USED], found, used)
+    made = [one for one in found if (one.begin > come or _is_in(one, spans[USED])) and one not in gradients]
     total = most = 0
     for _, change in sorted([(one.begin, one.size) for one in made] + [(one.end, -one.size) for one in made]):
         total += change
@@ -295,16 +295,15 @@ def stepped(profiler: torch.profiler.profile, device: torch.device, used: Sequen
     return most
 
 
-def _marks(profiler: torch.profiler.profile) -> dict[str, tuple[int, int]]:
-    """Where the last mark of each name begins, and how long it is."""
-    return {name: spans[-1] for name in (FORWARD, ALL_GRADIENTS) if (spans := _spans(profiler, name))}
-
-
-def _spans(profiler: torch.profiler.profile, name: str) -> list[tuple[int, int]]:
-    """Where each mark of a name begins, and how long it is."""
+def _spans(profiler: torch.profiler.profile) -> dict[str, list[tuple[int, int]]]:
+    """Where each mark of each name begins, and how long it is. Walks through all that was recorded."""
     assert profiler.profiler is not None
     results: Any = profiler.profiler.kineto_results
-    return sorted((event.start_ns(), event.duration_ns()) for event in results.events() if event.name() == name)
+    found: dict[str, list[tuple[int, int]]] = {FORWARD: [], ALL_GRADIENTS: [], USED: []}
+    for event in results.events():
+        if event.name() in found:
+            found[event.name()].append((event.start_ns(), event.duration_ns()))
+    return {name: sorted(spans) for name, spans in found.items()}
 
 
 def _is_in(one: Allocation, spans: Sequence[tuple[int, int]]) -> bool:
@@ -313,12 +312,11 @@ def _is_in(one: Allocation, spans: Sequence[tuple[int, int]]) -> bool:
 
 
 def _used(
-    profiler: torch.profiler.profile, made: Iterable[Allocation], used: Sequence[AbstractSet[int]]
+    times: Sequence[tuple[int, int]], made: Iterable[Allocation], used: Sequence[AbstractSet[int]]
 ) -> set[Allocation]:
-    """Those that were gradients at one of the times of ``used``."""
+    """Those that were gradients at one of the ``times`` of ``used``."""
     at: dict[int, list[Allocation]] = {}
     for one in made:
         at.setdefault(one.address, []).append(one)
-    times = _spans(profiler, USED)
     pairs = ((begin, at.get(address, [])) for (begin, _), here in zip(times, used, strict=True) for address in here)
     return {one for begin, found in pairs for one in found if one.alive(begin)}
