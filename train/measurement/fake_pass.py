@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
@@ -206,8 +206,7 @@ class FakePass:
             for p in parameters:
                 if p.requires_grad:
                     hooks.append(p.register_post_accumulate_grad_hook(made))
-            few_rows = patch.object(int8_weight, "row_spans", _some_rows)
-            with ledger, few_rows, nullcontext() if "position_ids" in given else _one_document():
+            with ledger, few_rows(), nullcontext() if "position_ids" in given else _one_document():
                 with torch.autocast("cpu", self._autocast) if self._autocast is not None else nullcontext():
                     loss = self._model(**given).loss
                 activations = ledger.forward_has_ended()
@@ -219,9 +218,9 @@ class FakePass:
         return Pass(activations, ledger.at_peak, gradients)
 
 
-def _some_rows(matrix: Tensor) -> Iterator[slice]:
-    """Of a weight in 8 bits, as many as are there together when it is opened."""
-    return islice(row_spans(matrix), 2)
+def few_rows() -> AbstractContextManager[Any]:
+    """In the block, of a weight in 8 bits as many rows are worked on as are there together."""
+    return patch.object(int8_weight, "row_spans", lambda matrix: islice(row_spans(matrix), 2))
 
 
 @contextmanager

@@ -16,17 +16,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from ... import int8_weight
-from ...int8_weight import memory_of, row_spans
+from ...int8_weight import memory_of
 from ...optim.core import optimizer as stepping
 from ...optim.core import rounding
 from ...optim.core.batches import AT_ONCE, MATRICES_AT_ONCE, launches_cost
 from ...optim.core.optimizer import ShardedOptimizer
 from ...optim.core.rules import with_numbers
 from ...optim.core.types import Group, ParamStep, State
-from ...optim.distributed import Cut, FullShard, MatrixShard, complete_gradients, pieces_of, spans
+from ...optim.distributed import Block, Cut, FullShard, MatrixShard, blocks, complete_gradients, full, pieces_of, spans
 from ...optim.state.spec import HeldTensor
-from .fake_pass import Ledger
+from .fake_pass import Ledger, few_rows
 
 STEPS = (0, 1)  # the first, in which subspaces are found, and the one after it
 ALIKE = 2  # of what is moved one after the other and takes the same memory, as many as overlap
@@ -149,8 +148,8 @@ def _some_spans(size: int, at_once: int) -> Iterator[slice]:
     return islice(spans(size, at_once), ALIKE)
 
 
-def _some_rows(matrix: Tensor) -> Iterator[slice]:
-    return islice(row_spans(matrix), ALIKE)
+def _some_blocks(*of: Any) -> Iterator[Block]:
+    return islice(blocks(*of), ALIKE)
 
 
 def _some_pieces(shard: FullShard, at_once: int) -> Iterator[tuple[FullShard, int, int]]:
@@ -164,6 +163,7 @@ def _stand_ins() -> Iterator[None]:
         patch.object(torch, "Generator", _Generator),
         patch.object(stepping, "pieces_of", _some_pieces),
         patch.object(rounding, "spans", _some_spans),
-        patch.object(int8_weight, "row_spans", _some_rows),
+        patch.object(full, "blocks", _some_blocks),
+        few_rows(),
     ):
         yield
