@@ -33,7 +33,7 @@ clips by the exact norm of all gradients with ``nothing`` too, in two passes ove
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..validation import one_of, require
 from .clipping import Clipping, same_random_numbers
+from .core.freed_gradient import FreedGradient, is_freed
 from .core.optimizer import EARLY, ShardedOptimizer
 from .core.projected_gradient import ProjectedGradient, local_of
 from .core.types import Group
@@ -62,12 +63,6 @@ from .kept_out_of_ddp import (
     refused_of_ddp,
 )
 
-READ = (
-    "a gradient was freed in the backward pass, when its parameter had moved, and {what} wants it: clipping by a "
-    "global norm, GradScaler and accumulation need all gradients; do without them (max_grad_norm=0, bf16 without a "
-    "scaler, one pass a step), or call remove() of what release_gradients returned, or its clipped_backward(), which "
-    "clips in two passes"
-)
 TWICE = (
     "the gradient of a parameter of shape {shape} came again before optimizer.step(), and the parameter has moved: "
     "several passes a step need gradients that are kept; so does a layer in two reentrant checkpoints "
@@ -87,55 +82,6 @@ NO_GRADIENT = (
 NOT_FINITE = (
     "the norm of all gradients is {norm}, and nothing has moved; leave error_if_nonfinite out to go on without the step"
 )
-aten = torch.ops.aten
-VIEWS = (aten.detach.default, aten.view.default, aten.slice.Tensor)  # which read nothing
-SCALED = (aten.mul_.Tensor, aten.mul_.Scalar)
-SCALED_EACH = (aten._foreach_mul_.Tensor, aten._foreach_mul_.Scalar)
-
-
-class FreedGradient(Tensor):
-    """Looks like the gradient that was there and knows its norm, which is logged; holds no memory. Raises where it is
-    read or written to, but for a factor of one, by which clipping to a norm that is not reached multiplies."""
-
-    norm_then: Tensor
-    _one: tuple[Tensor, bool] | None = None  # the last factor, and whether it is one: asked of the device once for all
-
-    @staticmethod
-    def __new__(cls, like: Tensor, norm: Tensor, shape: Sequence[int] | None = None) -> FreedGradient:
-        made: FreedGradient = Tensor._make_wrapper_subclass(
-            cls, like.shape if shape is None else shape, dtype=like.dtype, device=like.device
-        )
-        made.norm_then = norm
-        return made
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"FreedGradient({tuple(self.shape)})"
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        own, rest = args[0], args[1:]
-        if func in VIEWS:
-            seen = func(torch.empty(own.shape, device="meta"), *rest, **(kwargs or {}))
-            return FreedGradient(own, own.norm_then, seen.shape)
-        if func is aten.linalg_vector_norm.default and rest in ((), (2,)):
-            return own.norm_then
-        if func is aten._foreach_norm.Scalar and rest in ((), (2,)):
-            return [gradient.norm_then for gradient in own]
-        if func in SCALED and cls._is_one(rest[0]):
-            return own
-        if func in SCALED_EACH and cls._is_one(rest[0]):
-            return None
-        raise RuntimeError(READ.format(what=f"torch's {func._schema.name.removeprefix('aten::')}"))
-
-    @classmethod
-    def _is_one(cls, factor: Any) -> bool:
-        if not isinstance(factor, Tensor):
-            return bool(factor == 1)
-        if cls._one is None or cls._one[0] is not factor:
-            cls._one = factor, bool(factor == 1)
-        return cls._one[1]
 
 
 def _freed(p: Tensor) -> Tensor:
@@ -156,10 +102,6 @@ def _with_local(p: Tensor, local: Tensor) -> Tensor:
 
 def _is_view(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() > tensor.nbytes
-
-
-def is_freed(grad: Tensor | None) -> bool:
-    return isinstance(local_of(grad), FreedGradient)
 
 
 class ReleasedGradients:
@@ -212,8 +154,8 @@ class ReleasedGradients:
     @property
     def most_bytes(self) -> int:
         """Of the gradients that this process has at the same time, at most."""
-        largest = max((local_of(p).nbytes for p in self.groups), default=0)
-        return kept_bytes(self.optimizer, self.keep, self.passes) + largest
+        sizes: list[int] = [local_of(p).nbytes for p in self.groups]
+        return min(sum(sizes), kept_bytes(self.optimizer, self.keep, self.passes) + max(sizes, default=0))
 
     def clipped_backward(
         self, closure: Callable[[], Any], max_norm: float, *, error_if_nonfinite: bool = False

@@ -14,12 +14,12 @@ from .made_once import MadeOnce
 from .matrix import MatrixShard, RowShard, complete_gradients
 from .param_registry import ParamRegistry, PrefixedState
 from .partition import Cut, as_one_buffer, by_rows, each_alone, flat_length
-from .pieces import PieceOfFull, at_once, pieces_of, spans
+from .pieces import PieceOfFull, at_once, pieces_of
 from .process_group import ProcessGroup
 from .products import matmul
 from .projection import PROJ_TYPES, LowRankUpdate, ProjectionSide, add_product_
 from .row_view import RowView, complete_rows
-from .shard_range import Runs, ShardRange
+from .shard_range import Runs, ShardRange, spans
 from .stacks import StackedMatrix, StackedState, stack_of, stacked
 from .workspace import Workspace
 from .zero_redundancy import wrapped_group

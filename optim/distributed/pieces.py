@@ -13,6 +13,7 @@ from torch import Tensor
 from ...int8_weight import Int8Weight
 from .flat import FlatShard
 from .full import FullShard
+from .shard_range import spans
 
 # Elements of a piece. What is made of them stays in a CPU's caches, which halves the time of a step; on other devices
 # each piece costs launches.
@@ -22,12 +23,6 @@ ON_CPU, ELSEWHERE = 2**18, 2**24
 def at_once(device: torch.device) -> int:
     """How many elements of a large tensor are worked on at a time: a multiple of 256."""
     return ON_CPU if device.type == "cpu" else ELSEWHERE
-
-
-def spans(size: int, at_once: int) -> Iterator[slice]:
-    """Elements of a flat tensor, at most ``at_once`` of them at a time."""
-    for begin in range(0, size, at_once):
-        yield slice(begin, min(begin + at_once, size))
 
 
 class PieceOfFull(FullShard):

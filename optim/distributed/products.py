@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .shard_range import spans
+
 BLOCK = 1024  # rows and columns that are made wider at a time: 4 MiB in fp32
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -72,10 +74,10 @@ def _in_blocks(left: Tensor, right: Tensor) -> Iterator[tuple[tuple[slice, ...],
     (m, k), n = left.shape[-2:], right.shape[-1]
     stacks: list[tuple[slice, ...]] = [()]
     if left.dim() == 3:
-        stacks = [(span,) for span in _spans(len(left), max(1, BLOCK**2 // max(1, m * k, k * n, m * n)))]
+        stacks = [(span,) for span in spans(len(left), max(1, BLOCK**2 // max(1, m * k, k * n, m * n)))]
     for stack in stacks:
-        for rows in _spans(m, BLOCK):
-            for columns in _spans(n, BLOCK):
+        for rows in spans(m, BLOCK):
+            for columns in spans(n, BLOCK):
                 row, column, at = (*stack, rows), (*stack, slice(None), columns), (*stack, rows, columns)
                 yield at, _block(left[row], right[column])
 
@@ -84,11 +86,6 @@ def _block(left: Tensor, right: Tensor) -> Tensor:
     """left right in fp32, of which some columns and rows are made wider at a time."""
     product = left.new_zeros(*left.shape[:-1], right.shape[-1], dtype=torch.float32)
     add = product.addmm_ if product.dim() == 2 else product.baddbmm_
-    for inner in _spans(left.shape[-1], BLOCK):
+    for inner in spans(left.shape[-1], BLOCK):
         add(left[..., inner].float(), right[..., inner, :].float())
     return product
-
-
-def _spans(size: int, at_once: int) -> Iterator[slice]:
-    for begin in range(0, size, at_once):
-        yield slice(begin, min(begin + at_once, size))

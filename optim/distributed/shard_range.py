@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -66,3 +67,9 @@ class Runs:
 
     def begin_of(self, run: int) -> int:
         return self.begin + run * self.stride
+
+
+def spans(size: int, at_once: int) -> Iterator[slice]:
+    """Elements of a flat tensor, at most ``at_once`` of them at a time."""
+    for begin in range(0, size, at_once):
+        yield slice(begin, min(begin + at_once, size))

@@ -14,7 +14,7 @@ k is the side that P replaces. Of gradients that have nothing in common, o is r 
 be passed by chance from r / k = 0.4 on. The new subspace must not come from the old one either: with ``iterate`` it is
 found from a random start, and its basis turned to that of the old one, so that coordinates keep their meaning.
 
-Weights stay in the parameter's dtype: Q-GaLore's int8 weights are a layer, not an optimizer.
+Weights are as they are given: Q-GaLore's in 8 bits are layers of ``gracile.models.int8``.
 
 Departures from Q-GaLore's code: codes are packed, two 4-bit ones in a byte, and a group stores its minimum rather
 than a clamped zero point, which cannot reach groups far from zero; a P in 4 bits is iterated for in fp64, so that

@@ -17,12 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from gracile import optim
 from gracile.optim import release_gradients
 from gracile.optim.core import batches
+from gracile.optim.core.freed_gradient import FreedGradient
 from gracile.optim.core.optimizer import ShardedOptimizer
 from gracile.optim.core.projected_gradient import ProjectedGradient
 from gracile.optim.distributed import FullShard, ProjectionSide, UnsupportedLayout, Workspace, blocked
 from gracile.optim.low_rank.basis import Basis
 from gracile.optim.low_rank.optimizer import LowRankOptimizer
-from gracile.optim.released import FreedGradient, kept_bytes
+from gracile.optim.released import kept_bytes
 from gracile.optim.sparse.gather_scatter import Places
 from gracile.optim.sparse.kept_entries import EntriesOfMask
 

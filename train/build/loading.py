@@ -8,6 +8,7 @@ tensors that were read.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ...optim.core.optimizer import ShardedOptimizer
 
-AT_ONCE = 2**28  # bytes of weights that are looked at together
+AT_ONCE = 2**28  # bytes of weights that are looked at together, at most
+WIDE = 8  # bytes of an element, at most
 
 
 class Loaded(NamedTuple):
@@ -61,23 +63,14 @@ def _pieces(checkpoint: Path) -> Iterator[dict[str, Tensor]]:
 
 
 def _by_module(checkpoint: Path) -> dict[str, dict[tuple[str, Path], int]]:
-    """Of each module its tensors, with their bytes."""
+    """Of each module its tensors, with their bytes at most."""
     modules: dict[str, dict[tuple[str, Path], int]] = {}
     for file in _files(checkpoint):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 -- no mapping
-                part = opened.get_slice(name)
-                module = name.rpartition(".")[0]
-                modules.setdefault(module, {})[name, file] = _bytes(part)
+                elements = math.prod(opened.get_slice(name).get_shape())
+                modules.setdefault(name.rpartition(".")[0], {})[name, file] = WIDE * elements
     return modules
-
-
-def _bytes(part: object) -> int:
-    """About as many as a tensor has that is not read."""
-    size = 8 if part.get_dtype().endswith("64") else 4  # type: ignore[attr-defined]
-    for side in part.get_shape():  # type: ignore[attr-defined]
-        size *= side
-    return size
 
 
 def _files(checkpoint: Path) -> list[Path]:

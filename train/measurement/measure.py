@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch._C._profiler import _EventType
 
 from ...int8_weight import memory_of
+from ...optim.core.freed_gradient import is_freed
 from ...optim.core.optimizer import EARLY, ShardedOptimizer
 from ...optim.core.projected_gradient import ProjectedGradient, local_of
 from ...optim.memory import state_by_kind
-from ...optim.released import is_freed
 from ..build.four_bits import scales_of
 from ..engines import deepspeed
 from .fake_pass import AtPeak, Pass

@@ -145,7 +145,7 @@ def test_torch_is_asked_once_as_it_is_read(monkeypatch):
     ]:
         monkeypatch.setattr(torch.ops, "mkldnn", ops)
         assert products._has_kernels() is has
-        once = spec_from_file_location("products_read_again", products.__file__)
+        once = spec_from_file_location(f"{products.__name__}_again", products.__file__)
         once.loader.exec_module(again := module_from_spec(once))
         assert again.IN_FP32 is not has
 
