@@ -10,7 +10,7 @@ leave the second process out.
 
 The resident memory of each process is read twice a second, and its peak from the kernel. It is compared with the plan
 of ``gracile memory`` for the same configuration, plus what the same command holds with the smallest model: interpreter,
-libraries, data. Freed memory is given back at once (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ at 4 MiB, one
+libraries, data. Freed memory is given back at once (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ at 1 MiB, one
 arena), as it is on a machine where the model only just fits.
 """
 
@@ -54,7 +54,7 @@ SETTINGS: dict[str, Any] = {
     "report_to": "none",
     "use_cpu": True,
 }
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_TRIM_THRESHOLD_": "4194304", "MALLOC_ARENA_MAX": "1"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
 SMALLEST = "2m"
 
 

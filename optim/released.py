@@ -331,14 +331,14 @@ def release_gradients(
         optimizer: of this package, for parameters of ``model``.
         keep: ``coordinates``: of a matrix with a subspace G P, between its refreshes, of one with a mask the entries of
             it, but where gradients say how it changes; of others all. For classes whose rule needs no more: GaLore's,
-            8-bit ones too, on one process and under DDP and FSDP2; SET's, RigL's and their like, on one process and
-            under DDP. Passes add up, clipping and ``GradScaler`` work; the norm is exact after one pass of one process,
-            and after several to some percent (1 and 4, where it was measured; of masks 15).
-            ``nothing``: the parameter moves at once, of every class, on one process and under DDP and FSDP2. What
-            concerns several parameters together (pruning of a group, merges of factors) comes in ``step()``. Both to
-            the bit of the ordinary step on a CPU, coordinates to rounding where they are added or scaled, and experts
-            with exact vectors likewise in a step in which some wait for their first token. Sums over more than two
-            processes round in another order than DDP's.
+            8-bit ones too, and SET's, RigL's and their like. Passes add up, clipping and ``GradScaler`` work; the norm
+            is exact after one pass of one process, and after several to some percent (1 and 4, where it was measured;
+            of masks 15).
+            ``nothing``: the parameter moves at once, of every class. What concerns several parameters together (pruning
+            of a group, merges of factors) comes in ``step()``. Both to the bit of the ordinary step on a CPU,
+            coordinates to rounding where they are added or scaled, and experts with exact vectors likewise in a step in
+            which some wait for their first token. Sums over more than two processes round in another order than DDP's.
+            Both on one process and under DDP and FSDP2.
         passes: 1, where each step has one backward pass: then new subspaces too are found in it, and of all gradients
             with a subspace one is there at a time. None keeps those that a subspace is due from until all passes have
             added up: of all matrices in the same step, or in turns, where their group has ``refreshes_at_once``, and
@@ -353,8 +353,7 @@ def release_gradients(
         TypeError: for an optimizer of another package.
         UnsupportedLayout: under DeepSpeed, which owns gradients; for a DistributedDataParallel that sums whole ones; in
             several processes with whole parameters that are not in one; with ``capturable``; of coordinates, for a
-            class that needs more, and of masks under FSDP2. Later, from ``step()``, where parameters were replaced
-            since.
+            class that needs more. Later, from ``step()``, where parameters were replaced since.
         RuntimeError: later, where something reads a gradient that was freed, as with ``nothing`` global clipping
             (but ``clipped_backward``), GradScaler and a second pass in one step do, ``no_sync`` among it.
 
@@ -382,7 +381,7 @@ def release_gradients(
         order = {name: tuple(p.shape) for name, p in left_to_exchange(ddp, optimizer).items()}
         check_agreement(ddp, {"keep": keep, "passes": passes, "exchanged parameters": order})
         complaints.append(partial(refused_of_ddp, keep=keep))
-    for complaint in [*complaints, *([_needs_all, _split] if keep == COORDINATES else [])]:
+    for complaint in [*complaints, *([_needs_all] if keep == COORDINATES else [])]:
         reason = complaint(model, optimizer)
         if reason is not None:
             raise UnsupportedLayout(reason)
@@ -423,12 +422,6 @@ def _captured(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
 
 def _needs_all(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
     return needs_all(optimizer)
-
-
-def _split(model: nn.Module, optimizer: ShardedOptimizer) -> str | None:
-    if any(map(is_dtensor, _parameters(optimizer))) and not optimizer.keeps_coordinates_split:
-        return "entries of masks are kept of whole gradients, which FSDP2 has split; give keep='nothing'"
-    return None
 
 
 def kept_bytes(optimizer: torch.optim.Optimizer, keep: str, passes: int | None = 1) -> int:

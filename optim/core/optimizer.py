@@ -111,7 +111,6 @@ class ShardedOptimizer(CapturableStep):
         writes_by_shards: whether ``update`` writes weights by verbs of their shard alone.
         keeps_coordinates: whether a matrix moves by the coordinates of its gradient alone, between refreshes or changes
             of its mask.
-        keeps_coordinates_split: whether it does so of matrices that FSDP2 has split.
         moves_int8_weights: whether parameters may be weights in 8 bits: not where a method reads or writes weights by
             itself.
         together: what of a model must be stepped together, for a message; None where each parameter may be by itself.
@@ -130,7 +129,6 @@ class ShardedOptimizer(CapturableStep):
     spends_coordinates: ClassVar[bool] = False
     writes_by_shards: ClassVar[bool] = True
     keeps_coordinates: ClassVar[bool] = False
-    keeps_coordinates_split: ClassVar[bool] = False
     moves_int8_weights: ClassVar[bool] = False
     phase_listener: PhaseListener | None = None
     _compiler: Any = None  # torch's callback, of a step that is compiled

@@ -51,7 +51,6 @@ class GaLore(LowRankOptimizer):
 
     captures = True
     keeps_coordinates = True
-    keeps_coordinates_split = True
     moves_together = True
     stack_copies = 1
     few_kernels = True

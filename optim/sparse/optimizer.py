@@ -248,7 +248,7 @@ class SparseOptimizer(ShardedOptimizer):
             return None
         for shard, state in self._born(parameter, group, Workspace()):
             keys = self.settings(group)
-            if shard.split or (_asks_gradients(keys) and is_due({"step": state["step"] + 1}, keys)):
+            if _asks_gradients(keys) and is_due({"step": state["step"] + 1}, keys):
                 return None
             self.find([ParamStep(shard, group, state)])
             seed = 1009 * shard.position + steps_of(state)

@@ -18,7 +18,7 @@ from gracile.optim.distributed import UnsupportedLayout
 from gracile.optim.released import is_freed
 from gracile.train.measurement.comm_bytes import Traffic
 
-STEPS = 13
+STEPS = 20
 
 
 def start():

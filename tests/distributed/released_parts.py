@@ -11,7 +11,7 @@ from gracile.optim.core.projected_gradient import ProjectedGradient, local_of
 from gracile.optim.distributed import UnsupportedLayout
 from gracile.optim.released import is_freed
 
-STEPS = 12
+STEPS = 20
 
 
 def split(cell):
@@ -103,11 +103,6 @@ def refusals():
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), torch.inf).full_tensor()
     other = split(cell)
     other(*cells.share(0, 0)).backward()
-    masked = {"optimizer": "SETAdamW"}
-    try:
-        release_gradients(other, cells.make_optimizer(split(masked), masked))
-    except UnsupportedLayout as error:
-        said.append(str(error))
     torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(other.parameters(), torch.inf).full_tensor())
     for again in (lambda: torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3), net(*cells.share(1, 0)).backward):
         try:

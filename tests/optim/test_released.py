@@ -30,7 +30,7 @@ from gracile.optim.sparse.kept_entries import EntriesOfMask
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 cells = pytest.importorskip("cells", reason="needs DeepSpeed, as the cells of the distributed matrix do")
 
-STEPS = 13  # three refreshes, three changes of masks, a pruning, a merge
+STEPS = 20  # refreshes, changes of masks, a pruning, merges
 NAMES = [name for name, v in VARIANTS.items() if v.cells and issubclass(v.cls, ShardedOptimizer)]
 FIRST = {VARIANTS[name].state: name for name in reversed(NAMES)}.values()  # one of each kind of state
 WITH_EXPERTS = [  # but exact vectors, of which a stack of two is not a stack of three to the bit

@@ -12,6 +12,7 @@ from accelerate.state import DistributedType
 from huggingface_hub import whoami
 from transformers import PreTrainedConfig
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import ParallelMode
 
 from ...optim import HyperSparseAdamW
@@ -92,8 +93,13 @@ def _check_kept_gradients(config: AnySettings) -> None:
         _check_nothing_kept(run, frees, config.optimizer.clip_in_two_passes)
     if run.deepspeed:
         raise BadInput(f"{frees}, and DeepSpeed owns them; use DistributedDataParallel or FSDP2, or one process")
-    if run.fsdp and kept == COORDINATES:
-        raise BadInput(f"{frees}, and FSDP splits them before; give --keep_gradients {NOTHING}")
+    assert isinstance(run.accelerator_config, AcceleratorConfig), "TrainingArguments reads it"
+    of_passes = run.accelerator_config.gradient_accumulation_kwargs or {}
+    if run.fsdp and kept == COORDINATES and of_passes.get("sync_each_batch") is False:
+        raise BadInput(
+            f"{frees}, which FSDP must have summed in each pass, and accelerator_config: gradient_accumulation_kwargs: "
+            "sync_each_batch is false; leave it out"
+        )
 
 
 def _check_two_passes(run: RunArguments, kept: str) -> None:

@@ -30,7 +30,7 @@ from ..build.callbacks import ScheduleCallback
 from ..build.layers import merges, schedule_of
 from ..build.model import untrained
 from ..build.optimizer import build_optimizer, jagged_schedule
-from ..config.arguments import ALL, AnySettings, Config, RunArguments
+from ..config.arguments import ALL, COORDINATES, AnySettings, Config, RunArguments
 from ..data.stream import BlockStream
 from ..engines import layout as layouts
 from ..engines.deepspeed import safe_classes
@@ -287,6 +287,8 @@ class RunTrainer(Trainer):
         if kept != ALL:
             assert self.given_optimizer is not None
             passes = 1 if self.args.gradient_accumulation_steps == 1 else None
+            if kept == COORDINATES and self.is_fsdp_enabled:  # or whole ones would stay until the last pass
+                self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
             self.released = release_gradients(self.model_wrapped, self.given_optimizer, keep=kept, passes=passes)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
