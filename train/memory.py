@@ -16,7 +16,7 @@ import torch
 
 from .atomic_write import valid_json
 from .build.model import checkpoints_activations
-from .config.arguments import AnySettings, RunArguments
+from .config.arguments import ALL, AnySettings, RunArguments
 from .config.checks import optimizer_entry
 from .config.output_files import check_output
 from .config.parser import OneLineParser
@@ -153,7 +153,9 @@ class Table:
         tokens = f"{self.micro_batch} x {self.config.data.block_size} tokens a pass"
         part = "" if planner.trainee.part is None else f"; {planner.trainee.part}, {planner.trained:,} trained"
         model = f"{self.config.model.model}, {planner.parameters:,} parameters in {dtype}{part}"
-        return f"{model}; {tokens}; {planner.division}"
+        kept = self.config.optimizer.keep_gradients
+        freed = "" if kept == ALL else f", keep_gradients {kept}"
+        return f"{model}; {tokens}; {planner.division}{freed}"
 
     def rows(self) -> list[tuple[str, list[str]]]:
         """Names and cells, a cell for each optimizer."""

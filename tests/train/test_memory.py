@@ -144,6 +144,18 @@ def test_the_table_and_the_picture_name_the_dtypes_of_moments(tmp_path, monkeypa
     assert drawn == [["adamw, bf16 moments", "adamw, fp32 moments", "galore_adamw"]]
 
 
+def test_gradients_that_are_freed_are_in_the_title_and_only_where_an_optimizer_can(tmp_path, monkeypatch, capsys):
+    titles = []
+    monkeypatch.setattr(memory, "draw", lambda *drawn: titles.append(drawn[-1]))
+    freed = ("--keep_gradients", "nothing", "--max_grad_norm", "0", "--gradient_accumulation_steps", "1")
+    assert main([*ONE_LAYER, *freed, "--compare", "adamw,galore_adamw", "--plot", str(tmp_path / "plan.png")]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].endswith("; 1 process, keep_gradients nothing")
+    assert titles[0].endswith("; 1 process, keep_gradients nothing")
+    kept, alone = re.search(r"gradients +([\d.]+) MiB +([\d.]+) MiB\n", out).groups()
+    assert float(alone) < float(kept) / 2
+
+
 @pytest.mark.parametrize(
     "keys",
     [
