@@ -41,7 +41,7 @@ from ..core.batches import Direction, ask
 from ..core.clock import steps_of
 from ..core.group_checks import check_contiguous
 from ..core.optimizer import FIND, ShardedOptimizer
-from ..core.projected_gradient import OUTSIDE, Kept, ProjectedGradient
+from ..core.projected_gradient import Kept, ProjectedGradient
 from ..core.rules import MOMENTS, TORCH_ADAM
 from ..core.types import Group, ParamStep, State
 from ..distributed import (
@@ -71,7 +71,7 @@ from .frozen_weights import (
 )
 from .gather_scatter import PlacedUpdate, Places
 from .grown_weights import BORN, aged_adam, born_spec
-from .kept_entries import EntriesOfMask, check_whole, entries_of
+from .kept_entries import EntriesOfMask, check_whole, columns_outside, entries_of
 from .layer_budgets import BY_SHAPE, BY_WEIGHT, budgets_by_weight
 from .mask_schedule import (
     STRUCTURES,
@@ -265,7 +265,7 @@ class SparseOptimizer(ShardedOptimizer):
         if ref is None or 0 in ref.shape:
             return parameter.numel()
         _, most = self._planned_weights(self.on_meta(ref, group), group)
-        return most + OUTSIDE * (parameter.numel() // parameter.shape[-1])
+        return most + columns_outside(parameter.shape) * (parameter.numel() // parameter.shape[-1])
 
     # ---- a step -------------------------------------------------------------------------------------------------
 

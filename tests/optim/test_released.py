@@ -330,7 +330,7 @@ def loss_over(held):
 
 
 @pytest.mark.parametrize("shape", [(60, 90), (2, 90)])
-def test_what_is_outside_of_a_mask_is_told_by_four_columns(shape):
+def test_what_is_outside_of_a_mask_is_told_by_sixteen_columns(shape):
     torch.manual_seed(0)
     G = torch.randn(shape)
     places = Places(FullShard(G, 0, Workspace()), {}, torch.arange(0, G.numel(), 10, dtype=torch.int32))
@@ -338,7 +338,7 @@ def test_what_is_outside_of_a_mask_is_told_by_four_columns(shape):
     assert torch.equal(kept[0].coordinates, G.view(-1)[::10])
     told = torch.stack([own.norm() for own in kept]) / torch.linalg.vector_norm(G)
     assert abs(told.square().mean() - 1) < 0.1
-    assert 0.01 < told.std() < 0.3
+    assert 0.005 < told.std() < 0.15
 
 
 def test_the_norm_over_several_passes_is_known_to_some_percent():
