@@ -275,7 +275,8 @@ def draw(path: Path, bars: Mapping[str, Mapping[str, int]], limits: Mapping[str,
             axes.barh(names, widths, left=left, label=kind, color=colours[kind], height=0.65)
         left = [x + width for x, width in zip(left, widths, strict=True)]
     for name, total in zip(names, left, strict=True):
-        axes.annotate(f" {total:.3g}", (total, name), va="center")
+        above_lines = {"facecolor": "white", "edgecolor": "none", "pad": 0}
+        axes.annotate(f" {total:.3g}", (total, name), va="center", bbox=above_lines)
     shown = {name: limit for name, limit in limits.items() if limit <= 1.3 * max(left) or len(limits) == 1}
     for name, limit in shown.items():
         axes.axvline(limit, color="black", linestyle="--", linewidth=1)
