@@ -16,14 +16,14 @@ SCALED_EACH = (aten._foreach_mul_.Tensor, aten._foreach_mul_.Scalar)
 UNSCALED = aten._amp_foreach_non_finite_check_and_unscale_.default
 
 
-OUTSIDE = 4  # columns that tell how large what a subspace leaves is: to some percent
+OUTSIDE = 4  # columns that tell how large what coordinates leave is: to some percent
 
 
 class Kept(NamedTuple):
     """What is kept of a gradient, all of it linear in it.
 
     ``coordinates``: G P (right) or P^T G, or the entries in a mask. ``outside``: what they leave, such as G - G P P^T,
-    times some random columns, whose squares tell how large it is.
+    times ``OUTSIDE`` random columns, or more that are scaled to count as these, whose squares tell how large it is.
     """
 
     coordinates: Tensor
@@ -31,7 +31,7 @@ class Kept(NamedTuple):
 
     def norm(self) -> Tensor:
         inside, outside = map(torch.linalg.vector_norm, self)
-        return torch.hypot(inside.float(), outside.float() / self.outside.shape[-1] ** 0.5).to(inside.dtype)
+        return torch.hypot(inside.float(), outside.float() / OUTSIDE**0.5).to(inside.dtype)
 
 
 class ProjectedGradient(Tensor):

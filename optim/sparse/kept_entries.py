@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.projected_gradient import Kept, ProjectedGradient
+from ..core.projected_gradient import OUTSIDE, Kept, ProjectedGradient
 from ..core.types import ParamStep
 from ..distributed import blocked
 from .gather_scatter import Places
 
-OUTSIDE = 16  # columns, at most, that tell how large the other entries are, which of a sparse matrix are most
+COLUMNS = 16  # at most, that tell how large the other entries are, which of a sparse matrix are most
 
 LATE = (
     "zero_grad() was not called after the last step, or a group or its state has changed since the backward pass; "
@@ -23,7 +23,7 @@ LATE = (
 
 def columns_outside(shape: Sequence[int]) -> int:
     """Of a gradient of this shape: no more than half of what its rows have."""
-    return min(OUTSIDE, max(1, shape[-1] // 2))
+    return min(COLUMNS, max(1, shape[-1] // 2))
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class EntriesOfMask:
         self.places.put_(left, torch.zeros_like(entries))
         lines = left.view(-1, gradient.shape[-1])
         chance = torch.Generator(gradient.device).manual_seed(self.seed)
-        Z = torch.randn((gradient.shape[-1], columns_outside(gradient.shape)), generator=chance, device=gradient.device)
+        columns = columns_outside(gradient.shape)
+        Z = torch.randn((gradient.shape[-1], columns), generator=chance, device=gradient.device)
+        Z *= (OUTSIDE / columns) ** 0.5
         parts = torch.split(lines, max(1, blocked.BLOCK // lines.shape[1]))
         return Kept(entries, torch.cat([part.float() @ Z for part in parts]).to(gradient.dtype))
 
