@@ -330,7 +330,7 @@ def loss_over(held):
 
 
 @pytest.mark.parametrize("shape", [(60, 90), (2, 90)])
-def test_what_is_outside_of_a_mask_is_told_by_sixteen_columns(shape):
+def test_what_is_outside_of_a_mask_is_told_by_random_columns(shape):
     torch.manual_seed(0)
     G = torch.randn(shape)
     places = Places(FullShard(G, 0, Workspace()), {}, torch.arange(0, G.numel(), 10, dtype=torch.int32))

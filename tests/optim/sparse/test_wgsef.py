@@ -144,20 +144,27 @@ def test_those_that_stay_are_the_largest():
 
 
 def test_the_envelope_drives_groups_to_zero_before_the_last_choice():
-    """Rows that the data does not need go, one after the other; without the envelope none does."""
-    left = {}
+    """Rows that the data does not need go, one after the other; without the envelope none does. Where the data is met
+    exactly, gradients are rounding, which Adam makes as large as any: now and then a row is of that size for a step."""
+    left, sizes = {}, {}
     for strength in (0.0, 0.3):
         torch.manual_seed(0)
         X = torch.randn(200, 10)
         truth = torch.randn(16, 10) * (torch.arange(16) % 4 == 0)[:, None]
         W = nn.Parameter(0.1 * torch.randn(16, 10))
         optimizer = WGSEFAdamW([W], lr=0.02, keep=0.25, wgsef_lambda=strength, ramp_steps=100)
+        norms = []
         for _ in range(400):
             optimizer.zero_grad()
             (X @ W.T - X @ truth.T).square().mean().backward()
             optimizer.step()
-        left[strength] = W.detach().any(1).nonzero().view(-1).tolist()
+            norms.append(W.detach().norm(dim=1))
+        sizes[strength] = torch.stack(norms[100:])
+        left[strength] = (sizes[strength] > 0).float().mean(0).gt(0.5).nonzero().view(-1).tolist()
     assert left == {0.0: list(range(16)), 0.3: [0, 4, 8, 12]}
+    gone = torch.arange(16) % 4 > 0
+    assert sizes[0.3][:, gone].max() < 1e-12
+    assert sizes[0.3][:, ~gone].min() > 0.1
 
 
 def test_permuted_rows_train_as_before():
