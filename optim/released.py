@@ -333,7 +333,7 @@ def release_gradients(
             it, but where gradients say how it changes; of others all. For classes whose rule needs no more: GaLore's,
             8-bit ones too, and SET's, RigL's and their like. Passes add up, clipping and ``GradScaler`` work; the norm
             is exact after one pass of one process, and after several to some percent (1 and 4, where it was measured;
-            of masks of rows of some dozen weights 20).
+            of masks of rows of some dozen weights 12).
             ``nothing``: the parameter moves at once, of every class. What concerns several parameters together (pruning
             of a group, merges of factors) comes in ``step()``. Both to the bit of the ordinary step on a CPU,
             coordinates to rounding where they are added or scaled, and experts with exact vectors likewise in a step in

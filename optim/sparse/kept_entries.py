@@ -22,8 +22,8 @@ LATE = (
 
 
 def columns_outside(shape: Sequence[int]) -> int:
-    """Of a gradient of this shape: no more than a third of what its rows have."""
-    return min(COLUMNS, max(1, shape[-1] // 3))
+    """Of a gradient of this shape: no more than half of what its rows have."""
+    return min(COLUMNS, max(1, shape[-1] // 2))
 
 
 @dataclass(frozen=True)

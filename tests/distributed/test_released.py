@@ -76,7 +76,7 @@ def test_a_run_under_fsdp_has_the_bits_of_one_that_keeps_all(tiny, tmp_path, met
     [
         (2, 0.0, {}),
         pytest.param(1, 1.0, {}, marks=pytest.mark.thorough),
-        pytest.param(2, 0.0, {"optimizer": "rigl_adamw", "rank": None}, marks=pytest.mark.thorough),
+        pytest.param(2, 0.0, {"optimizer": "rigl_adamw", "rank": None, "sparsity": 0.8}, marks=pytest.mark.thorough),
     ],
 )
 def test_a_run_under_fsdp_by_coordinates_goes_on(passes, clip, optimizer, tiny, tmp_path, metrics, pool):

@@ -75,7 +75,9 @@ def test_a_run_that_keeps_coordinates_is_that_of_one_that_keeps_all(passes, clip
 
 
 def test_a_run_that_keeps_the_entries_of_masks_has_the_bits_of_one_that_keeps_all(tiny, tmp_path):
-    config = tiny(optimizer="set_adamw", sparsity=0.8, gradient_accumulation_steps=2, max_grad_norm=0.0)
+    wide = {"hidden_size": 96, "intermediate_size": 264, "num_hidden_layers": 2, "num_attention_heads": 2}
+    keys = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0, "model_overrides": {**wide, "vocab_size": 400}}
+    config = tiny(optimizer="set_adamw", sparsity=0.8, **keys)
     freed = ["--keep_gradients", "coordinates"]
     assert main([config]) == 0
     assert main([config, *freed, "--output_dir", str(tmp_path / "kept")]) == 0
