@@ -14,7 +14,8 @@ step 8: of the run that went on, and of one that took the full state over. Gradi
 of a small model where layers belong to the method. Names of files are those of the classes. What is long (LONG) and
 only compared is kept as its digest and some of its elements. Runs on two processes are those of ``worker.py``.
 
-With ``--single`` those on two processes are left as they are.
+With ``--single`` those on two processes are left as they are. With ``--steps`` nothing is written but the first steps
+in 8 bits on two processes, from the start and from what is recorded (``steps.pt``, made by that version on another CPU).
 """
 
 import hashlib
@@ -42,6 +43,7 @@ from gracile.models.convert import convert
 COMMIT, VERSION = "a77f93a", "0.1.0"
 DATA = Path(__file__).with_name("data")
 PAIR, EXPORTED = "two_processes.tar.xz", "exported.tar.xz"
+STEPS = "first", "next"
 SAVED, MORE = 6, 5
 LONG = 2000  # elements
 
@@ -563,10 +565,20 @@ def unpack(name, folder):
     return folder
 
 
+def write_steps():
+    with tempfile.TemporaryDirectory() as folder:
+        recorded, found = unpack(PAIR, Path(folder, "recorded")), Path(folder, "found")
+        launched("save", found, "resume", recorded)
+        write("steps", {kind: torch.load(found / f"{kind}.pt", weights_only=True) for kind in STEPS})
+
+
 def main():
     torch.set_num_threads(1)
     assert gracile.__version__ == VERSION
     DATA.mkdir(exist_ok=True)
+    if "--steps" in sys.argv:
+        write_steps()
+        return
     write(
         "about", {"commit": COMMIT, "version": VERSION, "torch": str(torch.__version__), "fingerprint": fingerprint()}
     )

@@ -1,7 +1,9 @@
 """What version 0.1.0 saved on two processes is loaded and gone on from, and its runs are computed again: ``worker.py``.
 
 One job does all of it. Bits are compared where this machine computes as the one that wrote the files did, else
-weights to 1e-5 of their norm, and states by their keys, dtypes and shapes.
+weights to 1e-5 of their norm, and states by their keys, dtypes and shapes. In 8 bits, noise of 6e-8 on the batches
+moves weights by 3 percent in five steps: elsewhere the first steps are compared alone, from the start and from what
+was saved.
 """
 
 import runpy
@@ -40,6 +42,8 @@ def runs(tmp_path_factory, pool):
     assert done.returncode == 0, done.stdout[-4000:]
     files = {(which, kind): torch.load(folder / which / f"{kind}.pt", weights_only=True)
              for which in ("recorded", "found") for kind in ("runs", "ends")}  # fmt: skip
+    for kind, steps in made.read("steps").items():
+        files["recorded", kind], files["found", kind] = steps, torch.load(found / f"{kind}.pt", weights_only=True)
     return SimpleNamespace(folders=(recorded, found), files=files)
 
 
@@ -53,7 +57,13 @@ def both(runs, kind, name):
 
 
 def near(name):
-    return made.LOOSE if "8bit" in name else 1e-5
+    """At the end of a run: in 8 bits 0.12 were seen between CPUs, and 0.13 for noise of 1e-7 on one."""
+    return 0.3 if "8bit" in name else 1e-5
+
+
+def near_in_first_steps(matrix, refreshed):
+    """The gradient of ``longer`` has a rank of 8, 32 are kept: where a refresh has the rest point, rounding decides."""
+    return 0.02 if matrix == "longer.weight" and refreshed else 1e-5
 
 
 def assert_same_state(one, other, exact):
@@ -79,6 +89,25 @@ def test_a_run_from_the_start_is_the_recorded_one(runs, exact, name):
 def test_what_was_recorded_goes_on(runs, exact, name, kept):
     one, other = both(runs, "ends", name)
     tests.assert_same_weights(one[kept], other[kept], exact, near(name))
+
+
+@pytest.mark.parametrize("name", sorted(name for name in FULL | ENGINE if "8bit" in name))
+def test_first_steps_in_8_bits_are_those_of_that_version(runs, name):
+    """On any CPU: from the start, with its refresh, and from each thing recorded, with one at the third step."""
+    one, other = both(runs, "first", name)
+    assert_same_steps(one, other, refreshes=(0,))
+    one, other = both(runs, "next", name)
+    assert one.keys() == other.keys() != set()
+    for kept in one:
+        assert_same_steps(one[kept], other[kept], refreshes=(2,))
+
+
+def assert_same_steps(recorded, found, refreshes):
+    assert len(recorded) == len(found) == max(refreshes) + 1
+    for step, (one, other) in enumerate(zip(recorded, found, strict=True)):
+        for matrix in one:
+            close = near_in_first_steps(matrix, step in refreshes)
+            tests.assert_same_weights({matrix: one[matrix]}, {matrix: other[matrix]}, exact=False, near=close)
 
 
 @pytest.mark.parametrize("name", sorted(ENGINE))

@@ -5,10 +5,12 @@
 ``save`` trains each cell of CELLS: SAVED steps, then what the cell keeps, then MORE steps. The folder gets
 
     runs.pt       by the cell's name: weights, ``full_state`` (where kept), and the weights at the end
+    first.pt      by the cell's name, of those in 8 bits: the weights after the first step
     NAME/         a checkpoint of DeepSpeed's engine, or one of torch.distributed.checkpoint
 
 ``resume`` goes on from what such a folder holds, in new models of other weights, and writes ``ends.pt`` beside the
-``runs.pt`` that ``save`` wrote: by the cell's name the weights at the end, from each thing that was kept.
+``runs.pt`` that ``save`` wrote: by the cell's name the weights at the end, from each thing that was kept; and
+``next.pt``, of those in 8 bits: the weights after each of the next NEXT steps.
 """
 
 import contextlib
@@ -68,6 +70,12 @@ CELLS = {
 }
 TAG = "saved"
 BATCH = 8
+NEXT = 3  # a refresh at the last of them
+
+
+def in_8_bits(name):
+    """Where in a few steps rounding moves weights by percents: on another CPU only the first steps compare."""
+    return "8bit" in name
 
 
 class Net(nn.Module):
@@ -138,9 +146,16 @@ class Run:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    def end(self):
-        self.train(SAVED, SAVED + MORE)
+    def end(self, first=SAVED):
+        self.train(first, SAVED + MORE)
         return short(self.weights())
+
+    def after_each(self, first, last):
+        steps = []
+        for step in range(first, last):
+            self.train(step, step + 1)
+            steps.append(short(self.weights()))
+        return steps
 
     def weights(self):
         """Whole, on every process."""
@@ -180,10 +195,13 @@ def share(step):
 
 
 def save(folder):
-    records = {}
+    records, first = {}, {}
     for name, (_, _, kept) in CELLS.items():
         run = Run(name)
-        run.train(0, SAVED)
+        weights = run.after_each(0, 1)
+        if in_8_bits(name):
+            first[name] = weights
+        run.train(1, SAVED)
         records[name] = {"weights": run.weights()}
         if FULL in kept:
             records[name][FULL] = optim.full_state(run.optimizer)
@@ -192,23 +210,27 @@ def save(folder):
         records[name]["end"] = run.end()
         run.close()
     written(records, folder / "runs.pt")
+    written(first, folder / "first.pt")
 
 
 def resume(folder, into):
     recorded = copied(torch.load(folder / "runs.pt", weights_only=True))
-    ends = {}
+    ends, following = {}, {}
     for name, (_, _, kept) in CELLS.items():
         ends[name] = {}
-        if FULL in kept:
-            run = Run(name, seed=1, weights=recorded[name]["weights"], state=recorded[name][FULL])
-            ends[name][FULL] = run.end()
-            run.close()
-        if CHECKPOINT in kept:
-            run = Run(name, seed=1)
-            run.load(str(folder / name.replace(" ", "_")))
-            ends[name][CHECKPOINT] = run.end()
+        for what in kept:
+            if what == FULL:
+                run = Run(name, seed=1, weights=recorded[name]["weights"], state=recorded[name][FULL])
+            else:
+                run = Run(name, seed=1)
+                run.load(str(folder / name.replace(" ", "_")))
+            steps = run.after_each(SAVED, SAVED + NEXT)
+            if in_8_bits(name):
+                following.setdefault(name, {})[what] = steps
+            ends[name][what] = run.end(SAVED + NEXT)
             run.close()
     written(ends, into / "ends.pt")
+    written(following, into / "next.pt")
 
 
 def written(records, path):

@@ -31,18 +31,29 @@ BATCHED = {  # variants whose matrices are
 }  # fmt: skip
 
 
-def trained(variant, frozen=()):
+def trained(variant, frozen=(), dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    held = [nn.Parameter(0.3 * torch.randn(s, generator=generator)) for s in SHAPES + OTHERS]
+    held = [nn.Parameter(0.3 * torch.randn(s, generator=generator, dtype=dtype)) for s in SHAPES + OTHERS]
     use, matrices = variant.quadratic, held[: len(SHAPES)]
     groups = [{"params": matrices, **(use.matrices or {})}, {"params": held[len(SHAPES) :]}]
     optimizer = variant.cls(groups, **{"weight_decay": 0.1, **use.keys})
     for t in range(STEPS):
         for number, p in enumerate(held):
-            G = torch.randn(p.shape, generator=generator)
+            G = torch.randn(p.shape, generator=generator, dtype=dtype)
             p.grad = None if number in frozen and t < 3 else G  # whose clock is then another
         optimizer.step()
     return [p.detach() for p in held] + [v for p in held for v in optimizer.state[p].values()]
+
+
+def compared_in(name):
+    """A dtype, and how close. Rounding gradients once to fp32 moves LDAdamW's error further than the others' bound."""
+    if name == "LDAdamW":
+        return torch.float64, {"rtol": 1e-10, "atol": 1e-12}
+    return torch.float32, {"rtol": 1e-4, "atol": 2e-6}
+
+
+def close(one, other, loose, name):
+    assert torch.allclose(one.double(), other.double(), **loose), (name, float((one - other).abs().max()))
 
 
 @pytest.fixture
@@ -73,16 +84,17 @@ def together(monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_moves_each_as_it_would_move_alone(name, together, monkeypatch):
     variant = VARIANTS[name]
+    dtype, loose = compared_in(name)
     frozen = () if variant.cls.together else (0, 6)
-    moved = trained(variant, frozen)
+    moved = trained(variant, frozen, dtype)
     whole = sum(together)
     with monkeypatch.context() as patch:
         for module in (batches, optimizer_of, stepping):
             patch.setattr(module, "launches_cost", lambda device: False)
-        alone = trained(variant, frozen)
+        alone = trained(variant, frozen, dtype)
     assert sum(together) == whole
     for one, other in zip(moved, alone, strict=True):
-        assert torch.allclose(one.double(), other.double(), rtol=1e-4, atol=2e-6), name
+        close(one, other, loose, name)
     others = 2 * STEPS  # those of one dimension, at least
     assert whole >= others or variant.cls.rule.together is None or "8bit" in name
     assert (whole > (3 if variant.cls.rule.together else 1) * STEPS) == (name in BATCHED), whole
@@ -111,10 +123,6 @@ def stepped(variant, matrices, gradients, groups=None):
             p.grad = own
         optimizer.step()
     return optimizer
-
-
-def close(one, other, loose, name):
-    assert torch.allclose(one.double(), other.double(), **loose), (name, float((one - other).abs().max()))
 
 
 @pytest.mark.parametrize("name", MATRICES)
@@ -161,7 +169,8 @@ def test_matrices_born_in_one_tensor_move_as_one_on_a_cpu(name, shape, monkeypat
     """Parameters, gradients and, where they lie so, states are seen and written where they are."""
     monkeypatch.setattr(FullShard, "born_stacked", True)
     generator = torch.Generator().manual_seed(2)
-    W, G = torch.randn(4, *shape, generator=generator), torch.randn(6, 4, *shape, generator=generator)
+    dtype, loose = compared_in(name)
+    W, G = (torch.randn(*n, *shape, generator=generator, dtype=dtype) for n in ((4,), (6, 4)))
     alone = [nn.Parameter(own.clone()) for own in W]
     with monkeypatch.context() as patch:
         patch.setattr(batches, "BORN_STACKED_BELOW", 0)
@@ -173,9 +182,9 @@ def test_matrices_born_in_one_tensor_move_as_one_on_a_cpu(name, shape, monkeypat
     assert stacks == [4] * (4 if name in FOUND_ALONE else 6)
     for number, (p, q) in enumerate(zip(parts, alone, strict=True)):
         assert p.data_ptr() == W[number].data_ptr()
-        close(p.detach(), q.detach(), {"rtol": 1e-4, "atol": 2e-6}, name)
+        close(p.detach(), q.detach(), loose, name)
         for key, value in found.state[p].items():
-            close(value, expected.state[q][key], {"rtol": 1e-4, "atol": 2e-6}, key)
+            close(value, expected.state[q][key], loose, key)
 
 
 def test_state_that_lies_in_one_tensor_is_written_there():
