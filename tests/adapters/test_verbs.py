@@ -238,10 +238,12 @@ def test_the_verbs_of_transformers(name, tmp_path):
 
 
 @each
-def test_a_base_in_four_bits(name, tmp_path):
+def test_a_base_in_four_bits(name, tmp_path, monkeypatch):
     bnb = pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
+    # its kernel for CPUs with AVX512-BF16 rounds activations to bf16, which makes 6e-4 of an ulp of fp32
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False)
     llama().save_pretrained(tmp_path / "base")
 
     def four():

@@ -31,9 +31,10 @@ def apart(one, other):
 
 
 def trained(name, released, broken=None):
-    """Weights, the optimizer, and norms; the loss of step ``broken`` is infinite."""
+    """Weights, the optimizer, and norms; the loss of step ``broken`` is infinite. In fp64: in fp32 a last bit of a norm
+    may decide over a code of an error in 8 bits, which moves weights by 2e-5."""
     cell = {"optimizer": name}
-    net = cells.build(cell)
+    net = cells.build(cell).double()
     optimizer = cells.make_optimizer(net, cell, together=False)
     freed = release_gradients(net, optimizer, keep="nothing") if released else None
     norms = []
@@ -63,9 +64,9 @@ EACH = [pytest.param(name, marks=() if name in FIRST else pytest.mark.thorough) 
 def test_each_class_moves_as_by_an_ordinary_clipped_step(name):
     """With refreshes, mask changes, prunings and merges."""
     (one, _, norms), (other, _, found) = (trained(name, released) for released in (False, True))
-    torch.testing.assert_close(found, norms, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, norms, rtol=1e-12, atol=0)
     assert (norms > CLIP).any()
-    assert apart(one, other) <= 1e-5
+    assert apart(one, other) <= 1e-12
 
 
 @pytest.mark.parametrize("name", ["GaLoreAdamW", *[pytest.param(name, marks=pytest.mark.thorough) for name in NAMES]])
@@ -74,7 +75,7 @@ def test_a_step_whose_norm_is_not_finite_is_skipped_whole(name, broken):
     """Step 4 would refresh."""
     (one, ordinary, _), (other, freed, norms) = (trained(name, released, broken) for released in (False, True))
     assert [step for step, norm in enumerate(norms) if not norm.isfinite()] == [broken]
-    assert apart(one, other) <= 1e-5
+    assert apart(one, other) <= 1e-12
     steps = [{int(held["step"]) for held in optimizer.state.values()} for optimizer in (ordinary, freed)]
     assert steps[0] == steps[1]
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from gracile.models import build_llama
 from gracile.optim import param_groups, state_bytes
+from gracile.optim.distributed import products
 
 
 class Method(NamedTuple):
@@ -304,9 +305,12 @@ class Allocated(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("width", DTYPES)
-def test_a_step_needs_the_memory_of_one_of_its_matrices(name, width):
-    """Of one fp32 matrix, not of all three, between refreshes; half a one is a bf16 copy, the rest coordinates."""
+@pytest.mark.parametrize(("width", "in_fp32"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_a_step_needs_the_memory_of_one_of_its_matrices(name, width, in_fp32, monkeypatch):
+    """Of one fp32 matrix, not of all three, between refreshes; half a one is a bf16 copy, the rest coordinates. So also
+    where a CPU has products of bf16 made in fp32, whose blocks are small beside the matrix."""
+    monkeypatch.setattr(products, "IN_FP32", in_fp32)
+    monkeypatch.setattr(products, "BLOCK", 64)
     m, n = 256, 192
     optimizer = optimizer_for(METHODS[name], parameters(*[(m, n)] * 3, dtype=DTYPES[width]))
     advance(optimizer, 0, 5)
