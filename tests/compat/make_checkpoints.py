@@ -14,8 +14,8 @@ step 8: of the run that went on, and of one that took the full state over. Gradi
 of a small model where layers belong to the method. Names of files are those of the classes. What is long (LONG) and
 only compared is kept as its digest and some of its elements. Runs on two processes are those of ``worker.py``.
 
-With ``--single`` those on two processes are left as they are. With ``--steps`` nothing is written but the first steps
-in 8 bits on two processes, from the start and from what is recorded (``steps.pt``, made by that version on another CPU).
+With ``--single`` those on two processes are left as they are. With ``--steps`` nothing is written but ``steps.pt``: the
+first steps in 8 bits on two processes, from the start and from what is recorded, made by that version on another CPU.
 """
 
 import hashlib
