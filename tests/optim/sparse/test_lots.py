@@ -92,8 +92,10 @@ def test_a_workspace_of_any_size_makes_no_difference(name, on_a_gpu, monkeypatch
     monkeypatch.setattr(batches, "AT_ONCE", 72)
     monkeypatch.setattr(in_lots, "IN_A_LOT", 72)
     for one, other in zip(trained(name), whole, strict=True):
-        near = name == "HyperSparse" and torch.allclose(one, other)  # a CPU's tanh differs at the ends
-        assert near or torch.equal(one, other)
+        if name == "HyperSparse":  # a CPU's tanh differs at the ends
+            assert torch.linalg.vector_norm(one - other) <= 1e-6 * torch.linalg.vector_norm(other)
+        else:
+            assert torch.equal(one, other)
     assert len(on_a_gpu) > 3 * count or not count
     assert all(sum(span.stop - span.start for span in lot.spans) <= 72 for lot in on_a_gpu[count:])
 
