@@ -85,7 +85,8 @@ class Net(nn.Module):
             h = torch.tanh(layer(h))
             if layer is self.wide and self.experts:
                 h = h + self.mixed(h, torch.where(x[:, :1] % 8 == 0, self.experts - 1, x % (self.experts - 1)))
-        return nn.functional.cross_entropy(self.head(self.norm(self.out(h))).flatten(0, 1).float(), y.flatten())
+        logits = self.head(self.norm(self.out(h))).flatten(0, 1)
+        return nn.functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y.flatten())
 
     def mixed(self, h, chosen):
         out = torch.zeros_like(h)
@@ -103,7 +104,7 @@ def build(cell, seed=0):
         kind, keys, _ = layer
         ranked = {"rank": cell.get("rank", RANK)} if "rank" in signature(kind).parameters else {}
         convert(net, kind, TARGETS, **ranked, **keys)
-    return net
+    return net.double() if cell.get("fp64") else net
 
 
 def batch(step, micro):
