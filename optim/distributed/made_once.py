@@ -12,19 +12,29 @@ MOST = 16  # of each kind
 
 
 class MadeOnce:
-    """A function's tensors, remembered by its arguments: not what it makes in a plan, which has no numbers and which a
-    run in the same process would take for its own."""
+    """A function's tensors, remembered by its arguments. What it makes in a plan has no numbers, and a run in the same
+    process would take it for its own: that is remembered for this plan, while it is the last."""
 
     def __init__(self, make: Callable[..., Tensor]) -> None:
         self.make, self.__doc__ = make, make.__doc__
         self.known: dict[tuple[Any, ...], Tensor] = {}
+        self.plan: Any = None
+        self.planned: dict[tuple[Any, ...], Tensor] = {}
 
     def __call__(self, *arguments: Any) -> Tensor:
         if arguments in self.known:
             return self.known[arguments]
-        made = self.make(*arguments)
-        if detect_fake_mode() is None:
-            self.known[arguments] = made
-            if len(self.known) > MOST:
-                self.known.pop(next(iter(self.known)))
-        return made
+        remembered = self._remembered()
+        if arguments not in remembered:
+            remembered[arguments] = self.make(*arguments)
+            if len(remembered) > MOST:
+                remembered.pop(next(iter(remembered)))
+        return remembered[arguments]
+
+    def _remembered(self) -> dict[tuple[Any, ...], Tensor]:
+        plan = detect_fake_mode()
+        if plan is None:
+            return self.known
+        if plan is not self.plan:
+            self.plan, self.planned = plan, {}
+        return self.planned
