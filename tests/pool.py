@@ -23,8 +23,8 @@ import importlib
 import itertools
 import os
 import pickle
-import random
 import runpy
+import secrets
 import signal
 import socket
 import subprocess
@@ -52,7 +52,9 @@ GRACE = 5.0  # seconds in which the ranks beside a failed one may say what they 
 
 def free_port() -> int:
     while True:
-        port = random.randrange(20000, 32000)  # below those that systems give to outgoing connections
+        # below those that systems give to outgoing connections; not by ``random``, which runs seed: tests side by side
+        # would draw the same one while neither listens yet
+        port = 20000 + secrets.randbelow(12000)
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             return port
