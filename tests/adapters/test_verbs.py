@@ -242,7 +242,7 @@ def test_a_base_in_four_bits(name, tmp_path, monkeypatch):
     bnb = pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    # its kernel for CPUs with AVX512-BF16 rounds activations to bf16, which makes 6e-4 of an ulp of fp32
+    # its kernel for CPUs with AVX512-BF16 rounds activations to bf16: a last bit of fp32 may become 6e-4
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False)
     llama().save_pretrained(tmp_path / "base")
 

@@ -14,8 +14,9 @@ step 8: of the run that went on, and of one that took the full state over. Gradi
 of a small model where layers belong to the method. Names of files are those of the classes. What is long (LONG) and
 only compared is kept as its digest and some of its elements. Runs on two processes are those of ``worker.py``.
 
-With ``--single`` those on two processes are left as they are. With ``--steps`` nothing is written but ``steps.pt``: the
-first steps in 8 bits on two processes, from the start and from what is recorded, made by that version on another CPU.
+With ``--single`` those on two processes are left as they are. With ``--steps`` nothing is written but ``steps.pt``, of
+what is in 8 bits on two processes, made by that version on another CPU: its first steps, from the start and from what
+is recorded, and the weights of its whole runs.
 """
 
 import hashlib
@@ -569,7 +570,11 @@ def write_steps():
     with tempfile.TemporaryDirectory() as folder:
         recorded, found = unpack(PAIR, Path(folder, "recorded")), Path(folder, "found")
         launched("save", found, "resume", recorded)
-        write("steps", {kind: torch.load(found / f"{kind}.pt", weights_only=True) for kind in STEPS})
+        held = {kind: torch.load(found / f"{kind}.pt", weights_only=True) for kind in (*STEPS, "runs", "ends")}
+    names = held["first"]
+    runs = {name: {"weights": short(held["runs"][name]["weights"]), "end": held["runs"][name]["end"]} for name in names}
+    whole = {"runs": runs, "ends": {name: held["ends"][name] for name in names}}
+    write("steps", {kind: held[kind] for kind in STEPS} | whole | {"fingerprint": fingerprint()})
 
 
 def main():

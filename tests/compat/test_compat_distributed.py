@@ -2,8 +2,8 @@
 
 One job does all of it. Bits are compared where this machine computes as the one that wrote the files did, else
 weights to 1e-5 of their norm, and states by their keys, dtypes and shapes. In 8 bits, noise of 6e-8 on the batches
-moves weights by 3 percent in five steps: elsewhere the first steps are compared alone, from the start and from what
-was saved.
+moves weights by 3 percent in five steps: whole runs are compared on the two CPUs that have a record, and the first
+steps, from the start and from what was saved, everywhere.
 """
 
 import runpy
@@ -42,8 +42,9 @@ def runs(tmp_path_factory, pool):
     assert done.returncode == 0, done.stdout[-4000:]
     files = {(which, kind): torch.load(folder / which / f"{kind}.pt", weights_only=True)
              for which in ("recorded", "found") for kind in ("runs", "ends")}  # fmt: skip
-    for kind, steps in made.read("steps").items():
-        files["recorded", kind], files["found", kind] = steps, torch.load(found / f"{kind}.pt", weights_only=True)
+    for kind in made.STEPS:
+        files["recorded", kind] = made.read("steps")[kind]
+        files["found", kind] = torch.load(found / f"{kind}.pt", weights_only=True)
     return SimpleNamespace(folders=(recorded, found), files=files)
 
 
@@ -56,14 +57,19 @@ def both(runs, kind, name):
     return [made.copied(runs.files[which, kind][name]) for which in ("recorded", "found")]
 
 
-def near(name):
-    """At the end of a run: in 8 bits 0.12 were seen between CPUs, and 0.13 for noise of 1e-7 on one."""
-    return 0.3 if "8bit" in name else 1e-5
+def comparable(one, kind, name, exact):
+    """The weights of a recorded run that this CPU's can be held against, and whether to the bit."""
+    if exact or "8bit" not in name:
+        return one, exact
+    steps = made.read("steps")
+    if steps["fingerprint"] != made.fingerprint():
+        pytest.skip("in 8 bits rounding moves whole runs by percents, and there is no record of this CPU")
+    return steps[kind][name], True
 
 
 def near_in_first_steps(matrix, refreshed):
     """The gradient of ``longer`` has a rank of 8, 32 are kept: where a refresh has the rest point, rounding decides."""
-    return 0.02 if matrix == "longer.weight" and refreshed else 1e-5
+    return made.LOOSE if matrix == "longer.weight" and refreshed else 1e-5
 
 
 def assert_same_state(one, other, exact):
@@ -76,10 +82,11 @@ def test_a_run_from_the_start_is_the_recorded_one(runs, exact, name):
     one, other = both(runs, "runs", name)
     assert one.keys() == other.keys()
     assert ("full_state" in one) == (name in FULL)
-    tests.assert_same_weights(made.short(one["weights"]), made.short(other["weights"]), exact, near(name))
-    tests.assert_same_weights(one["end"], other["end"], exact, near(name))
     if name in FULL:
         assert_same_state(one["full_state"], other["full_state"], exact)
+    whole, exact = comparable({"weights": made.short(one["weights"]), "end": one["end"]}, "runs", name, exact)
+    tests.assert_same_weights(whole["weights"], made.short(other["weights"]), exact)
+    tests.assert_same_weights(whole["end"], other["end"], exact)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +95,8 @@ def test_a_run_from_the_start_is_the_recorded_one(runs, exact, name):
 )
 def test_what_was_recorded_goes_on(runs, exact, name, kept):
     one, other = both(runs, "ends", name)
-    tests.assert_same_weights(one[kept], other[kept], exact, near(name))
+    one, exact = comparable(one, "ends", name, exact)
+    tests.assert_same_weights(one[kept], other[kept], exact)
 
 
 @pytest.mark.parametrize("name", sorted(name for name in FULL | ENGINE if "8bit" in name))
